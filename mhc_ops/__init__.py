@@ -1,0 +1,21 @@
+"""mHC (manifold-constrained hyper-connections) of DeepSeek-V4 as PyTorch ops.
+
+Importing this package registers ``torch.ops.mhc.post``, ``pre``, ``fused_post_pre`` and ``head``
+with CPU, CUDA, fake and autograd implementations. It imports neither TileLang nor CUDA: the first
+CUDA call does.
+"""
+
+from .ops import FusedPostPreOutput, PreOutput, fused_post_pre, head, post, pre
+from .support import is_supported
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FusedPostPreOutput",
+    "PreOutput",
+    "fused_post_pre",
+    "head",
+    "is_supported",
+    "post",
+    "pre",
+]

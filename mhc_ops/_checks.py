@@ -1,0 +1,229 @@
+"""Argument checks of the ops: the fake, the CPU and the CUDA implementations call the same ones.
+
+Every refusal is a ``ValueError`` that names the op, the argument, what was expected and what
+came, and is raised before anything is allocated or launched. Sizes may be symbolic: they are
+compared with ``torch._check_value``, which ties two symbols together in place of guarding on
+their values.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 16  # bytes: the kernels load and store 16 bytes a thread
+CUDA_HC_MULT = 4  # residual streams that the CUDA kernels are written for
+CUDA_HIDDEN_MULTIPLE = 256  # 32 lanes of 8 bf16 elements
+
+ACTIVATION = torch.bfloat16
+MIX = torch.float32
+
+
+def mixes(hc_mult: int) -> int:
+    """Rows of ``fn``: hc_mult pre, hc_mult post and hc_mult squared comb weights."""
+    return hc_mult * (hc_mult + 2)
+
+
+def _fail(op: str, argument: str, expected: str, got: Any) -> NoReturn:
+    raise ValueError(f"mhc::{op}: expected {argument} {expected}, got {got}")
+
+
+def _shape_text(shape: Any) -> str:
+    sizes = [str(size) for size in shape]
+    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+
+
+def _check_shape(op: str, argument: str, tensor: Tensor, expected: tuple[Any, ...]) -> None:
+    shape = tensor.shape
+    if len(shape) != len(expected):
+        _fail(op, argument, f"of shape {_shape_text(expected)}", _shape_text(shape))
+    for got, want in zip(shape, expected, strict=True):
+        if type(got) is int and type(want) is int:
+            if got != want:
+                _fail(op, argument, f"of shape {_shape_text(expected)}", _shape_text(shape))
+        else:
+            torch._check_value(
+                got == want,
+                lambda: (
+                    f"mhc::{op}: expected {argument} of shape {_shape_text(expected)}, "
+                    f"got {_shape_text(shape)}"
+                ),
+            )
+
+
+def _check_tensor(
+    op: str,
+    argument: str,
+    tensor: Tensor,
+    like: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    rows: bool,
+) -> None:
+    """Device, dtype and memory layout; ``rows`` are read 16 bytes at a time along the last dim."""
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        _fail(op, argument, f"of dtype {wanted}", tensor.dtype)
+    if tensor.device != like.device:
+        _fail(op, argument, f"on {like.device}", tensor.device)
+    if tensor.layout is not torch.strided:
+        _fail(op, argument, "to be a strided tensor", tensor.layout)
+    if not rows:
+        return
+    stride = tensor.stride()
+    if stride and type(stride[-1]) is int and stride[-1] != 1 and tensor.shape[-1] != 1:
+        _fail(op, argument, "with a contiguous last dimension", f"strides {_shape_text(stride)}")
+    offset = tensor.storage_offset()
+    if type(offset) is int and offset * tensor.element_size() % ALIGNMENT != 0:
+        _fail(
+            op,
+            argument,
+            f"to start at a multiple of {ALIGNMENT} bytes",
+            f"a storage offset of {offset * tensor.element_size()} bytes",
+        )
+
+
+def _check_scalar(op: str, argument: str, value: Any, *, least: float | None = None) -> None:
+    if type(value) is float or type(value) is int:
+        if math.isfinite(value) and (least is None or value >= least):
+            return
+        kind = "to be finite" if least is None else f"to be finite and at least {least}"
+        _fail(op, argument, kind, value)
+
+
+def _check_streams(op: str, residual: Tensor) -> tuple[int, int]:
+    """The checks on ``residual`` alone; returns (hc_mult, hidden)."""
+    if residual.dim() < 3:
+        _fail(op, "residual", "of shape (..., hc_mult, hidden)", _shape_text(residual.shape))
+    _check_tensor(op, "residual", residual, residual, (ACTIVATION,), rows=True)
+    hc_mult, hidden = residual.shape[-2], residual.shape[-1]
+    if hc_mult < 1:
+        _fail(op, "residual", "with hc_mult of at least 1", hc_mult)
+    if hidden < 1:
+        _fail(op, "residual", "with a hidden size of at least 1", hidden)
+    if residual.device.type == "cuda":
+        if hc_mult != CUDA_HC_MULT:
+            _fail(op, "residual", f"with hc_mult {CUDA_HC_MULT} on CUDA", hc_mult)
+        if hidden % CUDA_HIDDEN_MULTIPLE != 0:
+            _fail(
+                op,
+                "residual",
+                f"with a hidden size that is a multiple of {CUDA_HIDDEN_MULTIPLE} on CUDA",
+                hidden,
+            )
+    return hc_mult, hidden
+
+
+def _check_norm(
+    op: str, residual: Tensor, hidden: int, norm_weight: Tensor | None, norm_eps: float | None
+) -> None:
+    if norm_weight is None:
+        if norm_eps is not None:
+            _fail(op, "norm_weight and norm_eps together", "or neither", "norm_eps alone")
+        return
+    if norm_eps is None:
+        _fail(op, "norm_weight and norm_eps together", "or neither", "norm_weight alone")
+    _check_tensor(op, "norm_weight", norm_weight, residual, (ACTIVATION, MIX), rows=True)
+    _check_shape(op, "norm_weight", norm_weight, (hidden,))
+    _check_scalar(op, "norm_eps", norm_eps, least=0)
+
+
+def check_post(
+    op: str, x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor
+) -> None:
+    """Refuse arguments that the post step cannot serve.
+
+    Args:
+        op: name of the op, for the message.
+        x, residual, post_layer_mix, comb_res_mix: as in :func:`mhc_ops.post`.
+
+    Raises:
+        ValueError: naming the op, the argument, what was expected and what came.
+    """
+    hc_mult, hidden = _check_streams(op, residual)
+    leading = tuple(residual.shape[:-2])
+    _check_tensor(op, "x", x, residual, (ACTIVATION,), rows=True)
+    _check_shape(op, "x", x, (*leading, hidden))
+    _check_tensor(op, "post_layer_mix", post_layer_mix, residual, (MIX,), rows=True)
+    if post_layer_mix.dim() == len(leading) + 1:
+        _check_shape(op, "post_layer_mix", post_layer_mix, (*leading, hc_mult))
+    else:
+        _check_shape(op, "post_layer_mix", post_layer_mix, (*leading, hc_mult, 1))
+    _check_tensor(op, "comb_res_mix", comb_res_mix, residual, (MIX,), rows=True)
+    _check_shape(op, "comb_res_mix", comb_res_mix, (*leading, hc_mult, hc_mult))
+
+
+def check_pre(
+    op: str,
+    residual: Tensor,
+    fn: Tensor,
+    hc_scale: Tensor,
+    hc_base: Tensor,
+    rms_eps: float,
+    hc_pre_eps: float,
+    hc_sinkhorn_eps: float,
+    hc_post_mult_value: float,
+    sinkhorn_repeat: int,
+    norm_weight: Tensor | None,
+    norm_eps: float | None,
+) -> None:
+    """Refuse arguments that the pre step cannot serve.
+
+    Args:
+        op: name of the op, for the message.
+        residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
+            hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps: as in
+            :func:`mhc_ops.pre`.
+
+    Raises:
+        ValueError: naming the op, the argument, what was expected and what came.
+    """
+    hc_mult, hidden = _check_streams(op, residual)
+    _check_tensor(op, "fn", fn, residual, (MIX,), rows=True)
+    _check_shape(op, "fn", fn, (mixes(hc_mult), hc_mult * hidden))
+    _check_tensor(op, "hc_scale", hc_scale, residual, (MIX,), rows=False)
+    _check_shape(op, "hc_scale", hc_scale, (3,))
+    _check_tensor(op, "hc_base", hc_base, residual, (MIX,), rows=False)
+    _check_shape(op, "hc_base", hc_base, (mixes(hc_mult),))
+    _check_scalar(op, "rms_eps", rms_eps, least=0)
+    _check_scalar(op, "hc_pre_eps", hc_pre_eps, least=0)
+    _check_scalar(op, "hc_sinkhorn_eps", hc_sinkhorn_eps, least=0)
+    _check_scalar(op, "hc_post_mult_value", hc_post_mult_value)
+    _check_scalar(op, "sinkhorn_repeat", sinkhorn_repeat, least=1)
+    _check_norm(op, residual, hidden, norm_weight, norm_eps)
+
+
+def check_head(
+    op: str,
+    residual: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    rms_eps: float,
+    hc_eps: float,
+    norm_weight: Tensor | None,
+    norm_eps: float | None,
+) -> None:
+    """Refuse arguments that the head cannot serve.
+
+    Args:
+        op: name of the op, for the message.
+        residual, fn, scale, base, rms_eps, hc_eps, norm_weight, norm_eps: as in
+            :func:`mhc_ops.head`.
+
+    Raises:
+        ValueError: naming the op, the argument, what was expected and what came.
+    """
+    hc_mult, hidden = _check_streams(op, residual)
+    _check_tensor(op, "fn", fn, residual, (MIX,), rows=True)
+    _check_shape(op, "fn", fn, (hc_mult, hc_mult * hidden))
+    _check_tensor(op, "scale", scale, residual, (MIX,), rows=False)
+    _check_shape(op, "scale", scale, (1,))
+    _check_tensor(op, "base", base, residual, (MIX,), rows=False)
+    _check_shape(op, "base", base, (hc_mult,))
+    _check_scalar(op, "rms_eps", rms_eps, least=0)
+    _check_scalar(op, "hc_eps", hc_eps, least=0)
+    _check_norm(op, residual, hidden, norm_weight, norm_eps)

@@ -1,0 +1,2 @@
+"""(tokens, hidden, device) to kernel keys and grids: pure integers, finite, enumerable."""
+PARTIAL_WIDTH = 32

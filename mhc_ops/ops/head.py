@@ -1,0 +1,133 @@
+"""``mhc::head``: the residual streams collapsed into the model's last hidden state."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, jit, reference
+from .._checks import check_head
+from .._library import register
+from .pre import launch_projection
+
+# checks: _checks.check_head
+
+
+# fake
+def _fake(
+    residual: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    rms_eps: float,
+    hc_eps: float,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> Tensor:
+    check_head("head", residual, fn, scale, base, rms_eps, hc_eps, norm_weight, norm_eps)
+    return residual.new_empty((*residual.shape[:-2], residual.shape[-1]))
+
+
+# CUDA
+def _cuda(
+    residual: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    rms_eps: float,
+    hc_eps: float,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> Tensor:
+    check_head("head", residual, fn, scale, base, rms_eps, hc_eps, norm_weight, norm_eps)
+    hidden = residual.shape[-1]
+    out = residual.new_empty((*residual.shape[:-2], hidden))
+    if residual.numel():
+        streams = residual.flatten(0, -3).contiguous()
+        jit.launch(
+            dispatch.head_key(hidden, jit.arch(streams.device), norm=norm_weight is not None),
+            streams.device,
+            streams,
+            launch_projection(streams, fn),
+            scale,
+            base.contiguous(),
+            *(() if norm_weight is None else (norm_weight.to(streams.dtype),)),
+            out.view(-1, hidden),
+            rms_eps,
+            hc_eps,
+            *(() if norm_weight is None else (norm_eps,)),
+        )
+    return out
+
+
+# CPU
+def _cpu(
+    residual: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    rms_eps: float,
+    hc_eps: float,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> Tensor:
+    check_head("head", residual, fn, scale, base, rms_eps, hc_eps, norm_weight, norm_eps)
+    return reference.head(
+        residual, fn, scale, base, rms_eps, hc_eps, norm_weight=norm_weight, norm_eps=norm_eps
+    )
+
+
+# autograd: forward only, registered for every op by _library.register
+register("head", fake=_fake, cuda=_cuda, cpu=_cpu)
+
+
+# public function
+def head(
+    residual: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    rms_eps: float,
+    hc_eps: float,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> Tensor:
+    r"""Collapse the residual streams after the last layer.
+
+    .. math::
+        m &= \Big(\sum_k r_k\,\mathrm{fn}_{:,k}\Big)\,
+             \mathrm{rsqrt}\big(\mathrm{mean}_k(r_k^2) + \mathrm{rms\_eps}\big) \\
+        v &= \sum_j \big(\sigma(m_j\,s + b_j) + \mathrm{hc\_eps}\big)\,r_j,\qquad
+        h = \mathrm{bf16}(v)\ \text{or}\
+            \mathrm{bf16}\big(\mathrm{bf16}(v)\,
+            \mathrm{rsqrt}(\mathrm{mean}_h(v^2) + \mathrm{norm\_eps})\,g\big)
+
+    in fp32, with k over all n * H elements of a token's streams; no Sinkhorn.
+
+    Source: ``DeepseekV4HyperHead.forward`` of transformers.
+
+    Args:
+        residual: [..., n, H] bf16, the residual streams; n = 4 and H a multiple of 256 on CUDA.
+        fn: [n, n * H] fp32, projection; column index = stream * H + h.
+        scale: [1] fp32, scale s of the weights.
+        base: [n] fp32, their biases b.
+        rms_eps: added to the mean square of the streams; at least 0.
+        hc_eps: added to the weights; at least 0.
+        norm_weight: [H] bf16 (fp32 is cast), weight g of the final RMSNorm; None for none.
+        norm_eps: its epsilon; given exactly when ``norm_weight`` is.
+
+    Returns:
+        [..., H] bf16, the hidden state, in memory of its own.
+
+    Raises:
+        ValueError: an argument of a wrong dtype, shape, device, memory layout or value, or only
+            one of ``norm_weight`` and ``norm_eps``.
+        RuntimeError: the CUDA kernels cannot serve the device, or a backward is asked for.
+    """
+    return torch.ops.mhc.head.default(
+        residual, fn, scale, base, rms_eps, hc_eps, norm_weight=norm_weight, norm_eps=norm_eps
+    )

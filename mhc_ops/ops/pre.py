@@ -1,0 +1,255 @@
+"""``mhc::pre``: the residual streams collapsed into the input of the next sublayer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, jit, reference
+from .._checks import check_pre
+from .._library import register
+
+# checks: _checks.check_pre
+
+
+# fake
+def empty_outputs(residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised (post_mix, comb_mix, layer_input) for these streams."""
+    *leading, hc_mult, hidden = residual.shape
+    return (
+        residual.new_empty((*leading, hc_mult, 1), dtype=torch.float32),
+        residual.new_empty((*leading, hc_mult, hc_mult), dtype=torch.float32),
+        residual.new_empty((*leading, hidden)),
+    )
+
+
+def _fake(
+    residual: Tensor,
+    fn: Tensor,
+    hc_scale: Tensor,
+    hc_base: Tensor,
+    rms_eps: float,
+    hc_pre_eps: float,
+    hc_sinkhorn_eps: float,
+    hc_post_mult_value: float,
+    sinkhorn_repeat: int,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_pre(
+        "pre", residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
+        hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps,
+    )  # fmt: skip
+    return empty_outputs(residual)
+
+
+# CUDA
+def launch_finish(
+    streams: Tensor,
+    partials: Tensor,
+    hc_scale: Tensor,
+    hc_base: Tensor,
+    rms_eps: float,
+    hc_pre_eps: float,
+    hc_sinkhorn_eps: float,
+    hc_post_mult_value: float,
+    sinkhorn_repeat: int,
+    norm_weight: Tensor | None,
+    norm_eps: float | None,
+    outputs: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """One launch of the ``finish`` kernel: mixes, Sinkhorn, collapse and norm into ``outputs``."""
+    tokens, hc_mult, hidden = streams.shape
+    post_mix, comb_mix, layer_input = outputs
+    jit.launch(
+        dispatch.finish_key(hidden, jit.arch(streams.device), norm=norm_weight is not None),
+        streams.device,
+        streams,
+        partials,
+        hc_scale.contiguous(),
+        hc_base.contiguous(),
+        *(() if norm_weight is None else (norm_weight.to(streams.dtype),)),
+        post_mix.view(tokens, hc_mult),
+        comb_mix.view(tokens, hc_mult, hc_mult),
+        layer_input.view(tokens, hidden),
+        rms_eps,
+        hc_pre_eps,
+        hc_sinkhorn_eps,
+        hc_post_mult_value,
+        sinkhorn_repeat,
+        *(() if norm_weight is None else (norm_eps,)),
+    )
+
+
+def launch_projection(streams: Tensor, fn: Tensor) -> Tensor:
+    """One launch of the ``projection`` kernel.
+
+    Returns:
+        [splits, tokens, PARTIAL_WIDTH] fp32: for each split of K the partial sums of the
+        projection onto the rows of ``fn``, then that of the squares.
+    """
+    tokens, _, hidden = streams.shape
+    plan = dispatch.projection_plan(
+        tokens, hidden, fn.shape[0], jit.arch(streams.device), jit.sm_count(streams.device)
+    )
+    partials = fn.new_empty((plan.splits, tokens, dispatch.PARTIAL_WIDTH))
+    jit.launch(plan.key, streams.device, streams, fn.contiguous(), partials)
+    return partials
+
+
+def launch_pre(
+    streams: Tensor,
+    fn: Tensor,
+    hc_scale: Tensor,
+    hc_base: Tensor,
+    rms_eps: float,
+    hc_pre_eps: float,
+    hc_sinkhorn_eps: float,
+    hc_post_mult_value: float,
+    sinkhorn_repeat: int,
+    norm_weight: Tensor | None,
+    norm_eps: float | None,
+    outputs: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """``projection``, then ``finish``, on checked arguments with at least one token."""
+    launch_finish(
+        streams, launch_projection(streams, fn), hc_scale, hc_base, rms_eps, hc_pre_eps,
+        hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps, outputs,
+    )  # fmt: skip
+
+
+def _cuda(
+    residual: Tensor,
+    fn: Tensor,
+    hc_scale: Tensor,
+    hc_base: Tensor,
+    rms_eps: float,
+    hc_pre_eps: float,
+    hc_sinkhorn_eps: float,
+    hc_post_mult_value: float,
+    sinkhorn_repeat: int,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_pre(
+        "pre", residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
+        hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps,
+    )  # fmt: skip
+    outputs = empty_outputs(residual)
+    if residual.numel():
+        launch_pre(
+            residual.flatten(0, -3).contiguous(), fn, hc_scale, hc_base, rms_eps, hc_pre_eps,
+            hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps, outputs,
+        )  # fmt: skip
+    return outputs
+
+
+# CPU
+def _cpu(
+    residual: Tensor,
+    fn: Tensor,
+    hc_scale: Tensor,
+    hc_base: Tensor,
+    rms_eps: float,
+    hc_pre_eps: float,
+    hc_sinkhorn_eps: float,
+    hc_post_mult_value: float,
+    sinkhorn_repeat: int,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_pre(
+        "pre", residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
+        hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps,
+    )  # fmt: skip
+    return reference.pre(
+        residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
+        hc_post_mult_value, sinkhorn_repeat, norm_weight=norm_weight, norm_eps=norm_eps,
+    )  # fmt: skip
+
+
+# autograd: forward only, registered for every op by _library.register
+register("pre", fake=_fake, cuda=_cuda, cpu=_cpu)
+
+
+# public function
+class PreOutput(NamedTuple):
+    """What :func:`pre` returns.
+
+    Attributes:
+        post_mix: [..., n, 1] fp32, weight of the sublayer's output in each new stream.
+        comb_mix: [..., n, n] fp32, stream mixing, indexed [old stream, new stream].
+        layer_input: [..., H] bf16, input of the sublayer.
+    """
+
+    post_mix: Tensor
+    comb_mix: Tensor
+    layer_input: Tensor
+
+
+def pre(
+    residual: Tensor,
+    fn: Tensor,
+    hc_scale: Tensor,
+    hc_base: Tensor,
+    rms_eps: float,
+    hc_pre_eps: float,
+    hc_sinkhorn_eps: float,
+    hc_post_mult_value: float,
+    sinkhorn_repeat: int,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> PreOutput:
+    r"""Collapse the residual streams into a sublayer's input and make the weights of its post.
+
+    .. math::
+        m &= \Big(\sum_k r_k\,\mathrm{fn}_{:,k}\Big)\,
+             \mathrm{rsqrt}\big(\mathrm{mean}_k(r_k^2) + \mathrm{rms\_eps}\big) \\
+        w &= \sigma(m_{0:n}\,s_0 + b_{0:n}) + \mathrm{hc\_pre\_eps} \\
+        p &= \sigma(m_{n:2n}\,s_1 + b_{n:2n})\cdot\mathrm{hc\_post\_mult\_value} \\
+        C &= \mathrm{softmax_{rows}}(m_{2n:}\,s_2 + b_{2n:}) + \varepsilon;\quad
+             C \mathrel{/}= \mathrm{colsum} + \varepsilon;\quad
+             \text{then } R-1 \text{ times rows and columns} \\
+        v &= \sum_j w_j\,r_j,\qquad
+        y = \mathrm{bf16}(v)\ \text{or}\
+            \mathrm{bf16}\big(\mathrm{bf16}(v)\,
+            \mathrm{rsqrt}(\mathrm{mean}_h(v^2) + \mathrm{norm\_eps})\,g\big)
+
+    in fp32, with k over all n * H elements of a token's streams.
+
+    Source: mHC (Xie et al., 2026); ``DeepseekV4HyperConnection.forward`` of transformers.
+
+    Args:
+        residual: [..., n, H] bf16, the residual streams; n = 4 and H a multiple of 256 on CUDA.
+        fn: [n * (n + 2), n * H] fp32, projection; column index = stream * H + h; rows are n pre,
+            n post, n * n comb (row-major, [old stream, new stream]).
+        hc_scale: [3] fp32, scales s of the pre, post and comb weights.
+        hc_base: [n * (n + 2)] fp32, biases b.
+        rms_eps: added to the mean square of the streams; at least 0.
+        hc_pre_eps: added to the collapse weights w; at least 0.
+        hc_sinkhorn_eps: added to the softmax and to every row and column sum; at least 0.
+        hc_post_mult_value: factor of the post weights; 2.0 in DeepSeek-V4.
+        sinkhorn_repeat: rounds R of Sinkhorn, counting the first; at least 1, 20 in DeepSeek-V4.
+        norm_weight: [H] bf16 (fp32 is cast), weight g of the RMSNorm that follows; None for none.
+        norm_eps: its epsilon; given exactly when ``norm_weight`` is.
+
+    Returns:
+        (post_mix [..., n, 1] fp32, comb_mix [..., n, n] fp32, layer_input [..., H] bf16).
+
+    Raises:
+        ValueError: an argument of a wrong dtype, shape, device, memory layout or value, or only
+            one of ``norm_weight`` and ``norm_eps``.
+        RuntimeError: the CUDA kernels cannot serve the device, or a backward is asked for.
+    """
+    return PreOutput(
+        *torch.ops.mhc.pre.default(
+            residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
+            hc_post_mult_value, sinkhorn_repeat, norm_weight=norm_weight, norm_eps=norm_eps,
+        )
+    )  # fmt: skip

@@ -1,0 +1,171 @@
+"""Readable fp32 reference of every op; it also serves as the CPU kernels.
+
+The functions take tensors of any floating dtype and any device and compute in ``compute_dtype``
+(float32 unless told): called with ``torch.float64`` they are the oracle of the tests. Rounding
+points are those of the ops: the new streams are rounded once, the projection reads the rounded
+streams, the layer input is rounded before and after the norm.
+
+Formulas: mHC (Xie et al., 2026) as used in DeepSeek-V4, ``DeepseekV4HyperConnection`` of
+transformers. n is the number of residual streams (hc_mult), H the hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def post(
+    x: Tensor,
+    residual: Tensor,
+    post_layer_mix: Tensor,
+    comb_res_mix: Tensor,
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``r'[j] = round(post[j] * x + sum_i comb[i, j] * r[i])``, one rounding.
+
+    Args:
+        x: [..., H], output of the sublayer.
+        residual: [..., n, H], the residual streams before it.
+        post_layer_mix: [..., n, 1] or [..., n], its post weights.
+        comb_res_mix: [..., n, n], indexed [old stream, new stream].
+        compute_dtype: dtype of the arithmetic.
+
+    Returns:
+        The new streams, [..., n, H], dtype of ``residual``.
+    """
+    if post_layer_mix.dim() == x.dim():
+        post_layer_mix = post_layer_mix.unsqueeze(-1)
+    x, streams = x.to(compute_dtype), residual.to(compute_dtype)
+    mixed = torch.matmul(comb_res_mix.to(compute_dtype).transpose(-1, -2), streams)
+    return (post_layer_mix.to(compute_dtype) * x.unsqueeze(-2) + mixed).to(residual.dtype)
+
+
+def project(
+    residual: Tensor, fn: Tensor, rms_eps: float, *, compute_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """``m = (sum_k r_k * fn[:, k]) * rsqrt(mean_k(r_k^2) + rms_eps)``, k over all streams.
+
+    Args:
+        residual: [..., n, H].
+        fn: [M, n * H], column index = stream * H + h.
+        rms_eps: added to the mean square.
+        compute_dtype: dtype of the arithmetic.
+
+    Returns:
+        [..., M] in ``compute_dtype``.
+    """
+    flat = residual.flatten(-2).to(compute_dtype)
+    inverse_rms = torch.rsqrt(flat.square().mean(-1, keepdim=True) + rms_eps)
+    return torch.matmul(flat, fn.to(compute_dtype).t()) * inverse_rms
+
+
+def sinkhorn(logits: Tensor, eps: float, repeat: int) -> Tensor:
+    """``C = softmax_rows(logits) + eps; C /= colsum + eps``, then rows and columns in turn.
+
+    Args:
+        logits: [..., n, n].
+        eps: added to the softmax and to every sum.
+        repeat: rounds, counting the first, which has no row step.
+
+    Returns:
+        [..., n, n], near doubly stochastic.
+    """
+    comb = logits.softmax(-1) + eps
+    comb = comb / (comb.sum(-2, keepdim=True) + eps)
+    for _ in range(repeat - 1):
+        comb = comb / (comb.sum(-1, keepdim=True) + eps)
+        comb = comb / (comb.sum(-2, keepdim=True) + eps)
+    return comb
+
+
+def collapse(
+    residual: Tensor,
+    weights: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float | None,
+) -> Tensor:
+    """``v = sum_j w[j] * r[j]``; ``round(v)``, or ``round(round(v) * rsqrt(mean(v^2) + eps) * g)``.
+
+    Args:
+        residual: [..., n, H].
+        weights: [..., n], in the dtype of the arithmetic.
+        norm_weight: [H], weight g of the RMSNorm, or None for no norm.
+        norm_eps: its epsilon; given exactly when ``norm_weight`` is.
+
+    Returns:
+        [..., H], dtype of ``residual``.
+    """
+    dtype, compute_dtype = residual.dtype, weights.dtype
+    value = torch.matmul(weights.unsqueeze(-2), residual.to(compute_dtype)).squeeze(-2)
+    rounded = value.to(dtype)
+    if norm_weight is None or norm_eps is None:
+        return rounded
+    inverse_rms = torch.rsqrt(value.square().mean(-1, keepdim=True) + norm_eps)
+    gain = norm_weight.to(dtype).to(compute_dtype)
+    return (rounded.to(compute_dtype) * inverse_rms * gain).to(dtype)
+
+
+def pre(
+    residual: Tensor,
+    fn: Tensor,
+    hc_scale: Tensor,
+    hc_base: Tensor,
+    rms_eps: float,
+    hc_pre_eps: float,
+    hc_sinkhorn_eps: float,
+    hc_post_mult_value: float,
+    sinkhorn_repeat: int,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mixes of the next sublayer and its input: see :func:`mhc_ops.pre` for the formula.
+
+    Args:
+        residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
+            hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps: as in
+            :func:`mhc_ops.pre`.
+        compute_dtype: dtype of the arithmetic.
+
+    Returns:
+        (post_mix [..., n, 1], comb_mix [..., n, n], layer_input [..., H]); the mixes in
+        ``compute_dtype``, the layer input in the dtype of ``residual``.
+    """
+    n = residual.shape[-2]
+    scale, base = hc_scale.to(compute_dtype), hc_base.to(compute_dtype)
+    m = project(residual, fn, rms_eps, compute_dtype=compute_dtype)
+    pre_mix = torch.sigmoid(m[..., :n] * scale[0] + base[:n]) + hc_pre_eps
+    post_mix = torch.sigmoid(m[..., n : 2 * n] * scale[1] + base[n : 2 * n]) * hc_post_mult_value
+    logits = (m[..., 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n))
+    comb_mix = sinkhorn(logits, hc_sinkhorn_eps, sinkhorn_repeat)
+    return post_mix.unsqueeze(-1), comb_mix, collapse(residual, pre_mix, norm_weight, norm_eps)
+
+
+def head(
+    residual: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    rms_eps: float,
+    hc_eps: float,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Last collapse of the streams: see :func:`mhc_ops.head` for the formula.
+
+    Args:
+        residual, fn, scale, base, rms_eps, hc_eps, norm_weight, norm_eps: as in
+            :func:`mhc_ops.head`.
+        compute_dtype: dtype of the arithmetic.
+
+    Returns:
+        [..., H], dtype of ``residual``.
+    """
+    m = project(residual, fn, rms_eps, compute_dtype=compute_dtype)
+    weights = torch.sigmoid(m * scale.to(compute_dtype) + base.to(compute_dtype)) + hc_eps
+    return collapse(residual, weights, norm_weight, norm_eps)

@@ -1,0 +1,90 @@
+"""Whether the TileLang kernels can serve a device, and why not."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+LEAST_CAPABILITY = (8, 0)  # cp.async and bf16 mma
+
+
+def _normalise(device: torch.device | str | int | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda")
+    if isinstance(device, int):
+        return torch.device("cuda", device)
+    return torch.device(device)
+
+
+@functools.cache
+def _tilelang_installed() -> bool:
+    return importlib.util.find_spec("tilelang") is not None
+
+
+@functools.cache
+def _cuda_support(index: int) -> tuple[bool, str]:
+    capability = torch.cuda.get_device_capability(index)
+    if capability < LEAST_CAPABILITY:
+        return False, (
+            f"compute capability {capability[0]}.{capability[1]} of "
+            f"{torch.cuda.get_device_name(index)} is below "
+            f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
+        )
+    return True, f"TileLang kernels for {arch(torch.device('cuda', index))}"
+
+
+def is_supported(device: torch.device | str | int | None = None) -> tuple[bool, str]:
+    """Whether the TileLang kernels can run on a device.
+
+    Args:
+        device: a device, its name or its CUDA index; the current CUDA device when None.
+
+    Returns:
+        (True, what will serve it) or (False, the reason why the kernels cannot).
+    """
+    wanted = _normalise(device)
+    if wanted.type != "cuda":
+        return False, f"device {wanted} is not a CUDA device"
+    if torch.version.hip is not None:
+        return False, f"ROCm {torch.version.hip} is not supported"
+    if torch.version.cuda is None:
+        return False, "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return False, "no CUDA device is available"
+    if not _tilelang_installed():
+        return False, "tilelang is not installed"
+    index = torch.cuda.current_device() if wanted.index is None else wanted.index
+    if index >= torch.cuda.device_count():
+        return False, f"there is no CUDA device {index}"
+    return _cuda_support(index)
+
+
+@functools.cache
+def arch(device: torch.device) -> str:
+    """TileLang's name of a CUDA device's architecture, such as ``sm_90a``.
+
+    Args:
+        device: a CUDA device with an index.
+
+    Returns:
+        ``sm_XY``, with the suffix ``a`` from Hopper on.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
+def require(op: str, device: torch.device) -> None:
+    """Raise where the kernels cannot serve a device.
+
+    Args:
+        op: name of the op, for the message.
+        device: where its tensors are.
+
+    Raises:
+        RuntimeError: with the reason that :func:`is_supported` gives.
+    """
+    supported, reason = is_supported(device)
+    if not supported:
+        raise RuntimeError(f"mhc::{op}: the CUDA kernels cannot serve {device}: {reason}")
