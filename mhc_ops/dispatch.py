@@ -1,2 +1,160 @@
-"""(tokens, hidden, device) to kernel keys and grids: pure integers, finite, enumerable."""
-PARTIAL_WIDTH = 32
+"""(tokens, hidden, device) to kernel keys and grids: pure integers, finite, enumerable.
+
+A key names everything that is compiled into a kernel. The token count never is; it only decides
+which of the few kernels runs and how its grid is cut.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+HC_MULT = 4
+MIXES = HC_MULT * (HC_MULT + 2)
+PARTIAL_WIDTH = 32  # floats of a partial row: 24 projections, the sum of squares, padding
+
+# fused_post_pre runs post_projection + finish up to here, post + projection + finish beyond.
+POST_PROJECTION_MAX_TOKENS = 128
+
+POST_PROJECTION_SLICE = 32  # hidden elements a CTA of post_projection
+POST_PROJECTION_TILE = 16  # tokens of one of its tiles
+POST_PROJECTION_CTAS_PER_SM = 4  # that its registers allow
+
+PROJECTION_BLOCK = 32  # columns of one step of a warp of projection
+PROJECTION_WARPS = 4
+
+
+class TokenTile(NamedTuple):
+    """A compiled token tile of ``projection`` and how many of its CTAs an SM holds."""
+
+    tokens: int
+    ctas_per_sm: int
+
+
+# A larger tile reads fn less often; a smaller one wastes less on few tokens.
+SMALL_TILE = TokenTile(tokens=16, ctas_per_sm=6)
+LARGE_TILE = TokenTile(tokens=64, ctas_per_sm=3)
+SMALL_TILE_MAX_TOKENS = 256
+
+
+class Key(NamedTuple):
+    """What a compiled kernel depends on.
+
+    Attributes:
+        kernel: stem of its file in ``csrc_tilelang``.
+        arch: such as ``sm_90a``.
+        hidden: H.
+        options: the other arguments of its factory, by name.
+    """
+
+    kernel: str
+    arch: str
+    hidden: int
+    options: tuple[tuple[str, int], ...] = ()
+
+
+class ProjectionPlan(NamedTuple):
+    """A launch of ``projection``: its kernel, grid rows along K, and blocks a row."""
+
+    key: Key
+    splits: int
+    blocks_per_split: int
+
+
+class PostProjectionPlan(NamedTuple):
+    """A launch of ``post_projection``: its kernel, hidden slices, and token tiles a CTA."""
+
+    key: Key
+    slices: int
+    tiles: int
+
+
+def _ceildiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def takes_post_projection(tokens: int) -> bool:
+    """Whether ``fused_post_pre`` runs ``post_projection`` + ``finish`` for this many tokens."""
+    return tokens <= POST_PROJECTION_MAX_TOKENS
+
+
+@functools.cache
+def post_key(hidden: int, arch: str) -> Key:
+    """The ``post`` kernel."""
+    return Key("post", arch, hidden)
+
+
+@functools.cache
+def finish_key(hidden: int, arch: str, norm: bool) -> Key:
+    """The ``finish`` kernel, with or without the RMSNorm."""
+    return Key("finish", arch, hidden, (("norm", norm),))
+
+
+@functools.cache
+def head_key(hidden: int, arch: str, norm: bool) -> Key:
+    """The ``head`` kernel, with or without the RMSNorm."""
+    return Key("head", arch, hidden, (("norm", norm),))
+
+
+@functools.lru_cache(maxsize=4096)
+def projection_plan(
+    tokens: int, hidden: int, rows: int, arch: str, sm_count: int
+) -> ProjectionPlan:
+    """How ``projection`` covers ``tokens`` tokens: one wave of CTAs where K can be cut that far.
+
+    Args:
+        tokens: at least 1.
+        hidden: H.
+        rows: rows of fn, 24 for pre and 4 for head.
+        arch: such as ``sm_90a``.
+        sm_count: multiprocessors of the device.
+
+    Returns:
+        The plan; ``splits * blocks_per_split`` covers all blocks of 32 columns.
+    """
+    tile = SMALL_TILE if tokens <= SMALL_TILE_MAX_TOKENS else LARGE_TILE
+    key = Key("projection", arch, hidden, (("rows", rows), ("token_tile", tile.tokens)))
+    blocks = HC_MULT * hidden // PROJECTION_BLOCK
+    wanted = max(1, sm_count * tile.ctas_per_sm // _ceildiv(tokens, tile.tokens))
+    blocks_per_split = PROJECTION_WARPS * _ceildiv(blocks, PROJECTION_WARPS * wanted)
+    return ProjectionPlan(key, _ceildiv(blocks, blocks_per_split), blocks_per_split)
+
+
+@functools.lru_cache(maxsize=4096)
+def post_projection_plan(tokens: int, hidden: int, arch: str, sm_count: int) -> PostProjectionPlan:
+    """How ``post_projection`` covers ``tokens`` tokens: fixed slices, tiles in turn past a wave.
+
+    Args:
+        tokens: at least 1.
+        hidden: H.
+        arch: such as ``sm_90a``.
+        sm_count: multiprocessors of the device.
+
+    Returns:
+        The plan.
+    """
+    slices = hidden // POST_PROJECTION_SLICE
+    ctas = slices * _ceildiv(tokens, POST_PROJECTION_TILE)
+    tiles = _ceildiv(ctas, sm_count * POST_PROJECTION_CTAS_PER_SM)
+    return PostProjectionPlan(Key("post_projection", arch, hidden), slices, tiles)
+
+
+def keys(hidden: int, arch: str) -> Iterator[Key]:
+    """Every kernel that any op can reach at this hidden size.
+
+    Args:
+        hidden: H.
+        arch: such as ``sm_90a``.
+
+    Yields:
+        The keys, each once.
+    """
+    yield post_key(hidden, arch)
+    yield Key("post_projection", arch, hidden)
+    for rows in (MIXES, HC_MULT):
+        for tile in (SMALL_TILE, LARGE_TILE):
+            yield Key("projection", arch, hidden, (("rows", rows), ("token_tile", tile.tokens)))
+    for norm in (False, True):
+        yield finish_key(hidden, arch, norm)
+        yield head_key(hidden, arch, norm)

@@ -75,6 +75,18 @@ def arch(device: torch.device) -> str:
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _refusal(device: torch.device) -> str | None:
+    supported, reason = is_supported(device)
+    return None if supported else reason
+
+
 def require(op: str, device: torch.device) -> None:
     """Raise where the kernels cannot serve a device.
 
@@ -85,6 +97,6 @@ def require(op: str, device: torch.device) -> None:
     Raises:
         RuntimeError: with the reason that :func:`is_supported` gives.
     """
-    supported, reason = is_supported(device)
-    if not supported:
+    reason = _refusal(device)
+    if reason is not None:
         raise RuntimeError(f"mhc::{op}: the CUDA kernels cannot serve {device}: {reason}")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch, jit, reference
+from .. import dispatch, jit, reference, support
 from .._checks import check_post, check_pre
 from .._library import register
 from .post import launch_post
@@ -79,9 +79,9 @@ def launch_post_projection(
     """
     tokens, hc_mult, hidden = streams.shape
     plan = dispatch.post_projection_plan(
-        tokens, hidden, jit.arch(streams.device), jit.sm_count(streams.device)
+        tokens, hidden, support.arch(streams.device), support.sm_count(streams.device)
     )
-    partials = fn.new_empty((plan.splits, tokens, dispatch.PARTIAL_WIDTH))
+    partials = fn.new_empty((plan.slices, tokens, dispatch.PARTIAL_WIDTH))
     jit.launch(
         plan.key,
         streams.device,
@@ -92,6 +92,7 @@ def launch_post_projection(
         fn.contiguous(),
         streams_out,
         partials,
+        plan.tiles,
     )
     return partials
 
@@ -113,6 +114,7 @@ def _cuda(
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    support.require("fused_post_pre", residual.device)
     _check(
         x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, rms_eps, hc_pre_eps,
         hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps,
@@ -121,7 +123,7 @@ def _cuda(
     streams = residual.flatten(0, -3)
     if not streams.numel():
         return (residual.new_empty(residual.shape), *outputs)
-    if dispatch.takes_post_projection(streams.shape[0], streams.shape[2]):
+    if dispatch.takes_post_projection(streams.shape[0]):
         residual_out = residual.new_empty(residual.shape)
         streams_out = residual_out.view(streams.shape)
         partials = launch_post_projection(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dispatch, jit, reference
+from .. import dispatch, jit, reference, support
 from .._checks import check_head
 from .._library import register
 from .pre import launch_projection
@@ -41,13 +41,14 @@ def _cuda(
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
 ) -> Tensor:
+    support.require("head", residual.device)
     check_head("head", residual, fn, scale, base, rms_eps, hc_eps, norm_weight, norm_eps)
     hidden = residual.shape[-1]
     out = residual.new_empty((*residual.shape[:-2], hidden))
     if residual.numel():
         streams = residual.flatten(0, -3).contiguous()
         jit.launch(
-            dispatch.head_key(hidden, jit.arch(streams.device), norm=norm_weight is not None),
+            dispatch.head_key(hidden, support.arch(streams.device), norm_weight is not None),
             streams.device,
             streams,
             launch_projection(streams, fn),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dispatch, jit, reference
+from .. import dispatch, jit, reference, support
 from .._checks import check_post
 from .._library import register
 
@@ -28,7 +28,7 @@ def launch_post(
     tokens = residual.numel() // (hc_mult * hidden)
     if tokens:
         jit.launch(
-            dispatch.post_key(hidden, jit.arch(residual.device)),
+            dispatch.post_key(hidden, support.arch(residual.device)),
             residual.device,
             x.reshape(tokens, hidden).contiguous(),
             residual.reshape(tokens, hc_mult, hidden).contiguous(),
@@ -40,6 +40,7 @@ def launch_post(
 
 
 def _cuda(x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor) -> Tensor:
+    support.require("post", residual.device)
     check_post("post", x, residual, post_layer_mix, comb_res_mix)
     return launch_post(x, residual, post_layer_mix, comb_res_mix)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch, jit, reference
+from .. import dispatch, jit, reference, support
 from .._checks import check_pre
 from .._library import register
 
@@ -65,7 +65,7 @@ def launch_finish(
     tokens, hc_mult, hidden = streams.shape
     post_mix, comb_mix, layer_input = outputs
     jit.launch(
-        dispatch.finish_key(hidden, jit.arch(streams.device), norm=norm_weight is not None),
+        dispatch.finish_key(hidden, support.arch(streams.device), norm_weight is not None),
         streams.device,
         streams,
         partials,
@@ -93,10 +93,17 @@ def launch_projection(streams: Tensor, fn: Tensor) -> Tensor:
     """
     tokens, _, hidden = streams.shape
     plan = dispatch.projection_plan(
-        tokens, hidden, fn.shape[0], jit.arch(streams.device), jit.sm_count(streams.device)
+        tokens, hidden, fn.shape[0], support.arch(streams.device), support.sm_count(streams.device)
     )
     partials = fn.new_empty((plan.splits, tokens, dispatch.PARTIAL_WIDTH))
-    jit.launch(plan.key, streams.device, streams, fn.contiguous(), partials)
+    jit.launch(
+        plan.key,
+        streams.device,
+        streams.view(tokens, -1),
+        fn.contiguous(),
+        partials,
+        plan.blocks_per_split,
+    )
     return partials
 
 
@@ -135,6 +142,7 @@ def _cuda(
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    support.require("pre", residual.device)
     check_pre(
         "pre", residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
         hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps,

@@ -1,0 +1,59 @@
+"""Small device functions that the TileLang language lacks, and the constants that kernels share.
+
+A kernel takes the functions in with ``T.import_source(DEVICE_SOURCE)`` and calls them with
+``T.call_extern``. The two bounding comment lines let the CPU emulation of the tests cut the PTX
+out and put its own twins in.
+"""
+
+HC_MULT = 4  # residual streams
+MIXES = HC_MULT * (HC_MULT + 2)  # rows of fn: 4 pre, 4 post, 16 comb
+SQUARES = MIXES  # column of a partial row that holds the sum of squares
+PARTIAL_WIDTH = 32  # floats of a partial row: 24 projections, the squares, padding to 128 bytes
+
+WARP = 32
+VECTOR = 8  # bf16 elements in 16 bytes
+MMA_TOKENS = 16  # rows of one m16n8k16 tile
+SUMS_STRIDE = 40  # floats of a row of sums in shared memory: 8 rows of float2 on different banks
+MMA_COLUMNS = 8  # columns of one m16n8k16 tile
+SPLIT_TERMS = 3  # bf16 terms of an fp32 weight: 8 + 8 + 8 bits of mantissa
+
+DEVICE_SOURCE = r"""
+// mhc device functions: begin
+namespace mhc {
+
+// acc += a * b, mma.sync m16n8k16 on bf16 with fp32 accumulators; fragments as in the PTX ISA.
+__device__ __forceinline__ void mma_bf16(float* acc, const unsigned* a, unsigned b0, unsigned b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two fp32 as three packed bf16 pairs, high to low: x = out[0] + out[1] + out[2] to 24 bits.
+__device__ __forceinline__ void split3(float lo, float hi, unsigned* out) {
+#pragma unroll
+  for (int term = 0; term < 3; ++term) {
+    unsigned packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
+    out[term] = packed;
+    lo -= __uint_as_float(packed << 16);
+    hi -= __uint_as_float(packed & 0xffff0000u);
+  }
+}
+
+// A hint: it reads nothing into the SM, so it may run before the previous kernel has finished.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+// 1 / x to 1 ulp; a full division costs 8 times as much and Sinkhorn corrects itself.
+__device__ __forceinline__ float rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace mhc
+// mhc device functions: end
+"""
