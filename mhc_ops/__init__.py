@@ -6,6 +6,7 @@ CUDA call does.
 """
 
 from .ops import FusedPostPreOutput, PreOutput, fused_post_pre, head, post, pre
+from .prewarm import PrewarmReport, prewarm
 from .support import is_supported
 
 __version__ = "0.1.0"
@@ -13,9 +14,11 @@ __version__ = "0.1.0"
 __all__ = [
     "FusedPostPreOutput",
     "PreOutput",
+    "PrewarmReport",
     "fused_post_pre",
     "head",
     "is_supported",
     "post",
     "pre",
+    "prewarm",
 ]

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from . import dispatch
+
 ALIGNMENT = 16  # bytes: the kernels load and store 16 bytes a thread
-CUDA_HC_MULT = 4  # residual streams that the CUDA kernels are written for
-CUDA_HIDDEN_MULTIPLE = 256  # 32 lanes of 8 bf16 elements
 
 ACTIVATION = torch.bfloat16
 MIX = torch.float32
@@ -105,13 +105,13 @@ def _check_streams(op: str, residual: Tensor) -> tuple[int, int]:
     if hidden < 1:
         _fail(op, "residual", "with a hidden size of at least 1", hidden)
     if residual.device.type == "cuda":
-        if hc_mult != CUDA_HC_MULT:
-            _fail(op, "residual", f"with hc_mult {CUDA_HC_MULT} on CUDA", hc_mult)
-        if hidden % CUDA_HIDDEN_MULTIPLE != 0:
+        if hc_mult != dispatch.HC_MULT:
+            _fail(op, "residual", f"with hc_mult {dispatch.HC_MULT} on CUDA", hc_mult)
+        if hidden % dispatch.HIDDEN_MULTIPLE != 0:
             _fail(
                 op,
                 "residual",
-                f"with a hidden size that is a multiple of {CUDA_HIDDEN_MULTIPLE} on CUDA",
+                f"with a hidden size that is a multiple of {dispatch.HIDDEN_MULTIPLE} on CUDA",
                 hidden,
             )
     return hc_mult, hidden

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 HC_MULT = 4
+HIDDEN_MULTIPLE = 256  # 32 lanes of 8 bf16 elements: a warp's 16-byte loads
 MIXES = HC_MULT * (HC_MULT + 2)
 PARTIAL_WIDTH = 32  # floats of a partial row: 24 projections, the sum of squares, padding
 
@@ -97,6 +98,10 @@ def head_key(hidden: int, arch: str, norm: bool) -> Key:
     return Key("head", arch, hidden, (("norm", norm),))
 
 
+def _projection_key(hidden: int, rows: int, tile: TokenTile, arch: str) -> Key:
+    return Key("projection", arch, hidden, (("rows", rows), ("token_tile", tile.tokens)))
+
+
 @functools.lru_cache(maxsize=4096)
 def projection_plan(
     tokens: int, hidden: int, rows: int, arch: str, sm_count: int
@@ -114,7 +119,7 @@ def projection_plan(
         The plan; ``splits * blocks_per_split`` covers all blocks of 32 columns.
     """
     tile = SMALL_TILE if tokens <= SMALL_TILE_MAX_TOKENS else LARGE_TILE
-    key = Key("projection", arch, hidden, (("rows", rows), ("token_tile", tile.tokens)))
+    key = _projection_key(hidden, rows, tile, arch)
     blocks = HC_MULT * hidden // PROJECTION_BLOCK
     wanted = max(1, sm_count * tile.ctas_per_sm // _ceildiv(tokens, tile.tokens))
     blocks_per_split = PROJECTION_WARPS * _ceildiv(blocks, PROJECTION_WARPS * wanted)
@@ -140,21 +145,29 @@ def post_projection_plan(tokens: int, hidden: int, arch: str, sm_count: int) -> 
     return PostProjectionPlan(Key("post_projection", arch, hidden), slices, tiles)
 
 
-def keys(hidden: int, arch: str) -> Iterator[Key]:
+def path_tokens(max_tokens: int) -> tuple[int, ...]:
+    """Token counts that reach every path of every op up to ``max_tokens``, one a path."""
+    starts = {1, POST_PROJECTION_MAX_TOKENS + 1, SMALL_TILE_MAX_TOKENS + 1}
+    return tuple(sorted(tokens for tokens in starts if tokens <= max_tokens))
+
+
+def keys(hidden: int, arch: str, max_tokens: int) -> Iterator[Key]:
     """Every kernel that any op can reach at this hidden size.
 
     Args:
         hidden: H.
         arch: such as ``sm_90a``.
+        max_tokens: the largest token count of a call.
 
     Yields:
         The keys, each once.
     """
     yield post_key(hidden, arch)
-    yield Key("post_projection", arch, hidden)
+    yield post_projection_plan(1, hidden, arch, 1).key
+    tiles = [SMALL_TILE] + [LARGE_TILE] * (max_tokens > SMALL_TILE_MAX_TOKENS)
     for rows in (MIXES, HC_MULT):
-        for tile in (SMALL_TILE, LARGE_TILE):
-            yield Key("projection", arch, hidden, (("rows", rows), ("token_tile", tile.tokens)))
+        for tile in tiles:
+            yield _projection_key(hidden, rows, tile, arch)
     for norm in (False, True):
         yield finish_key(hidden, arch, norm)
         yield head_key(hidden, arch, norm)

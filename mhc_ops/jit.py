@@ -61,7 +61,7 @@ def compile_key(key: Key) -> Any:
             return kernel
         start = time.perf_counter()
         logger.info("compiling %s", key)
-        import tilelang
+        import tilelang  # type: ignore[import-untyped]
 
         config = tilelang.PassConfigKey
         factory = getattr(

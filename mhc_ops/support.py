@@ -55,10 +55,24 @@ def is_supported(device: torch.device | str | int | None = None) -> tuple[bool, 
         return False, "no CUDA device is available"
     if not _tilelang_installed():
         return False, "tilelang is not installed"
-    index = torch.cuda.current_device() if wanted.index is None else wanted.index
+    index = cuda_device(wanted).index
     if index >= torch.cuda.device_count():
         return False, f"there is no CUDA device {index}"
     return _cuda_support(index)
+
+
+def cuda_device(device: torch.device | str | int | None = None) -> torch.device:
+    """The CUDA device that is meant, with its index.
+
+    Args:
+        device: a CUDA device, its name or its index; the current one when None.
+
+    Returns:
+        The device; the current one where no index is given.
+    """
+    wanted = _normalise(device)
+    index = torch.cuda.current_device() if wanted.index is None else wanted.index
+    return torch.device("cuda", index)
 
 
 @functools.cache

@@ -1,0 +1,146 @@
+"""Compile and load every kernel that a hidden size can reach, before serving or graph capture."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import NamedTuple
+
+import torch
+
+from . import dispatch, jit, support
+from .ops import fused_post_pre, head, post, pre
+
+DEFAULT_HIDDEN = (4096, 7168)  # V4-Flash and V4-Pro
+DEFAULT_MAX_TOKENS = 8192
+
+
+class PrewarmReport(NamedTuple):
+    """What :func:`prewarm` did.
+
+    Attributes:
+        device: the device that is warm now.
+        kernels: the kernels that were compiled, or found in the cache, and loaded.
+        seconds: how long it took.
+    """
+
+    device: torch.device
+    kernels: tuple[dispatch.Key, ...]
+    seconds: float
+
+
+def _load(hidden: int, max_tokens: int, device: torch.device) -> None:
+    """Run the ops once on each path: a module loads at its first launch on a device."""
+    n, mixes = dispatch.HC_MULT, dispatch.MIXES
+    weight = torch.ones(hidden, dtype=torch.bfloat16, device=device)
+    fn = torch.randn(mixes, n * hidden, device=device)
+    scale, base = torch.ones(3, device=device), torch.zeros(mixes, device=device)
+    for tokens in dispatch.path_tokens(max_tokens):
+        x = torch.randn(tokens, hidden, device=device).bfloat16()
+        residual = torch.randn(tokens, n, hidden, device=device).bfloat16()
+        post_mix = torch.ones(tokens, n, device=device)
+        comb_mix = torch.full((tokens, n, n), 1 / n, device=device)
+        for gain, eps in ((None, None), (weight, 1e-6)):
+            streams = fused_post_pre(
+                x, residual, post_mix, comb_mix, fn, scale, base, 1e-6, 1e-6, 1e-6, 2.0, 20,
+                norm_weight=gain, norm_eps=eps,
+            ).residual_out  # fmt: skip
+            pre(streams, fn, scale, base, 1e-6, 1e-6, 1e-6, 2.0, 20, norm_weight=gain, norm_eps=eps)
+            post(x, streams, post_mix, comb_mix)
+            head(streams, fn[:n], scale[:1], base[:n], 1e-6, 1e-6, norm_weight=gain, norm_eps=eps)
+    torch.cuda.synchronize(device)
+
+
+def prewarm(
+    hidden: Sequence[int],
+    *,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    device: torch.device | str | int | None = None,
+    progress: bool = False,
+) -> PrewarmReport:
+    """Compile and load all kernels that calls with these sizes can reach.
+
+    After it no call with one of these hidden sizes and up to ``max_tokens`` tokens compiles or
+    loads anything, so it may run inside CUDA-graph capture. Kernels are compiled side by side;
+    those in TileLang's cache are read from it.
+
+    Args:
+        hidden: hidden sizes, multiples of 256.
+        max_tokens: the largest token count of a call.
+        device: a CUDA device, its name or index; the current one when None.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: a hidden size or ``max_tokens`` that the kernels cannot serve.
+        RuntimeError: the device cannot be served, with the reason.
+    """
+    if not hidden:
+        raise ValueError("mhc_ops.prewarm: expected at least one hidden size, got none")
+    for size in hidden:
+        if size < 1 or size % dispatch.HIDDEN_MULTIPLE:
+            raise ValueError(
+                "mhc_ops.prewarm: expected hidden sizes that are multiples of "
+                f"{dispatch.HIDDEN_MULTIPLE}, got {size}"
+            )
+    if max_tokens < 1:
+        raise ValueError(f"mhc_ops.prewarm: expected max_tokens of at least 1, got {max_tokens}")
+    supported, reason = support.is_supported(device)
+    if not supported:
+        raise RuntimeError(f"mhc_ops.prewarm: {reason}")
+    target = support.cuda_device(device)
+
+    # here, not at the top: importing mhc_ops stays quick
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    start = time.perf_counter()
+    arch = support.arch(target)
+    keys = [key for size in hidden for key in dispatch.keys(size, arch, max_tokens)]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with (
+        Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
+        ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
+    ):
+        compiling = bar.add_task(f"compiling for {arch}", total=len(keys))
+        for done in as_completed([pool.submit(jit.compile_key, key) for key in keys]):
+            done.result()
+            bar.advance(compiling)
+        loading = bar.add_task(f"loading on {target}", total=len(hidden))
+        with torch.cuda.device(target), torch.no_grad():
+            for size in hidden:
+                _load(size, max_tokens, target)
+                bar.advance(loading)
+    return PrewarmReport(target, tuple(keys), time.perf_counter() - start)
+
+
+def main(argv: Sequence[str]) -> int:
+    """``python -m mhc_ops prewarm``; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m mhc_ops prewarm", description=__doc__)
+    parser.add_argument("--hidden", type=int, nargs="+", default=list(DEFAULT_HIDDEN))
+    parser.add_argument("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS)
+    parser.add_argument("--device", default=None)
+    arguments = parser.parse_args(argv)
+    try:
+        report = prewarm(
+            arguments.hidden,
+            max_tokens=arguments.max_tokens,
+            device=arguments.device,
+            progress=True,
+        )
+    except (RuntimeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{len(report.kernels)} kernels ready on {report.device} in {report.seconds:.1f} s")
+    return 0
