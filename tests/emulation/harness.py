@@ -1,0 +1,220 @@
+"""Builds and runs generated CUDA source on the CPU.
+
+Every run is a process of its own: a fault, a deadlock or a race ends that process and becomes an
+:class:`EmulationError` here. A kernel is built once a source and mode in ``build_folder``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lowering import Lowered
+
+INCLUDE = Path(__file__).parent / "include"
+DEVICE_FUNCTIONS = re.compile(
+    r"^// mhc device functions: begin$.*?^// mhc device functions: end$", re.DOTALL | re.MULTILINE
+)
+KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(.*?\) (\w+)\((.*?)\) \{')
+
+FLAGS = (
+    "-std=c++20", "-g", "-fno-strict-aliasing", "-Wno-unknown-pragmas",
+    # one rounding an operation on every machine
+    "-ffp-contract=off",
+    # a variable that is read before it is written gets a wild value, always the same
+    "-ftrivial-auto-var-init=pattern",
+)  # fmt: skip
+# The fibers jump between stacks, which glibc's fortified longjmp takes for an error.
+FIBER_FLAGS = (
+    "-O1", "-U_FORTIFY_SOURCE", "-fsanitize=undefined", "-fno-sanitize=vptr",
+    "-fno-sanitize-recover=all",
+)  # fmt: skip
+THREAD_FLAGS = ("-O1", "-DEMULATION_THREADS", "-fsanitize=thread", "-pthread")
+TIMEOUT = 120  # seconds a run
+
+
+class EmulationError(RuntimeError):
+    """The emulated kernel did what no kernel may; the text says what and where."""
+
+
+def missing() -> str | None:
+    """Why kernels cannot be emulated here, or None."""
+    return None if shutil.which("g++") else "g++ is not installed"
+
+
+def translate(source: str) -> str:
+    """CUDA source as C++ against the headers in ``include``.
+
+    What is PTX or preprocessor goes; what C++ cannot say by macros is rewritten: declarations of
+    shared memory, and local arrays, which nvcc aligns for the vector accesses to them.
+    """
+    source = DEVICE_FUNCTIONS.sub("", source)
+    source = re.sub(r"^#(?!pragma unroll).*\n", "", source, flags=re.MULTILINE)
+    source = re.sub(
+        r"^( *)extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];$",
+        r"\1EMULATION_DYNAMIC_SHARED(\2, \3);",
+        source,
+        flags=re.MULTILINE,
+    )
+    source = re.sub(
+        r"^( *)__shared__ __align__\(\d+\) (\w+) (\w+)\[(\d+)\];$",
+        r"\1EMULATION_STATIC_SHARED(\2, \3, \4);",
+        source,
+        flags=re.MULTILINE,
+    )
+    source = re.sub(r"^( +)(\w+ \w+\[\d+\];)$", r"\1alignas(16) \2", source, flags=re.MULTILINE)
+    name = _kernel(source).group(1)
+    return f'#include "emulation.h"\n\n{source}\nEMULATION_MAIN({name})\n'
+
+
+def _kernel(source: str) -> re.Match[str]:
+    kernels = list(KERNEL.finditer(source))
+    if len(kernels) != 1:
+        raise ValueError(f"expected one kernel in the generated source, got {len(kernels)}")
+    return kernels[0]
+
+
+def _build(source: str, flags: tuple[str, ...], folder: Path) -> Path:
+    code = translate(source)
+    digest = hashlib.sha256("\0".join((code, *flags)).encode()).hexdigest()[:16]
+    program = folder / digest
+    if not program.exists():
+        text = folder / f"{digest}.cpp"
+        text.write_text(code)
+        # under another name first: two tests may build the same kernel at once
+        partial = Path(tempfile.mkdtemp(dir=folder)) / "program"
+        command = ["g++", *FLAGS, *flags, "-I", str(INCLUDE), "-o", str(partial), str(text)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise EmulationError(f"g++ refuses the translated source:\n{result.stderr}")
+        partial.rename(program)
+    return program
+
+
+class Kernel:
+    """A lowered kernel that can be called with CPU tensors, as TileLang's JITKernel with CUDA ones.
+
+    Args:
+        lowered: what to run.
+        folder: where programs and arguments are kept; the same for a whole session.
+        sanitize_threads: run every CUDA thread as an OS thread under ThreadSanitizer.
+        resident: CTAs that run side by side.
+        early: parameters that may be read before the previous kernel has finished.
+    """
+
+    def __init__(
+        self,
+        lowered: Lowered,
+        folder: Path,
+        *,
+        sanitize_threads: bool = False,
+        resident: int = 1,
+        early: Collection[str] = (),
+    ) -> None:
+        self._lowered = lowered
+        self._folder = folder
+        self._sanitize_threads = sanitize_threads
+        self._resident = resident
+        self._early = early
+        flags = THREAD_FLAGS if sanitize_threads else FIBER_FLAGS
+        self._program = _build(lowered.source, flags, folder)
+        self._signature = [
+            (word.split()[-1].lstrip("*"), "*" in word, word.lstrip().startswith("const "))
+            for word in _kernel(lowered.source).group(2).split(",")
+        ]
+
+    def __call__(self, *args: Any) -> None:
+        """Run the kernel.
+
+        Args:
+            args: the arguments of the TileLang program in its order: contiguous CPU tensors and
+                numbers. Tensors that the kernel writes are changed in place.
+
+        Raises:
+            ValueError: arguments that do not fit the program, or an empty grid.
+            EmulationError: the kernel failed.
+        """
+        values = self._bind(args)
+        grid = self._lowered.dim3("blockIdx", values)
+        block = self._lowered.dim3("threadIdx", values)
+        if 0 in grid:
+            raise ValueError(f"expected a grid with CTAs, got {grid}")
+        # the whole memory model of programmatic launch is one CTA deep
+        waits = self._lowered.waits and not self._sanitize_threads and self._resident == 1
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            words, written = [], []
+            for name, is_pointer, is_const in self._signature:
+                value = values[name]
+                if not is_pointer:
+                    words.append(f"{name}:{value.hex() if isinstance(value, float) else value}")
+                    continue
+                file = Path(folder) / name
+                file.write_bytes(value.view(torch.uint8).numpy().tobytes())
+                if not is_const:
+                    written.append((value, file))
+                kind = ("+" if name in self._early else "=") if is_const else "@"
+                words.append(f"{name}{kind}{file}")
+            command = [
+                str(self._program),
+                "grid={},{},{}".format(*grid),
+                "block={},{},{}".format(*block),
+                f"shared={self._lowered.dynamic_shared}",
+                f"resident={self._resident}",
+                f"pdl={waits:d}",
+                *words,
+            ]
+            self._execute(command)
+            for tensor, file in written:
+                data = torch.frombuffer(bytearray(file.read_bytes()), dtype=tensor.dtype)
+                tensor.copy_(data.view(tensor.shape))
+
+    def _bind(self, args: tuple[Any, ...]) -> dict[str, Any]:
+        """Arguments and dynamic sizes by name."""
+        parameters = self._lowered.parameters
+        if len(args) != len(parameters):
+            raise ValueError(f"expected {len(parameters)} arguments, got {len(args)}")
+        values: dict[str, Any] = {}
+        for parameter, value in zip(parameters, args, strict=True):
+            if parameter.name in values:
+                raise ValueError(f"two parameters or sizes are called {parameter.name}")
+            if parameter.shape is None:
+                kind = float if parameter.dtype.startswith("float") else int
+                values[parameter.name] = kind(value)
+                continue
+            expected = parameter.shape
+            if not isinstance(value, Tensor) or str(value.dtype) != f"torch.{parameter.dtype}":
+                raise ValueError(f"{parameter.name}: expected {parameter.dtype}, got {value}")
+            if not value.is_contiguous() or value.dim() != len(expected):
+                raise ValueError(f"{parameter.name}: expected contiguous {expected}")
+            for size, got in zip(expected, value.shape, strict=True):
+                if values.setdefault(size, got) != got if isinstance(size, str) else size != got:
+                    raise ValueError(
+                        f"{parameter.name}: expected shape {expected}, got {tuple(value.shape)}"
+                    )
+            values[parameter.name] = value
+        return values
+
+    def _execute(self, command: list[str]) -> None:
+        environment = {"TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT, env=environment
+        )
+        if "unexpected memory mapping" in result.stderr:
+            # the runtime of g++ 12 wants less address-space randomisation than newer kernels use
+            result = subprocess.run(
+                ["setarch", "-R", *command],
+                capture_output=True, text=True, timeout=TIMEOUT, env=environment,
+            )  # fmt: skip
+        if result.returncode:
+            raise EmulationError(
+                f"{self._program.name} exited with {result.returncode}:\n{result.stderr[-6000:]}"
+            )

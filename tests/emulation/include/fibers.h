@@ -1,0 +1,148 @@
+// Every CUDA thread a fiber of one OS thread: deterministic, and a barrier costs a jump a thread.
+//
+// makecontext gives a fiber its stack; after that fibers change with _setjmp and _longjmp, which make
+// no system call. A fiber runs until it waits. The run queue is first in, first out.
+#pragma once
+
+#include <csetjmp>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <ucontext.h>
+#include <vector>
+
+#include "memory.h"
+
+namespace emulation {
+
+struct Fiber : Thread {
+  static constexpr size_t STACK = 256 * 1024;
+
+  std::jmp_buf registers;
+  ucontext_t start;
+  GuardedMemory stack{STACK};
+  const char* waits_for = nullptr;  // name of the barrier, while it waits
+  unsigned barrier = 0;
+};
+
+class Scheduler {
+ public:
+  Fiber* running = nullptr;
+  // Called when no fiber can run; returns whether it made one ready.
+  std::function<bool()> when_stuck = [] { return false; };
+
+  void ready(Fiber* fiber) { queue_.push_back(fiber); }
+
+  // Gives control back to execute(); returns when the running fiber's turn comes again.
+  void suspend() {
+    if (_setjmp(running->registers) == 0) _longjmp(registers_, 1);
+  }
+
+  // Runs body(worker, thread) in `workers` fibers until all have returned.
+  void execute(unsigned workers, const std::function<void(unsigned, Thread&)>& body) {
+    std::vector<std::unique_ptr<Fiber>> fibers(workers);
+    body_ = &body;
+    live_ = workers;
+    for (auto& fiber : fibers) {
+      fiber = std::make_unique<Fiber>();
+      getcontext(&fiber->start);
+      fiber->start.uc_stack.ss_sp = fiber->stack.data();
+      fiber->start.uc_stack.ss_size = fiber->stack.size();
+      makecontext(&fiber->start, &Scheduler::enter, 0);
+      // The first jump into a fiber cannot be a _longjmp: it runs up to its own _setjmp now.
+      running = fiber.get();
+      if (_setjmp(registers_) == 0) setcontext(&fiber->start);
+    }
+    while (live_ != 0) {
+      if (queue_.empty() && !when_stuck()) report_deadlock(fibers);
+      running = queue_.front();
+      queue_.pop_front();
+      if (_setjmp(registers_) == 0) _longjmp(running->registers, 1);
+    }
+    running = nullptr;
+  }
+
+ private:
+  static void enter();
+
+  [[noreturn]] void report_deadlock(const std::vector<std::unique_ptr<Fiber>>& fibers) {
+    for (auto& fiber : fibers)
+      if (fiber->waits_for != nullptr) {
+        running = fiber.get();
+        fail("deadlock: %u threads wait and none can run; one waits for %s %u", live_,
+             fiber->waits_for, fiber->barrier);
+      }
+    fail("deadlock");
+  }
+
+  std::jmp_buf registers_;
+  std::deque<Fiber*> queue_;
+  const std::function<void(unsigned, Thread&)>* body_ = nullptr;
+  unsigned live_ = 0, entered_ = 0;
+};
+
+inline Scheduler scheduler;
+
+inline void Scheduler::enter() {
+  const unsigned worker = scheduler.entered_++;
+  scheduler.ready(scheduler.running);
+  scheduler.suspend();
+  (*scheduler.body_)(worker, *scheduler.running);
+  --scheduler.live_;
+  _longjmp(scheduler.registers_, 1);
+}
+
+inline Thread* self() { return scheduler.running; }
+
+// Lets the others run: called in loops that wait for a value in memory.
+inline void yield() {
+  scheduler.ready(scheduler.running);
+  scheduler.suspend();
+}
+
+inline void execute(unsigned workers, const std::function<void(unsigned, Thread&)>& body) {
+  scheduler.execute(workers, body);
+}
+
+// bar.sync and bar.arrive: opens when `expected` threads have come. All that come to one opening must
+// expect the same number.
+class Barrier {
+ public:
+  void wait(unsigned expected, const char* name, unsigned id = 0) {
+    if (come(expected, name, id)) return;
+    Fiber* fiber = scheduler.running;
+    fiber->waits_for = name;
+    fiber->barrier = id;
+    waiting_.push_back(fiber);
+    scheduler.suspend();
+    fiber->waits_for = nullptr;
+  }
+  void arrive(unsigned expected, const char* name, unsigned id = 0) { come(expected, name, id); }
+
+ private:
+  bool come(unsigned expected, const char* name, unsigned id) {
+    if (arrived_ != 0 && expected != expected_)
+      fail("%s %u: expects %u threads here and %u elsewhere", name, id, expected, expected_);
+    expected_ = expected;
+    if (++arrived_ < expected) return false;
+    arrived_ = 0;
+    for (Fiber* fiber : waiting_) scheduler.ready(fiber);
+    waiting_.clear();
+    return true;
+  }
+
+  unsigned arrived_ = 0, expected_ = 0;
+  std::vector<Fiber*> waiting_;
+};
+
+// One OS thread needs no lock, and nothing watches it: see threads.h.
+struct Lock {
+  void lock() {}
+  void unlock() {}
+};
+struct Unobserved {
+  Unobserved() {}
+  ~Unobserved() {}
+};
+
+}  // namespace emulation

@@ -1,0 +1,45 @@
+// Twins of the device functions in csrc_tilelang/_device.py, which are PTX. Same names, same arguments:
+// a test compares them.
+#pragma once
+
+#include "cuda.h"
+
+namespace mhc {
+
+// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32, fragments as in the PTX ISA. With g = lane / 4
+// and t = lane % 4, register r of A holds row g + 8 * (r % 2), columns 2 t + 8 * (r / 2) and the next;
+// register r of B holds rows 2 t + 8 r and the next, column g; acc[i] is row g + 8 * (i / 2), column
+// 2 t + i % 2. The products are exact; they are added in fp32 in the order of k.
+__device__ __forceinline__ void mma_bf16(float* acc, const unsigned* a, unsigned b0, unsigned b1) {
+  struct Operands {
+    unsigned a[4], b[2];
+  };
+  const auto lanes = emulation::gather(~0u, Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const unsigned lane = emulation::self()->lane();
+  const auto element = [](unsigned pair, unsigned k) {
+    return __uint_as_float(k % 2 ? pair & 0xffff0000u : pair << 16);
+  };
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (unsigned k = 0; k < 16; ++k) {
+      const unsigned t = k % 8 / 2;
+      acc[i] += element(lanes[row % 8 * 4 + t].a[row / 8 + k / 8 * 2], k) *
+                element(lanes[column * 4 + t].b[k / 8], k);
+    }
+  }
+}
+
+__device__ __forceinline__ void split3(float lo, float hi, unsigned* out) {
+  for (int term = 0; term < 3; ++term) {
+    const bfloat16_t low(lo), high(hi);
+    out[term] = low.storage | unsigned(high.storage) << 16;
+    lo -= float(low);
+    hi -= float(high);
+  }
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* address) {}
+
+__device__ __forceinline__ float rcp(float x) { return 1.0f / x; }
+
+}  // namespace mhc

@@ -1,0 +1,141 @@
+// TileLang's device templates (tl_templates/cuda: common.h, reduce.h, atomic.h), as far as kernels
+// use them. Reductions add in the same order as on the GPU.
+#pragma once
+
+#include "cuda.h"
+
+namespace tl {
+
+inline void __sync_thread_partial(int barrier, int threads) {
+  emulation::Cta& cta = *emulation::self()->cta;
+  cta.barriers.at(barrier).wait(threads ? threads : cta.grid.threads.count(), "barrier", barrier);
+}
+inline void __named_barrier_arrive(int barrier, int threads) {
+  emulation::self()->cta->barriers.at(barrier).arrive(threads, "barrier", barrier);
+}
+
+struct SumOp {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct MaxOp {
+  template <class T>
+  T operator()(T a, T b) const {
+    return max(a, b);
+  }
+};
+struct MinOp {
+  template <class T>
+  T operator()(T a, T b) const {
+    return min(a, b);
+  }
+};
+
+template <class T, class Op>
+T warp_reduce(T value, Op op) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) value = op(value, __shfl_xor_sync(~0u, value, lanes));
+  return value;
+}
+template <class T>
+T warp_reduce_sum(T value) {
+  return warp_reduce(value, SumOp());
+}
+template <class T>
+T warp_reduce_max(T value) {
+  return warp_reduce(value, MaxOp());
+}
+template <class T>
+T warp_reduce_min(T value) {
+  return warp_reduce(value, MinOp());
+}
+
+struct SyncThreadsBarrier {
+  template <int name>
+  static void sync() {
+    __syncthreads();
+  }
+};
+template <int threads>
+struct NamedBarrier {
+  template <int name>
+  static void sync() {
+    __sync_thread_partial(name, threads);
+  }
+};
+
+// A butterfly over thread indices: through shared memory from distance 32 on, by shuffles below.
+template <class Op, int threads, int scale, int offset = 0, class Sync = SyncThreadsBarrier>
+struct AllReduce {
+  template <class T>
+  static T run(T value, T* shared = nullptr) {
+    for (int distance = threads / 2; distance >= scale; distance /= 2) {
+      if (distance >= 32) {
+        const int thread = int(threadIdx.x) - offset;
+        Sync::template sync<1>();
+        shared[thread] = value;
+        Sync::template sync<2>();
+        value = Op()(value, shared[thread ^ distance]);
+      } else {
+        value = Op()(value, __shfl_xor_sync(~0u, value, distance));
+      }
+    }
+    return value;
+  }
+};
+
+}  // namespace tl
+
+// The numbers of CUDA's memory orders are those of the compiler's builtins.
+namespace emulation {
+
+template <class T, class Op>
+T update(T* address, Op op, int order) {
+  T old, next;
+  __atomic_load(address, &old, __ATOMIC_RELAXED);
+  do {
+    next = op(old);
+  } while (!__atomic_compare_exchange(address, &old, &next, false, order, __ATOMIC_RELAXED));
+  return old;
+}
+
+}  // namespace emulation
+
+template <class T, class V>
+T AtomicAddRet(T* address, V value, int order = __ATOMIC_RELAXED) {
+  return emulation::update(address, [=](T old) { return T(old + T(value)); }, order);
+}
+// TileLang 0.1.15 drops the memory order of an addition whose result is not used.
+template <class T, class V>
+void AtomicAdd(T* address, V value, int = __ATOMIC_RELAXED) {
+  AtomicAddRet(address, value, __ATOMIC_RELAXED);
+}
+template <class T, class V>
+T AtomicMaxRet(T* address, V value, int order = __ATOMIC_RELAXED) {
+  return emulation::update(address, [=](T old) { return max(old, T(value)); }, order);
+}
+template <class T, class V>
+void AtomicMax(T* address, V value, int order = __ATOMIC_RELAXED) {
+  AtomicMaxRet(address, value, order);
+}
+template <class T, class V>
+T AtomicMinRet(T* address, V value, int order = __ATOMIC_RELAXED) {
+  return emulation::update(address, [=](T old) { return min(old, T(value)); }, order);
+}
+template <class T, class V>
+void AtomicMin(T* address, V value, int order = __ATOMIC_RELAXED) {
+  AtomicMinRet(address, value, order);
+}
+template <class T>
+T AtomicLoad(T* address, int order) {
+  emulation::yield();  // such loads stand in loops that wait
+  T value;
+  __atomic_load(address, &value, order);
+  return value;
+}
+template <class T, class V>
+void AtomicStore(T* address, V value, int order) {
+  T converted = T(value);
+  __atomic_store(address, &converted, order);
+}
