@@ -43,6 +43,32 @@ def _quiet_tilelang() -> Iterator[None]:
         tilelang_logger.setLevel(level)
 
 
+def program(key: Key) -> Any:
+    """The TileLang program of a key, before any lowering."""
+    factory = getattr(
+        importlib.import_module(f"mhc_ops.csrc_tilelang.{key.kernel}"), key.kernel
+    )
+    return factory(
+        key.hidden, pdl=_arch_number(key.arch) >= _LEAST_PDL_ARCH, **dict(key.options)
+    )
+
+
+def pass_configs() -> dict[Any, bool]:
+    """What TileLang's compiler is told about every kernel."""
+    import tilelang  # type: ignore[import-untyped]
+
+    config = tilelang.PassConfigKey
+    return {
+        # threads, barriers and copies are written out in the kernels
+        config.TL_DISABLE_WARP_SPECIALIZED: True,
+        config.TL_DISABLE_TMA_LOWER: True,
+        config.TL_DISABLE_THREAD_STORAGE_SYNC: True,
+        config.TL_DISABLE_SHARED_MEMORY_REUSE: True,
+        # they guard their own bounds; the pass doubles the address arithmetic
+        config.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
+    }
+
+
 def compile_key(key: Key) -> Any:
     """Compile a kernel; needs no GPU.
 
@@ -63,27 +89,11 @@ def compile_key(key: Key) -> Any:
         logger.info("compiling %s", key)
         import tilelang  # type: ignore[import-untyped]
 
-        config = tilelang.PassConfigKey
-        factory = getattr(
-            importlib.import_module(f"mhc_ops.csrc_tilelang.{key.kernel}"), key.kernel
-        )
         with _quiet_tilelang():
             kernel = tilelang.compile(
-                factory(
-                    key.hidden,
-                    pdl=_arch_number(key.arch) >= _LEAST_PDL_ARCH,
-                    **dict(key.options),
-                ),
+                program(key),
                 target={"kind": "cuda", "arch": key.arch},
-                pass_configs={
-                    # threads, barriers and copies are written out in the kernels
-                    config.TL_DISABLE_WARP_SPECIALIZED: True,
-                    config.TL_DISABLE_TMA_LOWER: True,
-                    config.TL_DISABLE_THREAD_STORAGE_SYNC: True,
-                    config.TL_DISABLE_SHARED_MEMORY_REUSE: True,
-                    # they guard their own bounds; the pass doubles the address arithmetic
-                    config.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
-                },
+                pass_configs=pass_configs(),
             )
         _compiled[key] = kernel
         logger.info("compiled %s in %.1f s", key, time.perf_counter() - start)
