@@ -1,0 +1,473 @@
+"""Inputs, a float64 oracle and comparisons for the ops; the tests use them and users may.
+
+:func:`make_inputs` makes the arguments of an op, easy or hard ones. :func:`assert_matches_oracle`
+compares what the op returned with the reference in float64, which is given the op's own
+``residual_out``, so that every output is judged by its own step alone. Why each bound is what it
+is stands next to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._checks import mixes
+
+OUTPUTS: dict[str, tuple[str, ...]] = {
+    "post": ("residual_out",),
+    "pre": ("post_mix", "comb_mix", "layer_input"),
+    "fused_post_pre": ("residual_out", "post_mix", "comb_mix", "layer_input"),
+    "head": ("layer_input",),
+}
+
+_POST_ARGUMENTS = ("x", "residual", "post_layer_mix", "comb_res_mix")
+_PRE_TENSORS = ("fn", "hc_scale", "hc_base")
+
+EPS = 1e-6  # every epsilon of DeepSeek-V4
+POST_MULT = 2.0  # its hc_post_mult_value
+
+
+# ---------------------------------------------------------------------------------------- inputs
+
+
+class _Random:
+    """Draws on the CPU, so that a seed means the same numbers on every device."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator)
+
+    def signs(self, *shape: int) -> Tensor:
+        return self.uniform(*shape).sub(0.5).sign()
+
+
+def _classical(t: dict[str, Tensor], random: _Random) -> None:
+    """Small streams, logits below 2: the inputs that SGLang's own test of the boundary draws."""
+    columns = t["fn"].shape[1]
+    t["fn"] = random.normal(t["fn"].shape[0], columns) * 0.01
+    t["hc_scale"] = torch.tensor([0.5, 0.25, 0.25])
+    t["hc_base"].zero_()
+    t["norm_weight"].fill_(1.0)
+
+
+def _signed_bases(t: dict[str, Tensor], random: _Random) -> None:
+    """Every bias +8 or -8: sigmoids near 0 and 1, softmax rows with ties far above the rest."""
+    t["hc_base"] = 8 * random.signs(t["hc_base"].numel())
+
+
+def _large_streams(t: dict[str, Tensor], random: _Random) -> None:
+    """Streams and sublayer output of size 30, as deep layers have them."""
+    for name in ("x", "residual"):
+        t[name] = t[name] * 300
+
+
+def _unequal_streams(t: dict[str, Tensor], random: _Random) -> None:
+    """One stream a million times another, before and after the post step."""
+    n = t["residual"].shape[-2]
+    size = torch.logspace(3, -3, n)
+    t["residual"] = t["residual"] * size[:, None]
+    t["post_layer_mix"] = t["post_layer_mix"] * size[:, None]
+    # nearly the identity: more off the diagonal would make the streams equal again
+    t["comb_res_mix"] = torch.eye(n) + t["comb_res_mix"] * 1e-8
+
+
+def _skewed_comb(t: dict[str, Tensor], random: _Random) -> None:
+    """The comb that comes in is far from uniform, one entry a row near 1, and so are the posts."""
+    t["comb_res_mix"] = (8 * (t["comb_res_mix"] * 4 - 0.5)).softmax(-1)
+    t["post_layer_mix"] = POST_MULT * torch.sigmoid(8 * (t["post_layer_mix"] - 0.5))
+
+
+def _large_logits(t: dict[str, Tensor], random: _Random) -> None:
+    """Logits up to about 10 of either sign, made by the projection."""
+    t["hc_scale"].fill_(2.5)
+
+
+def _huge_logits(t: dict[str, Tensor], random: _Random) -> None:
+    """Logits up to about 40 of either sign, made by the projection."""
+    t["hc_scale"].fill_(10.0)
+
+
+def _near_permutation(t: dict[str, Tensor], random: _Random) -> None:
+    """Comb logits of 12 on a permutation: Sinkhorn starts at its fixed point."""
+    n = t["residual"].shape[-2]
+    t["hc_base"][2 * n :] = 12 * torch.eye(n).roll(1, 1).flatten()
+
+
+def _slow_sinkhorn(t: dict[str, Tensor], random: _Random) -> None:
+    """Comb logits of -9 below the diagonal: near a matrix whose Sinkhorn goes as 1 / rounds."""
+    n = t["residual"].shape[-2]
+    t["hc_scale"][2] = 0.25
+    t["hc_base"][2 * n :] = (-9 * torch.ones(n, n).tril(-1)).flatten()
+
+
+KINDS: dict[str, Callable[[dict[str, Tensor], _Random], None]] = {
+    edit.__name__[1:]: edit
+    for edit in (
+        _classical,
+        _signed_bases,
+        _large_streams,
+        _unequal_streams,
+        _skewed_comb,
+        _large_logits,
+        _huge_logits,
+        _near_permutation,
+        _slow_sinkhorn,
+    )
+}
+
+
+def make_inputs(
+    op: str,
+    tokens: int | Sequence[int],
+    hidden: int,
+    *,
+    hc_mult: int = 4,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    norm: bool = False,
+    sinkhorn_repeat: int = 20,
+    kind: str = "classical",
+) -> dict[str, Any]:
+    """Arguments of an op, by name and in the order of its schema.
+
+    Unless the kind says otherwise: streams and sublayer output of size 0.1, posts in [0, 1), combs
+    in [0, 0.25), a projection whose m is of size 1 at any hidden size, scales of 1, biases of 0.
+
+    Args:
+        op: ``post``, ``pre``, ``fused_post_pre`` or ``head``.
+        tokens: token count, or the sizes of several leading dimensions.
+        hidden: H.
+        hc_mult: n, number of residual streams.
+        device: where the tensors are put; the numbers do not depend on it.
+        seed: of the random numbers.
+        norm: pass ``norm_weight`` and ``norm_eps``; ``post`` has none.
+        sinkhorn_repeat: passed on to ``pre`` and ``fused_post_pre``.
+        kind: a key of :data:`KINDS`, whose docstrings say what is hard about it.
+
+    Returns:
+        Keyword arguments: ``torch.ops.mhc.<op>(**make_inputs("<op>", ...))``.
+
+    Raises:
+        ValueError: an unknown op or kind.
+    """
+    if op not in OUTPUTS:
+        raise ValueError(f"expected op to be one of {', '.join(OUTPUTS)}, got {op!r}")
+    if kind not in KINDS:
+        raise ValueError(f"expected kind to be one of {', '.join(KINDS)}, got {kind!r}")
+    leading = (tokens,) if isinstance(tokens, int) else tuple(tokens)
+    random = _Random(seed)
+    columns, rows = hc_mult * hidden, mixes(hc_mult)
+    t = {
+        "x": random.normal(*leading, hidden) * 0.1,
+        "residual": random.normal(*leading, hc_mult, hidden) * 0.1,
+        "post_layer_mix": random.uniform(*leading, hc_mult, 1),
+        "comb_res_mix": random.uniform(*leading, hc_mult, hc_mult) * 0.25,
+        "fn": random.normal(rows, columns) * columns**-0.5,
+        "hc_scale": torch.ones(3),
+        "hc_base": torch.zeros(rows),
+        "norm_weight": 0.5 + random.uniform(hidden),
+    }
+    KINDS[kind](t, random)
+    for name in ("x", "residual", "norm_weight"):
+        t[name] = t[name].to(torch.bfloat16)
+
+    inputs: dict[str, Any]
+    if op == "head":
+        inputs = {
+            "residual": t["residual"],
+            "fn": t["fn"][:hc_mult].contiguous(),
+            "scale": t["hc_scale"][:1].clone(),
+            "base": t["hc_base"][:hc_mult].clone(),
+            "rms_eps": EPS,
+            "hc_eps": EPS,
+        }
+    else:
+        names = ("residual",) if op == "pre" else _POST_ARGUMENTS
+        inputs = {name: t[name] for name in names}
+        if op != "post":
+            inputs |= {name: t[name] for name in _PRE_TENSORS}
+            inputs |= {
+                "rms_eps": EPS,
+                "hc_pre_eps": EPS,
+                "hc_sinkhorn_eps": EPS,
+                "hc_post_mult_value": POST_MULT,
+                "sinkhorn_repeat": sinkhorn_repeat,
+            }
+    if norm and op != "post":
+        inputs |= {"norm_weight": t["norm_weight"], "norm_eps": EPS}
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------- bounds
+
+# Unit roundoff of fp32, in which the ops compute.
+FP32_ROUNDOFF = 2.0**-24
+
+# Post weights and combs. Up to logits of 10 in size: a sum over 4 * H products in fp32 puts a
+# logit of that size off by some 1e-6, and 20 rounds of Sinkhorn add 40 roundings of 6e-8 to
+# entries below 1. Beyond, the error of a logit grows with the logit.
+MIX_BOUND = 5e-6
+MIX_BOUND_LOGIT = 10.0
+MIX_BOUND_BEYOND = 1e-6
+
+# New streams: one rounding, so a value next to a midpoint may fall to either side.
+RESIDUAL_ULPS = 1
+# Layer input without norm: likewise.
+LAYER_INPUT_ULPS = 1
+# With norm: v is rounded first, and may fall to either side; that one ulp of v is up to two ulps
+# of the product when v is just above a power of two and the product just below one.
+LAYER_INPUT_NORM_ULPS = 2
+
+
+class Expected(NamedTuple):
+    """What an output has to be.
+
+    ``|got - value| <= ulps * bf16_ulp(larger of got and value) + slack``.
+
+    Attributes:
+        value: float64 on the output's rounding grid, in its shape.
+        ulps: bf16 spacings that it may be off; 0 for fp32 outputs.
+        slack: float64, absolute error allowed on top, broadcast to ``value``.
+    """
+
+    value: Tensor
+    ulps: int
+    slack: Tensor
+
+
+def bf16_ulp(value: Tensor) -> Tensor:
+    """Distance from a value to the next bf16 number away from zero.
+
+    Args:
+        value: any shape and floating dtype.
+
+    Returns:
+        float64 in the shape of ``value``: ``2 ** (floor(log2(|value|)) - 7)``, and the spacing of
+        the subnormals, ``2 ** -133``, below the smallest normal number and at zero.
+    """
+    wide = value.double()
+    exponent = torch.frexp(wide).exponent - 1
+    exponent = torch.where(wide == 0, -126, exponent).clamp_min(-126)
+    return torch.ldexp(torch.ones_like(wide), exponent - 7)
+
+
+def mix_bound(logits: Tensor) -> Tensor:
+    """Largest error of post weights and combs that come from these logits.
+
+    Args:
+        logits: [..., k], all logits of a token that bear on the values.
+
+    Returns:
+        [...]: 5e-6 up to a largest logit of 10, 1e-6 * (1 + largest logit) beyond.
+    """
+    largest = logits.abs().amax(-1)
+    return torch.where(
+        largest <= MIX_BOUND_LOGIT,
+        torch.full_like(largest, MIX_BOUND),
+        MIX_BOUND_BEYOND * (1 + largest),
+    )
+
+
+def _expected_residual(inputs: Mapping[str, Any]) -> Expected:
+    x, residual, post, comb = (inputs[name] for name in _POST_ARGUMENTS)
+    value = reference.post(x, residual, post, comb, compute_dtype=torch.float64)
+    # Where the terms cancel, one ulp of the small result is out of reach of fp32: n + 1 products
+    # and n additions are off by up to (n + 1) roundings of the sum of the terms' sizes.
+    size = reference.post(
+        x.abs(), residual.abs().double(), post.abs(), comb.abs(), compute_dtype=torch.float64
+    )
+    terms = residual.shape[-2] + 1
+    return Expected(value.double(), RESIDUAL_ULPS, terms * FP32_ROUNDOFF * size)
+
+
+def _collapse_slack(residual: Tensor, weights: Tensor, bound: Tensor) -> Tensor:
+    """Error of ``v = sum_j w[j] * r[j]`` in fp32 where its terms cancel.
+
+    A weight is sigmoid(logit) + eps. A post weight is 2 * sigmoid(logit): its bound is kept by
+    logits off by twice the bound, since a sigmoid is at most 1/4 steep. Such an error is at most
+    that relative error of the weight; the roundings of the sum come on top.
+    """
+    relative = 2 * bound + (residual.shape[-2] + 1) * FP32_ROUNDOFF
+    size = torch.matmul(weights.unsqueeze(-2), residual.abs().double()).squeeze(-2)
+    return relative.unsqueeze(-1) * size
+
+
+def _expected_layer_input(
+    value: Tensor, residual: Tensor, weights: Tensor, logits: Tensor, inputs: Mapping[str, Any]
+) -> Expected:
+    slack = _collapse_slack(residual, weights, mix_bound(logits))
+    norm_weight = inputs.get("norm_weight")
+    if norm_weight is None:
+        return Expected(value.double(), LAYER_INPUT_ULPS, slack)
+    v = torch.matmul(weights.unsqueeze(-2), residual.double()).squeeze(-2)
+    inverse_rms = torch.rsqrt(v.square().mean(-1, keepdim=True) + inputs["norm_eps"])
+    slack = slack * inverse_rms * norm_weight.to(residual.dtype).double().abs()
+    return Expected(value.double(), LAYER_INPUT_NORM_ULPS, slack)
+
+
+def _expected_pre(inputs: Mapping[str, Any], residual: Tensor) -> dict[str, Expected]:
+    n = residual.shape[-2]
+    arguments = {name: value for name, value in inputs.items() if name not in _POST_ARGUMENTS}
+    post_mix, comb_mix, layer_input = reference.pre(
+        residual, **arguments, compute_dtype=torch.float64
+    )
+    m = reference.project(residual, inputs["fn"], inputs["rms_eps"], compute_dtype=torch.float64)
+    scale, base = inputs["hc_scale"].double(), inputs["hc_base"].double()
+    pre_logits = m[..., :n] * scale[0] + base[:n]
+    post_logits = m[..., n : 2 * n] * scale[1] + base[n : 2 * n]
+    comb_logits = m[..., 2 * n :] * scale[2] + base[2 * n :]
+    weights = torch.sigmoid(pre_logits) + inputs["hc_pre_eps"]
+    return {
+        "post_mix": Expected(post_mix, 0, mix_bound(post_logits)[..., None, None]),
+        "comb_mix": Expected(comb_mix, 0, mix_bound(comb_logits)[..., None, None]),
+        "layer_input": _expected_layer_input(layer_input, residual, weights, pre_logits, inputs),
+    }
+
+
+def _expected_head(inputs: Mapping[str, Any]) -> Expected:
+    residual = inputs["residual"]
+    value = reference.head(**inputs, compute_dtype=torch.float64)
+    m = reference.project(residual, inputs["fn"], inputs["rms_eps"], compute_dtype=torch.float64)
+    logits = m * inputs["scale"].double() + inputs["base"].double()
+    weights = torch.sigmoid(logits) + inputs["hc_eps"]
+    return _expected_layer_input(value, residual, weights, logits, inputs)
+
+
+def oracle(
+    op: str, inputs: Mapping[str, Any], residual_out: Tensor | None = None
+) -> dict[str, Expected]:
+    """What an op has to return, from the reference in float64.
+
+    Args:
+        op: ``post``, ``pre``, ``fused_post_pre`` or ``head``.
+        inputs: its arguments by name.
+        residual_out: the new streams that ``fused_post_pre`` returned, from which its other
+            outputs follow; None for the other ops.
+
+    Returns:
+        Output name to value and bounds.
+
+    Raises:
+        ValueError: ``residual_out`` is missing for ``fused_post_pre``.
+    """
+    if op == "post":
+        return {"residual_out": _expected_residual(inputs)}
+    if op == "pre":
+        return _expected_pre(inputs, inputs["residual"])
+    if op == "head":
+        return {"layer_input": _expected_head(inputs)}
+    if residual_out is None:
+        raise ValueError("expected residual_out for fused_post_pre, got None")
+    return {"residual_out": _expected_residual(inputs)} | _expected_pre(inputs, residual_out)
+
+
+# ----------------------------------------------------------------------------------- comparisons
+
+
+def _excess(got: Tensor, expected: Expected) -> Tensor:
+    """|got - value| as a fraction of what is allowed; above 1 is a failure, and so is NaN."""
+    wide = got.double()
+    error = (wide - expected.value).abs()
+    allowed = expected.slack.expand_as(error)
+    if expected.ulps:
+        larger = torch.maximum(wide.abs(), expected.value.abs())
+        allowed = allowed + expected.ulps * bf16_ulp(larger)
+    return error / allowed
+
+
+def assert_matches(name: str, got: Tensor, expected: Expected) -> float:
+    """Compare one output with what it has to be.
+
+    Args:
+        name: of the output, for the message.
+        got: what the op returned.
+        expected: its value and bounds.
+
+    Returns:
+        The largest error as a fraction of what was allowed; 0 for an empty output.
+
+    Raises:
+        AssertionError: another shape, a NaN, or an element beyond the bound.
+    """
+    if got.shape != expected.value.shape:
+        raise AssertionError(
+            f"{name}: expected shape {tuple(expected.value.shape)}, got {tuple(got.shape)}"
+        )
+    if not got.numel():
+        return 0.0
+    excess = _excess(got, expected).nan_to_num(nan=torch.inf)
+    worst = int(excess.argmax())
+    ratio = float(excess.flatten()[worst])
+    if ratio > 1:
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), got.shape))
+        raise AssertionError(
+            f"{name}: {int((excess > 1).sum())} of {got.numel()} elements beyond the bound; worst "
+            f"at {index}: expected {float(expected.value[index])!r}, got {float(got[index])!r}, "
+            f"{ratio:.3g} times the allowed error"
+        )
+    return ratio
+
+
+def as_outputs(op: str, result: Any) -> dict[str, Tensor]:
+    """What an op returned, by the output names of its schema.
+
+    Args:
+        op: ``post``, ``pre``, ``fused_post_pre`` or ``head``.
+        result: a tensor or a tuple of tensors.
+
+    Returns:
+        Output name to tensor; the one output of ``post`` is ``residual_out`` and that of ``head``
+        is ``layer_input``.
+    """
+    tensors = (result,) if isinstance(result, Tensor) else tuple(result)
+    return dict(zip(OUTPUTS[op], tensors, strict=True))
+
+
+def assert_matches_oracle(op: str, inputs: Mapping[str, Any], result: Any) -> dict[str, float]:
+    """Compare what an op returned with the float64 oracle, output by output.
+
+    Args:
+        op: ``post``, ``pre``, ``fused_post_pre`` or ``head``.
+        inputs: its arguments by name, as they were passed.
+        result: what it returned.
+
+    Returns:
+        Output name to largest error as a fraction of what was allowed.
+
+    Raises:
+        AssertionError: an output beyond its bound.
+    """
+    outputs = as_outputs(op, result)
+    expected = oracle(op, inputs, outputs["residual_out"] if op == "fused_post_pre" else None)
+    return {name: assert_matches(name, got, expected[name]) for name, got in outputs.items()}
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill new uninitialised tensors with NaN (integers with their largest value).
+
+    An op run inside that leaves an element of its outputs or workspaces unwritten shows it.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

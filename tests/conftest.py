@@ -1,0 +1,40 @@
+"""The ``gpu`` marker, the ``device`` fixture, and one seed for every test."""
+
+import pytest
+import torch
+
+import mhc_ops
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device that the TileLang kernels serve")
+
+
+def pytest_collection_modifyitems(items):
+    supported, reason = mhc_ops.is_supported("cuda")
+    if supported:
+        return
+    skip = pytest.mark.skip(reason=f"needs a supported GPU: {reason}")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Every device that the ops run on, by name."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """No compiled code of another test before the test, none of its own after it."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()

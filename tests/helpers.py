@@ -1,0 +1,152 @@
+"""What several test files need: the ops by name, and their arguments in awkward layouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mhc_ops import dispatch
+from mhc_ops.testing import (
+    OUTPUTS,
+    as_outputs,
+    assert_matches_oracle,
+    make_inputs,
+    poisoned_memory,
+)
+
+OPS = tuple(OUTPUTS)
+NORMS = {op: (False,) if op == "post" else (False, True) for op in OPS}
+
+# Both sides of every bound of dispatch, so every path on CUDA is reached at its ends.
+PATH_TOKENS = sorted({t for start in dispatch.path_tokens(5000) for t in (start - 1, start)} - {0})
+
+
+def overload(op: str) -> Any:
+    """``torch.ops.mhc.<op>.default``."""
+    return getattr(torch.ops.mhc, op).default
+
+
+def call(op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Run an op; output name to tensor."""
+    return as_outputs(op, overload(op)(**inputs))
+
+
+def split(op: str, inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs): what the schema takes by position, and its keyword-only arguments."""
+    keyword_only = {a.name for a in overload(op)._schema.arguments if a.kwarg_only}
+    args = tuple(value for name, value in inputs.items() if name not in keyword_only)
+    return args, {name: value for name, value in inputs.items() if name in keyword_only}
+
+
+def clone(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Copies of the tensors."""
+    return {name: v.clone() if isinstance(v, Tensor) else v for name, v in inputs.items()}
+
+
+def tensors(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors among the arguments."""
+    return {name: v for name, v in inputs.items() if isinstance(v, Tensor)}
+
+
+def assert_equal(got: dict[str, Any], want: dict[str, Any]) -> None:
+    """Bit for bit, and NaN equal to NaN."""
+    assert got.keys() == want.keys()
+    for name, value in got.items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(
+                value, want[name], rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        else:
+            assert value == want[name], name
+
+
+def stride_out(name: str, tensor: Tensor) -> Tensor:
+    """The same values as a view with gaps: between rows, and after each where rows stay aligned.
+
+    ``norm_weight`` has one row, which has to be contiguous, so it only starts elsewhere.
+    """
+    if name == "norm_weight":
+        wide = tensor.new_zeros(tensor.numel() + 8)
+        view = wide[8:]
+    elif tensor.dim() == 1:
+        view = tensor.new_zeros(2 * tensor.numel())[::2]
+    else:
+        row = tensor.shape[-1]
+        gap = row if row * tensor.element_size() % 16 == 0 else 0
+        view = tensor.new_zeros((2 * tensor.shape[0], *tensor.shape[1:-1], row + gap))[
+            ::2, ..., gap:
+        ]
+    view.copy_(tensor)
+    assert view.shape == tensor.shape
+    return view
+
+
+def strided(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Every tensor as :func:`stride_out` lays it out."""
+    return {name: stride_out(name, v) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+
+
+def samples(op: str, device: str) -> dict[str, dict[str, Any]]:
+    """Arguments in every form that opcheck has to see, by form."""
+    hidden = 256 if device == "cuda" else 64
+
+    def inputs(tokens: int | tuple[int, ...] = 3, norm: bool = True) -> dict[str, Any]:
+        return make_inputs(op, tokens, hidden, device=device, norm=norm, sinkhorn_repeat=3)
+
+    forms = {
+        "minimal": inputs(norm=False),
+        "all": inputs(),
+        "strided": strided(inputs()),
+        "leading": inputs((2, 3)),
+        "strided_leading": strided(inputs((2, 3))),
+        "no_tokens": inputs(0),
+        "requires_grad": {
+            name: v.requires_grad_() if isinstance(v, Tensor) else v for name, v in inputs().items()
+        },
+    }
+    if op != "post":
+        fp32_norm = inputs()
+        fp32_norm["norm_weight"] = fp32_norm["norm_weight"].float()
+        forms["fp32_norm_weight"] = fp32_norm
+    return forms
+
+
+def check_against_oracle(op: str, device: str, **make: Any) -> None:
+    """Run an op in poisoned memory and hold every output to its bound."""
+    inputs = make_inputs(op, device=device, **make)
+    before = clone(inputs)
+    with poisoned_memory():
+        outputs = call(op, inputs)
+    assert_equal(inputs, before)
+    assert_matches_oracle(op, inputs, tuple(outputs.values()))
+
+
+def kernel_name(key: dispatch.Key) -> str:
+    """Stem and tile of a kernel, such as ``projection2x4x4``."""
+    tile = [str(v) for name, v in key.options if name not in ("rows", "norm")]
+    return key.kernel + "x".join(tile)
+
+
+def path(op: str, tokens: int) -> str:
+    """The kernels that serve a call on an H100, by name; the id of a parametrised row."""
+    if tokens == 0:
+        return "nothing"
+    if op == "post":
+        return "post"
+    if op == "fused_post_pre" and dispatch.takes_post_projection(tokens):
+        return "post_projection+finish"
+    rows = dispatch.HC_MULT if op == "head" else dispatch.MIXES
+    projection = kernel_name(dispatch.projection_plan(tokens, 4096, rows, "sm_90a", 132).key)
+    return {
+        "pre": f"{projection}+finish",
+        "head": f"{projection}+head",
+        "fused_post_pre": f"post+{projection}+finish",
+    }[op]
+
+
+def token_rows(op: str, *tokens: int) -> list[Any]:
+    """Token counts as parameters, each with the path that it reaches on CUDA as its id."""
+    return [pytest.param(t, id=f"{t}-{path(op, t)}") for t in tokens]

@@ -1,0 +1,568 @@
+"""Wrong arguments: each is refused, with one message eagerly, on meta, fake and when compiled."""
+
+import math
+import textwrap
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from helpers import OPS, assert_equal, clone, overload, tensors
+from mhc_ops.testing import make_inputs
+
+TOKENS, HIDDEN = 3, 256
+POST = ("post", "fused_post_pre")
+PRE = ("pre", "fused_post_pre")
+NORM = ("pre", "fused_post_pre", "head")
+MIX_ARGUMENTS = {"post_layer_mix", "comb_res_mix", "fn", "hc_scale", "hc_base", "scale", "base"}
+
+
+class Case(NamedTuple):
+    """One wrong argument.
+
+    Attributes:
+        argument: the name of the argument that is made wrong.
+        ops: the ops that take it.
+        wrong: its right value to its wrong value.
+    """
+
+    argument: str
+    ops: tuple[str, ...]
+    wrong: Callable[[Any], Any]
+
+
+def cast(dtype):
+    return lambda t: t.to(dtype)
+
+
+def gaps_in_rows(t):
+    """The last dimension with a stride of 2."""
+    return t.new_zeros((*t.shape[:-1], 2 * t.shape[-1]))[..., ::2]
+
+
+def misaligned(t):
+    """The same shape and strides, one element into its storage."""
+    return t.new_zeros(t.numel() + 1)[1:].view(t.shape)
+
+
+def resized(*shape):
+    return lambda t: t.new_zeros(shape)
+
+
+def value(v):
+    return lambda _: v
+
+
+ARGUMENTS = {
+    "x": POST,
+    "residual": OPS,
+    "post_layer_mix": POST,
+    "comb_res_mix": POST,
+    "fn": NORM,
+    "hc_scale": PRE,
+    "hc_base": PRE,
+    "scale": ("head",),
+    "base": ("head",),
+    "norm_weight": NORM,
+}
+ROWS = ("x", "residual", "comb_res_mix", "fn", "norm_weight")
+EPSILONS = {
+    "rms_eps": NORM,
+    "hc_pre_eps": PRE,
+    "hc_sinkhorn_eps": PRE,
+    "hc_eps": ("head",),
+    "norm_eps": NORM,
+}
+
+CASES: dict[str, Case] = {}
+for name, ops in ARGUMENTS.items():
+    other = torch.bfloat16 if name in MIX_ARGUMENTS else torch.float16
+    CASES[f"{name} dtype"] = Case(name, ops, cast(other))
+    # one more dimension; for residual two less, as pre and head take any number of leading ones
+    rank = (lambda t: t[0, 0]) if name == "residual" else (lambda t: t[None])
+    CASES[f"{name} rank"] = Case(name, ops, rank)
+for name in ROWS:
+    CASES[f"{name} gaps in rows"] = Case(name, ARGUMENTS[name], gaps_in_rows)
+for name in (*ROWS, "post_layer_mix"):
+    CASES[f"{name} misaligned"] = Case(name, ARGUMENTS[name], misaligned)
+for name, ops in EPSILONS.items():
+    CASES[f"{name} negative"] = Case(name, ops, value(-1e-6))
+    CASES[f"{name} NaN"] = Case(name, ops, value(math.nan))
+    CASES[f"{name} infinite"] = Case(name, ops, value(math.inf))
+CASES |= {
+    "x hidden": Case("x", POST, resized(TOKENS, 2 * HIDDEN)),
+    "x tokens": Case("x", POST, resized(TOKENS + 1, HIDDEN)),
+    "residual without streams": Case("residual", OPS, resized(TOKENS, HIDDEN)),
+    "residual hidden": Case("residual", OPS, resized(TOKENS, 4, 2 * HIDDEN)),
+    "residual hc_mult": Case("residual", OPS, resized(TOKENS, 3, HIDDEN)),
+    "residual no streams": Case("residual", OPS, resized(TOKENS, 0, HIDDEN)),
+    "residual no hidden": Case("residual", OPS, resized(TOKENS, 4, 0)),
+    "residual float32": Case("residual", OPS, cast(torch.float32)),
+    "post_layer_mix hc_mult": Case("post_layer_mix", POST, resized(TOKENS, 3, 1)),
+    "post_layer_mix last dimension": Case("post_layer_mix", POST, resized(TOKENS, 4, 2)),
+    "post_layer_mix without last": Case("post_layer_mix", POST, resized(TOKENS, 5)),
+    "comb_res_mix hc_mult": Case("comb_res_mix", POST, resized(TOKENS, 4, 5)),
+    "comb_res_mix tokens": Case("comb_res_mix", POST, resized(TOKENS + 1, 4, 4)),
+    "fn rows": Case("fn", NORM, resized(23, 4 * HIDDEN)),
+    "fn columns": Case("fn", NORM, lambda t: t.new_zeros((t.shape[0], HIDDEN))),
+    "hc_scale size": Case("hc_scale", PRE, resized(1)),
+    "hc_base size": Case("hc_base", PRE, resized(25)),
+    "scale size": Case("scale", ("head",), resized(3)),
+    "base size": Case("base", ("head",), resized(24)),
+    "norm_weight size": Case("norm_weight", NORM, resized(2 * HIDDEN)),
+    "norm_weight without norm_eps": Case("norm_eps", NORM, value(None)),
+    "norm_eps without norm_weight": Case("norm_weight", NORM, value(None)),
+    "hc_post_mult_value NaN": Case("hc_post_mult_value", PRE, value(math.nan)),
+    "sinkhorn_repeat zero": Case("sinkhorn_repeat", PRE, value(0)),
+    "sinkhorn_repeat negative": Case("sinkhorn_repeat", PRE, value(-3)),
+}
+
+ROWS_OF_CASES = [(op, name) for op in OPS for name, case in CASES.items() if op in case.ops]
+per_case = pytest.mark.parametrize(("op", "name"), ROWS_OF_CASES)
+
+
+def wrong_inputs(op, name, device="cpu"):
+    case = CASES[name]
+    inputs = make_inputs(op, TOKENS, HIDDEN, device=device, norm=True, sinkhorn_repeat=2)
+    inputs[case.argument] = case.wrong(inputs[case.argument])
+    return inputs
+
+
+def refusal(op, inputs):
+    """The message of the ValueError that the op raises."""
+    with pytest.raises(ValueError, match=f"^mhc::{op}: expected ") as error:
+        overload(op)(**inputs)
+    return str(error.value)
+
+
+def transcript(op):
+    lines = [
+        textwrap.fill(
+            f"{name}: {refusal(op, wrong_inputs(op, name))}",
+            width=90,
+            subsequent_indent="    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for case_op, name in ROWS_OF_CASES
+        if case_op == op
+    ]
+    return "\n".join(lines)
+
+
+def test_messages_of_post():
+    assert_expected_inline(
+        transcript("post"),
+        """\
+x dtype: mhc::post: expected x of dtype torch.bfloat16, got torch.float16
+x rank: mhc::post: expected x of shape (3, 256), got (1, 3, 256)
+residual dtype: mhc::post: expected residual of dtype torch.bfloat16, got torch.float16
+residual rank: mhc::post: expected residual of shape (..., hc_mult, hidden), got (256,)
+post_layer_mix dtype: mhc::post: expected post_layer_mix of dtype torch.float32, got
+    torch.bfloat16
+post_layer_mix rank: mhc::post: expected post_layer_mix of shape (3, 4, 1), got (1, 3, 4,
+    1)
+comb_res_mix dtype: mhc::post: expected comb_res_mix of dtype torch.float32, got
+    torch.bfloat16
+comb_res_mix rank: mhc::post: expected comb_res_mix of shape (3, 4, 4), got (1, 3, 4, 4)
+x gaps in rows: mhc::post: expected x with a contiguous last dimension, got strides (512,
+    2)
+residual gaps in rows: mhc::post: expected residual with a contiguous last dimension, got
+    strides (2048, 512, 2)
+comb_res_mix gaps in rows: mhc::post: expected comb_res_mix with a contiguous last
+    dimension, got strides (32, 8, 2)
+x misaligned: mhc::post: expected x to start at a multiple of 16 bytes, got a storage
+    offset of 2 bytes
+residual misaligned: mhc::post: expected residual to start at a multiple of 16 bytes, got
+    a storage offset of 2 bytes
+comb_res_mix misaligned: mhc::post: expected comb_res_mix to start at a multiple of 16
+    bytes, got a storage offset of 4 bytes
+post_layer_mix misaligned: mhc::post: expected post_layer_mix to start at a multiple of 16
+    bytes, got a storage offset of 4 bytes
+x hidden: mhc::post: expected x of shape (3, 256), got (3, 512)
+x tokens: mhc::post: expected x of shape (3, 256), got (4, 256)
+residual without streams: mhc::post: expected residual of shape (..., hc_mult, hidden),
+    got (3, 256)
+residual hidden: mhc::post: expected x of shape (3, 512), got (3, 256)
+residual hc_mult: mhc::post: expected post_layer_mix of shape (3, 3, 1), got (3, 4, 1)
+residual no streams: mhc::post: expected residual with hc_mult of at least 1, got 0
+residual no hidden: mhc::post: expected residual with a hidden size of at least 1, got 0
+residual float32: mhc::post: expected residual of dtype torch.bfloat16, got torch.float32
+post_layer_mix hc_mult: mhc::post: expected post_layer_mix of shape (3, 4, 1), got (3, 3,
+    1)
+post_layer_mix last dimension: mhc::post: expected post_layer_mix of shape (3, 4, 1), got
+    (3, 4, 2)
+post_layer_mix without last: mhc::post: expected post_layer_mix of shape (3, 4), got (3,
+    5)
+comb_res_mix hc_mult: mhc::post: expected comb_res_mix of shape (3, 4, 4), got (3, 4, 5)
+comb_res_mix tokens: mhc::post: expected comb_res_mix of shape (3, 4, 4), got (4, 4, 4)""",
+    )
+
+
+def test_messages_of_pre():
+    assert_expected_inline(
+        transcript("pre"),
+        """\
+residual dtype: mhc::pre: expected residual of dtype torch.bfloat16, got torch.float16
+residual rank: mhc::pre: expected residual of shape (..., hc_mult, hidden), got (256,)
+fn dtype: mhc::pre: expected fn of dtype torch.float32, got torch.bfloat16
+fn rank: mhc::pre: expected fn of shape (24, 1024), got (1, 24, 1024)
+hc_scale dtype: mhc::pre: expected hc_scale of dtype torch.float32, got torch.bfloat16
+hc_scale rank: mhc::pre: expected hc_scale of shape (3,), got (1, 3)
+hc_base dtype: mhc::pre: expected hc_base of dtype torch.float32, got torch.bfloat16
+hc_base rank: mhc::pre: expected hc_base of shape (24,), got (1, 24)
+norm_weight dtype: mhc::pre: expected norm_weight of dtype torch.bfloat16 or
+    torch.float32, got torch.float16
+norm_weight rank: mhc::pre: expected norm_weight of shape (256,), got (1, 256)
+residual gaps in rows: mhc::pre: expected residual with a contiguous last dimension, got
+    strides (2048, 512, 2)
+fn gaps in rows: mhc::pre: expected fn with a contiguous last dimension, got strides
+    (2048, 2)
+norm_weight gaps in rows: mhc::pre: expected norm_weight with a contiguous last dimension,
+    got strides (2,)
+residual misaligned: mhc::pre: expected residual to start at a multiple of 16 bytes, got a
+    storage offset of 2 bytes
+fn misaligned: mhc::pre: expected fn to start at a multiple of 16 bytes, got a storage
+    offset of 4 bytes
+norm_weight misaligned: mhc::pre: expected norm_weight to start at a multiple of 16 bytes,
+    got a storage offset of 2 bytes
+rms_eps negative: mhc::pre: expected rms_eps to be finite and at least 0, got -1e-06
+rms_eps NaN: mhc::pre: expected rms_eps to be finite and at least 0, got nan
+rms_eps infinite: mhc::pre: expected rms_eps to be finite and at least 0, got inf
+hc_pre_eps negative: mhc::pre: expected hc_pre_eps to be finite and at least 0, got -1e-06
+hc_pre_eps NaN: mhc::pre: expected hc_pre_eps to be finite and at least 0, got nan
+hc_pre_eps infinite: mhc::pre: expected hc_pre_eps to be finite and at least 0, got inf
+hc_sinkhorn_eps negative: mhc::pre: expected hc_sinkhorn_eps to be finite and at least 0,
+    got -1e-06
+hc_sinkhorn_eps NaN: mhc::pre: expected hc_sinkhorn_eps to be finite and at least 0, got
+    nan
+hc_sinkhorn_eps infinite: mhc::pre: expected hc_sinkhorn_eps to be finite and at least 0,
+    got inf
+norm_eps negative: mhc::pre: expected norm_eps to be finite and at least 0, got -1e-06
+norm_eps NaN: mhc::pre: expected norm_eps to be finite and at least 0, got nan
+norm_eps infinite: mhc::pre: expected norm_eps to be finite and at least 0, got inf
+residual without streams: mhc::pre: expected residual of shape (..., hc_mult, hidden), got
+    (3, 256)
+residual hidden: mhc::pre: expected fn of shape (24, 2048), got (24, 1024)
+residual hc_mult: mhc::pre: expected fn of shape (15, 768), got (24, 1024)
+residual no streams: mhc::pre: expected residual with hc_mult of at least 1, got 0
+residual no hidden: mhc::pre: expected residual with a hidden size of at least 1, got 0
+residual float32: mhc::pre: expected residual of dtype torch.bfloat16, got torch.float32
+fn rows: mhc::pre: expected fn of shape (24, 1024), got (23, 1024)
+fn columns: mhc::pre: expected fn of shape (24, 1024), got (24, 256)
+hc_scale size: mhc::pre: expected hc_scale of shape (3,), got (1,)
+hc_base size: mhc::pre: expected hc_base of shape (24,), got (25,)
+norm_weight size: mhc::pre: expected norm_weight of shape (256,), got (512,)
+norm_weight without norm_eps: mhc::pre: expected norm_weight and norm_eps together or
+    neither, got norm_weight alone
+norm_eps without norm_weight: mhc::pre: expected norm_weight and norm_eps together or
+    neither, got norm_eps alone
+hc_post_mult_value NaN: mhc::pre: expected hc_post_mult_value to be finite, got nan
+sinkhorn_repeat zero: mhc::pre: expected sinkhorn_repeat to be finite and at least 1, got
+    0
+sinkhorn_repeat negative: mhc::pre: expected sinkhorn_repeat to be finite and at least 1,
+    got -3""",
+    )
+
+
+def test_messages_of_fused_post_pre():
+    assert_expected_inline(
+        transcript("fused_post_pre"),
+        """\
+x dtype: mhc::fused_post_pre: expected x of dtype torch.bfloat16, got torch.float16
+x rank: mhc::fused_post_pre: expected x of shape (3, 256), got (1, 3, 256)
+residual dtype: mhc::fused_post_pre: expected residual of dtype torch.bfloat16, got
+    torch.float16
+residual rank: mhc::fused_post_pre: expected residual of shape (..., hc_mult, hidden), got
+    (256,)
+post_layer_mix dtype: mhc::fused_post_pre: expected post_layer_mix of dtype torch.float32,
+    got torch.bfloat16
+post_layer_mix rank: mhc::fused_post_pre: expected post_layer_mix of shape (3, 4, 1), got
+    (1, 3, 4, 1)
+comb_res_mix dtype: mhc::fused_post_pre: expected comb_res_mix of dtype torch.float32, got
+    torch.bfloat16
+comb_res_mix rank: mhc::fused_post_pre: expected comb_res_mix of shape (3, 4, 4), got (1,
+    3, 4, 4)
+fn dtype: mhc::fused_post_pre: expected fn of dtype torch.float32, got torch.bfloat16
+fn rank: mhc::fused_post_pre: expected fn of shape (24, 1024), got (1, 24, 1024)
+hc_scale dtype: mhc::fused_post_pre: expected hc_scale of dtype torch.float32, got
+    torch.bfloat16
+hc_scale rank: mhc::fused_post_pre: expected hc_scale of shape (3,), got (1, 3)
+hc_base dtype: mhc::fused_post_pre: expected hc_base of dtype torch.float32, got
+    torch.bfloat16
+hc_base rank: mhc::fused_post_pre: expected hc_base of shape (24,), got (1, 24)
+norm_weight dtype: mhc::fused_post_pre: expected norm_weight of dtype torch.bfloat16 or
+    torch.float32, got torch.float16
+norm_weight rank: mhc::fused_post_pre: expected norm_weight of shape (256,), got (1, 256)
+x gaps in rows: mhc::fused_post_pre: expected x with a contiguous last dimension, got
+    strides (512, 2)
+residual gaps in rows: mhc::fused_post_pre: expected residual with a contiguous last
+    dimension, got strides (2048, 512, 2)
+comb_res_mix gaps in rows: mhc::fused_post_pre: expected comb_res_mix with a contiguous
+    last dimension, got strides (32, 8, 2)
+fn gaps in rows: mhc::fused_post_pre: expected fn with a contiguous last dimension, got
+    strides (2048, 2)
+norm_weight gaps in rows: mhc::fused_post_pre: expected norm_weight with a contiguous last
+    dimension, got strides (2,)
+x misaligned: mhc::fused_post_pre: expected x to start at a multiple of 16 bytes, got a
+    storage offset of 2 bytes
+residual misaligned: mhc::fused_post_pre: expected residual to start at a multiple of 16
+    bytes, got a storage offset of 2 bytes
+comb_res_mix misaligned: mhc::fused_post_pre: expected comb_res_mix to start at a multiple
+    of 16 bytes, got a storage offset of 4 bytes
+fn misaligned: mhc::fused_post_pre: expected fn to start at a multiple of 16 bytes, got a
+    storage offset of 4 bytes
+norm_weight misaligned: mhc::fused_post_pre: expected norm_weight to start at a multiple
+    of 16 bytes, got a storage offset of 2 bytes
+post_layer_mix misaligned: mhc::fused_post_pre: expected post_layer_mix to start at a
+    multiple of 16 bytes, got a storage offset of 4 bytes
+rms_eps negative: mhc::fused_post_pre: expected rms_eps to be finite and at least 0, got
+    -1e-06
+rms_eps NaN: mhc::fused_post_pre: expected rms_eps to be finite and at least 0, got nan
+rms_eps infinite: mhc::fused_post_pre: expected rms_eps to be finite and at least 0, got
+    inf
+hc_pre_eps negative: mhc::fused_post_pre: expected hc_pre_eps to be finite and at least 0,
+    got -1e-06
+hc_pre_eps NaN: mhc::fused_post_pre: expected hc_pre_eps to be finite and at least 0, got
+    nan
+hc_pre_eps infinite: mhc::fused_post_pre: expected hc_pre_eps to be finite and at least 0,
+    got inf
+hc_sinkhorn_eps negative: mhc::fused_post_pre: expected hc_sinkhorn_eps to be finite and
+    at least 0, got -1e-06
+hc_sinkhorn_eps NaN: mhc::fused_post_pre: expected hc_sinkhorn_eps to be finite and at
+    least 0, got nan
+hc_sinkhorn_eps infinite: mhc::fused_post_pre: expected hc_sinkhorn_eps to be finite and
+    at least 0, got inf
+norm_eps negative: mhc::fused_post_pre: expected norm_eps to be finite and at least 0, got
+    -1e-06
+norm_eps NaN: mhc::fused_post_pre: expected norm_eps to be finite and at least 0, got nan
+norm_eps infinite: mhc::fused_post_pre: expected norm_eps to be finite and at least 0, got
+    inf
+x hidden: mhc::fused_post_pre: expected x of shape (3, 256), got (3, 512)
+x tokens: mhc::fused_post_pre: expected x of shape (3, 256), got (4, 256)
+residual without streams: mhc::fused_post_pre: expected residual of shape (..., hc_mult,
+    hidden), got (3, 256)
+residual hidden: mhc::fused_post_pre: expected x of shape (3, 512), got (3, 256)
+residual hc_mult: mhc::fused_post_pre: expected post_layer_mix of shape (3, 3, 1), got (3,
+    4, 1)
+residual no streams: mhc::fused_post_pre: expected residual with hc_mult of at least 1,
+    got 0
+residual no hidden: mhc::fused_post_pre: expected residual with a hidden size of at least
+    1, got 0
+residual float32: mhc::fused_post_pre: expected residual of dtype torch.bfloat16, got
+    torch.float32
+post_layer_mix hc_mult: mhc::fused_post_pre: expected post_layer_mix of shape (3, 4, 1),
+    got (3, 3, 1)
+post_layer_mix last dimension: mhc::fused_post_pre: expected post_layer_mix of shape (3,
+    4, 1), got (3, 4, 2)
+post_layer_mix without last: mhc::fused_post_pre: expected post_layer_mix of shape (3, 4),
+    got (3, 5)
+comb_res_mix hc_mult: mhc::fused_post_pre: expected comb_res_mix of shape (3, 4, 4), got
+    (3, 4, 5)
+comb_res_mix tokens: mhc::fused_post_pre: expected comb_res_mix of shape (3, 4, 4), got
+    (4, 4, 4)
+fn rows: mhc::fused_post_pre: expected fn of shape (24, 1024), got (23, 1024)
+fn columns: mhc::fused_post_pre: expected fn of shape (24, 1024), got (24, 256)
+hc_scale size: mhc::fused_post_pre: expected hc_scale of shape (3,), got (1,)
+hc_base size: mhc::fused_post_pre: expected hc_base of shape (24,), got (25,)
+norm_weight size: mhc::fused_post_pre: expected norm_weight of shape (256,), got (512,)
+norm_weight without norm_eps: mhc::fused_post_pre: expected norm_weight and norm_eps
+    together or neither, got norm_weight alone
+norm_eps without norm_weight: mhc::fused_post_pre: expected norm_weight and norm_eps
+    together or neither, got norm_eps alone
+hc_post_mult_value NaN: mhc::fused_post_pre: expected hc_post_mult_value to be finite, got
+    nan
+sinkhorn_repeat zero: mhc::fused_post_pre: expected sinkhorn_repeat to be finite and at
+    least 1, got 0
+sinkhorn_repeat negative: mhc::fused_post_pre: expected sinkhorn_repeat to be finite and
+    at least 1, got -3""",
+    )
+
+
+def test_messages_of_head():
+    assert_expected_inline(
+        transcript("head"),
+        """\
+residual dtype: mhc::head: expected residual of dtype torch.bfloat16, got torch.float16
+residual rank: mhc::head: expected residual of shape (..., hc_mult, hidden), got (256,)
+fn dtype: mhc::head: expected fn of dtype torch.float32, got torch.bfloat16
+fn rank: mhc::head: expected fn of shape (4, 1024), got (1, 4, 1024)
+scale dtype: mhc::head: expected scale of dtype torch.float32, got torch.bfloat16
+scale rank: mhc::head: expected scale of shape (1,), got (1, 1)
+base dtype: mhc::head: expected base of dtype torch.float32, got torch.bfloat16
+base rank: mhc::head: expected base of shape (4,), got (1, 4)
+norm_weight dtype: mhc::head: expected norm_weight of dtype torch.bfloat16 or
+    torch.float32, got torch.float16
+norm_weight rank: mhc::head: expected norm_weight of shape (256,), got (1, 256)
+residual gaps in rows: mhc::head: expected residual with a contiguous last dimension, got
+    strides (2048, 512, 2)
+fn gaps in rows: mhc::head: expected fn with a contiguous last dimension, got strides
+    (2048, 2)
+norm_weight gaps in rows: mhc::head: expected norm_weight with a contiguous last
+    dimension, got strides (2,)
+residual misaligned: mhc::head: expected residual to start at a multiple of 16 bytes, got
+    a storage offset of 2 bytes
+fn misaligned: mhc::head: expected fn to start at a multiple of 16 bytes, got a storage
+    offset of 4 bytes
+norm_weight misaligned: mhc::head: expected norm_weight to start at a multiple of 16
+    bytes, got a storage offset of 2 bytes
+rms_eps negative: mhc::head: expected rms_eps to be finite and at least 0, got -1e-06
+rms_eps NaN: mhc::head: expected rms_eps to be finite and at least 0, got nan
+rms_eps infinite: mhc::head: expected rms_eps to be finite and at least 0, got inf
+hc_eps negative: mhc::head: expected hc_eps to be finite and at least 0, got -1e-06
+hc_eps NaN: mhc::head: expected hc_eps to be finite and at least 0, got nan
+hc_eps infinite: mhc::head: expected hc_eps to be finite and at least 0, got inf
+norm_eps negative: mhc::head: expected norm_eps to be finite and at least 0, got -1e-06
+norm_eps NaN: mhc::head: expected norm_eps to be finite and at least 0, got nan
+norm_eps infinite: mhc::head: expected norm_eps to be finite and at least 0, got inf
+residual without streams: mhc::head: expected residual of shape (..., hc_mult, hidden),
+    got (3, 256)
+residual hidden: mhc::head: expected fn of shape (4, 2048), got (4, 1024)
+residual hc_mult: mhc::head: expected fn of shape (3, 768), got (4, 1024)
+residual no streams: mhc::head: expected residual with hc_mult of at least 1, got 0
+residual no hidden: mhc::head: expected residual with a hidden size of at least 1, got 0
+residual float32: mhc::head: expected residual of dtype torch.bfloat16, got torch.float32
+fn rows: mhc::head: expected fn of shape (4, 1024), got (23, 1024)
+fn columns: mhc::head: expected fn of shape (4, 1024), got (4, 256)
+scale size: mhc::head: expected scale of shape (1,), got (3,)
+base size: mhc::head: expected base of shape (4,), got (24,)
+norm_weight size: mhc::head: expected norm_weight of shape (256,), got (512,)
+norm_weight without norm_eps: mhc::head: expected norm_weight and norm_eps together or
+    neither, got norm_weight alone
+norm_eps without norm_weight: mhc::head: expected norm_weight and norm_eps together or
+    neither, got norm_eps alone""",
+    )
+
+
+@per_case
+def test_refused_inputs_are_left_alone(op, name):
+    inputs = wrong_inputs(op, name)
+    before = clone(inputs)
+    refusal(op, inputs)
+    for key in ("norm_eps", CASES[name].argument):  # NaN is not equal to itself
+        if not isinstance(inputs.get(key), torch.Tensor):
+            inputs.pop(key, None), before.pop(key, None)
+    assert_equal(inputs, before)
+
+
+@per_case
+def test_meta_tensors_are_refused_alike(op, name):
+    assert refusal(op, wrong_inputs(op, name, "meta")) == refusal(op, wrong_inputs(op, name))
+
+
+@per_case
+def test_fake_tensors_are_refused_alike(op, name):
+    inputs = wrong_inputs(op, name)
+    with FakeTensorMode() as mode:
+        fakes = inputs | {key: mode.from_tensor(t) for key, t in tensors(inputs).items()}
+        message = refusal(op, fakes)
+    assert message == refusal(op, inputs)
+
+
+@per_case
+def test_compiled_code_is_refused_alike(op, name, fresh_dynamo):
+    inputs = wrong_inputs(op, name)
+    compiled = torch.compile(lambda: overload(op)(**inputs), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.TorchRuntimeError) as error:
+        compiled()
+    assert refusal(op, inputs) in str(error.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("op", "name"),
+    # CUDA refuses any hc_mult but 4 before it looks at the other shapes: test_hc_mult_on_cuda
+    [row for row in ROWS_OF_CASES if row[1] != "residual hc_mult"],
+)
+def test_cuda_tensors_are_refused_alike(op, name):
+    assert refusal(op, wrong_inputs(op, name, "cuda")) == refusal(op, wrong_inputs(op, name))
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, n) for op in OPS for n, ops in ARGUMENTS.items() if op in ops]
+)
+def test_mixed_devices(op, name):
+    """Every tensor is compared with ``residual``, which is on another device than the rest."""
+    inputs = make_inputs(op, TOKENS, HIDDEN, norm=True)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = inputs | {key: mode.from_tensor(t) for key, t in tensors(inputs).items()}
+        fakes[name] = torch.empty_like(fakes[name], device="cuda:0")
+        if name == "residual":
+            first, here, there = next(n for n in fakes if n != name), "cuda:0", "cpu"
+        else:
+            first, here, there = name, "cpu", "cuda:0"
+        assert refusal(op, fakes) == f"mhc::{op}: expected {first} on {here}, got {there}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, n) for op in OPS for n, ops in ARGUMENTS.items() if op in ops]
+)
+def test_mixed_devices_on_cuda(op, name):
+    inputs = make_inputs(op, TOKENS, HIDDEN, device="cuda", norm=True)
+    inputs[name] = inputs[name].cpu()
+    if name == "residual":
+        first, here, there = next(n for n in inputs if n != name), "cpu", "cuda:0"
+    else:
+        first, here, there = name, "cuda:0", "cpu"
+    assert refusal(op, inputs) == f"mhc::{op}: expected {first} on {here}, got {there}"
+
+
+def fake_cuda(op, hidden, hc_mult):
+    """Fake CUDA tensors, inside an active FakeTensorMode; needs no GPU."""
+    inputs = make_inputs(op, TOKENS, hidden, hc_mult=hc_mult, device="meta", norm=True)
+    return inputs | {key: torch.empty_like(t, device="cuda") for key, t in tensors(inputs).items()}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_hc_mult_on_cuda(op):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        message = refusal(op, fake_cuda(op, HIDDEN, hc_mult=3))
+    assert message == f"mhc::{op}: expected residual with hc_mult 4 on CUDA, got 3"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_hidden_size_on_cuda(op):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        message = refusal(op, fake_cuda(op, 384, hc_mult=4))
+    assert message == (
+        f"mhc::{op}: expected residual with a hidden size that is a multiple of 256 on CUDA, "
+        "got 384"
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("hidden", "hc_mult"), [(HIDDEN, 3), (384, 4)])
+@pytest.mark.parametrize("op", OPS)
+def test_shapes_that_the_kernels_do_not_take(op, hidden, hc_mult):
+    inputs = make_inputs(op, TOKENS, hidden, hc_mult=hc_mult, device="cuda")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        message = refusal(op, fake_cuda(op, hidden, hc_mult))
+    assert refusal(op, inputs) == message
+
+
+@pytest.mark.parametrize("hc_mult", [1, 2, 3, 5])
+@pytest.mark.parametrize("op", OPS)
+def test_any_hc_mult_is_taken_on_the_cpu(op, hc_mult):
+    overload(op)(**make_inputs(op, TOKENS, 24, hc_mult=hc_mult, norm=True))
+
+
+@pytest.mark.parametrize("op", POST)
+def test_symbolic_token_counts_that_differ_are_refused(op, fresh_dynamo):
+    inputs = make_inputs(op, TOKENS, HIDDEN)
+    inputs["x"] = inputs["x"][:-1]
+    compiled = torch.compile(
+        lambda **inputs: overload(op)(**inputs), backend="eager", fullgraph=True, dynamic=True
+    )
+    with pytest.raises(
+        torch._dynamo.exc.TorchRuntimeError, match=f"mhc::{op}: expected x of shape"
+    ):
+        compiled(**inputs)
+
+
+@pytest.mark.parametrize("value", [1, 1.0])
+def test_int_and_float_scalars_are_taken(value):
+    overload("pre")(**(make_inputs("pre", TOKENS, HIDDEN) | {"hc_post_mult_value": value}))

@@ -1,0 +1,128 @@
+"""fused_post_pre: against post then pre, and against the float64 oracle."""
+
+import pytest
+import torch
+
+import mhc_ops
+from helpers import OPS, PATH_TOKENS, check_against_oracle, kernel_name, path, token_rows
+from mhc_ops import jit
+from mhc_ops.testing import KINDS, make_inputs, poisoned_memory
+
+OP = "fused_post_pre"
+POST_ARGUMENTS = ("x", "residual", "post_layer_mix", "comb_res_mix")
+
+
+def assert_fused_is_post_then_pre(device, tokens, hidden, norm, sinkhorn_repeat):
+    """The classical comparison: |difference| <= tolerance + tolerance * |unfused|."""
+    inputs = make_inputs(
+        OP, tokens, hidden, device=device, norm=norm, sinkhorn_repeat=sinkhorn_repeat
+    )
+    with poisoned_memory():
+        fused = mhc_ops.fused_post_pre(**inputs)
+    with poisoned_memory():
+        residual = mhc_ops.post(*(inputs.pop(name) for name in POST_ARGUMENTS))
+        unfused = mhc_ops.pre(residual, **inputs)
+    assert [tuple(t.shape) for t in fused] == [
+        (tokens, 4, hidden),
+        (tokens, 4, 1),
+        (tokens, 4, 4),
+        (tokens, hidden),
+    ]
+    # the same arithmetic in the same order, whichever kernel runs it
+    torch.testing.assert_close(fused.residual_out, residual, rtol=0, atol=0)
+    # the projection may be added up in another order: 1e-3 is the classical test's allowance
+    for name in ("post_mix", "comb_mix"):
+        got, want = getattr(fused, name), getattr(unfused, name)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    # a bf16 rounding may fall to the other side, 2e-3 of streams of size 0.1; with the norm the
+    # values are of size 1, and two roundings may
+    tolerance = 2e-2 if norm else 2e-3
+    torch.testing.assert_close(
+        fused.layer_input, unfused.layer_input, rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("sinkhorn_repeat", [2, 20])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("tokens", token_rows(OP, 0, 1, 8, 17, 32, 64))
+@pytest.mark.parametrize("hidden", [4096, 7168])
+def test_classical_matrix(device, hidden, tokens, norm, sinkhorn_repeat):
+    assert_fused_is_post_then_pre(device, tokens, hidden, norm, sinkhorn_repeat)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("tokens", token_rows(OP, 1, 3, 8, 17, 129, 200, 300))
+@pytest.mark.parametrize("hidden", [256, 768, 2816, 5120])
+def test_classical_at_other_hidden_sizes(hidden, tokens, norm):
+    assert_fused_is_post_then_pre("cuda", tokens, hidden, norm, sinkhorn_repeat=20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("tokens", token_rows(OP, 3, 200, 1000, 4096, *PATH_TOKENS))
+@pytest.mark.parametrize("hidden", [4096, 7168])
+def test_classical_at_more_tokens(hidden, tokens, norm):
+    assert_fused_is_post_then_pre("cuda", tokens, hidden, norm, sinkhorn_repeat=20)
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("hidden", [256, 4096])
+@pytest.mark.parametrize("kind", KINDS)
+def test_oracle(device, kind, hidden, norm):
+    check_against_oracle(OP, device, tokens=17, hidden=hidden, norm=norm, kind=kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("tokens", token_rows(OP, 8, 64, *PATH_TOKENS))
+@pytest.mark.parametrize("kind", KINDS)
+def test_oracle_on_every_path(kind, tokens, norm):
+    check_against_oracle(OP, "cuda", tokens=tokens, hidden=4096, norm=norm, kind=kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", token_rows(OP, 5, 129, 300))
+@pytest.mark.parametrize("hidden", [256, 768, 2816, 5120, 7168])
+def test_oracle_at_other_hidden_sizes(hidden, tokens):
+    check_against_oracle(
+        OP, "cuda", tokens=tokens, hidden=hidden, norm=True, kind="large_logits", seed=1
+    )
+
+
+@pytest.mark.gpu
+def test_oracle_at_a_prefill():
+    check_against_oracle(OP, "cuda", tokens=4096, hidden=7168, norm=True, kind="large_logits")
+
+
+@pytest.mark.parametrize("sinkhorn_repeat", [1, 2, 3, 50])
+def test_sinkhorn_rounds(device, sinkhorn_repeat):
+    """Each round counts where Sinkhorn is slow: the oracle with one more is out of bounds."""
+    make = {"tokens": 8, "hidden": 256, "kind": "slow_sinkhorn"}
+    check_against_oracle(OP, device, sinkhorn_repeat=sinkhorn_repeat, **make)
+    outputs = [
+        mhc_ops.fused_post_pre(**make_inputs(OP, device=device, sinkhorn_repeat=repeat, **make))
+        for repeat in (sinkhorn_repeat, sinkhorn_repeat + 1)
+    ]
+    if sinkhorn_repeat < 50:
+        assert (outputs[0].comb_mix - outputs[1].comb_mix).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_token_counts_reach_every_path(op):
+    assert {path(op, t) for t in PATH_TOKENS} == {path(op, t) for t in range(1, 5000)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", token_rows(OP, 0, 64, *PATH_TOKENS))
+def test_the_path_is_the_one_that_its_row_says(tokens, monkeypatch):
+    launched = []
+    launch = jit.launch
+
+    def record(key, *args):
+        launched.append(kernel_name(key))
+        launch(key, *args)
+
+    monkeypatch.setattr(jit, "launch", record)
+    mhc_ops.fused_post_pre(**make_inputs(OP, tokens, 4096, device="cuda"))
+    assert "+".join(launched or ["nothing"]) == path(OP, tokens)

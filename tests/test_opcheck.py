@@ -1,0 +1,38 @@
+"""torch.library.opcheck, all four tests, on every op and every form of its arguments."""
+
+import pytest
+import torch
+
+from helpers import OPS, overload, samples, split
+
+FORMS = tuple(samples("pre", "cpu"))
+ALL_TESTS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+
+
+def test_no_opcheck_test_is_left_out():
+    from torch.testing._internal.optests import generate_tests
+
+    assert set(generate_tests.DEFAULT_TEST_UTILS) == set(ALL_TESTS)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op, form, device):
+    if form not in samples(op, device):
+        pytest.skip("post has no norm_weight")
+    args, kwargs = split(op, samples(op, device)[form])
+    if form != "requires_grad":
+        results = torch.library.opcheck(overload(op), args, kwargs, test_utils=ALL_TESTS)
+        assert results == dict.fromkeys(ALL_TESTS, "SUCCESS")
+        return
+    # with grad mode on, this test would run the backward, which raises by contract
+    *forward_tests, traced = ALL_TESTS
+    results = torch.library.opcheck(overload(op), args, kwargs, test_utils=forward_tests)
+    with torch.no_grad():
+        results |= torch.library.opcheck(overload(op), args, kwargs, test_utils=traced)
+    assert results == dict.fromkeys(ALL_TESTS, "SUCCESS")
