@@ -1,0 +1,233 @@
+"""What every op promises about memory, layouts, tokens and repeatability."""
+
+import itertools
+
+import pytest
+import torch
+
+import mhc_ops
+from helpers import (
+    NORMS,
+    OPS,
+    PATH_TOKENS,
+    assert_equal,
+    call,
+    clone,
+    strided,
+    tensors,
+    token_rows,
+)
+from mhc_ops.testing import OUTPUTS, make_inputs, poisoned_memory
+
+HIDDEN = 256
+OP_AND_NORM = [pytest.param(op, n, id=f"{op}-{n}") for op in OPS for n in NORMS[op]]
+
+
+def shapes(leading, n, hidden):
+    return {
+        "residual_out": (*leading, n, hidden),
+        "post_mix": (*leading, n, 1),
+        "comb_mix": (*leading, n, n),
+        "layer_input": (*leading, hidden),
+    }
+
+
+@pytest.mark.parametrize("leading", [(0,), (1,), (17,), (2, 3), (2, 0, 3), (1, 2, 1, 3)], ids=str)
+@pytest.mark.parametrize(("op", "norm"), OP_AND_NORM)
+def test_outputs(device, op, norm, leading):
+    """Right shape and dtype, contiguous, written whole, each with memory of its own."""
+    inputs = make_inputs(op, leading, HIDDEN, device=device, norm=norm)
+    before = clone(inputs)
+    with poisoned_memory():
+        outputs = call(op, inputs)
+    assert_equal(inputs, before)
+    want = shapes(leading, 4, HIDDEN)
+    for name, out in outputs.items():
+        mix = name in ("post_mix", "comb_mix")
+        assert tuple(out.shape) == want[name], name
+        assert out.dtype == (torch.float32 if mix else torch.bfloat16), name
+        assert out.device.type == device, name
+        assert out.is_contiguous(), name
+        assert out.storage_offset() == 0, name
+        assert out.untyped_storage().nbytes() == out.numel() * out.element_size(), name
+        assert not out.isnan().any(), name
+    if 0 not in leading:
+        everything = [*outputs.values(), *tensors(inputs).values()]
+        for a, b in itertools.combinations(everything, 2):
+            assert a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(("op", "norm"), OP_AND_NORM)
+def test_leading_dimensions_are_flattened_and_restored(device, op, norm):
+    inputs = make_inputs(op, (2, 3), HIDDEN, device=device, norm=norm)
+    flat = dict(inputs)
+    for name in ("x", "residual", "post_layer_mix", "comb_res_mix"):
+        if name in flat:
+            flat[name] = flat[name].flatten(0, 1)
+    outputs = call(op, inputs)
+    assert_equal({name: out.flatten(0, 1) for name, out in outputs.items()}, call(op, flat))
+
+
+@pytest.mark.parametrize("leading", [(17,), (2, 3)], ids=str)
+@pytest.mark.parametrize(("op", "norm"), OP_AND_NORM)
+def test_strided_inputs(device, op, norm, leading):
+    inputs = make_inputs(op, leading, HIDDEN, device=device, norm=norm, kind="large_logits")
+    assert_equal(call(op, strided(inputs)), call(op, inputs))
+
+
+@pytest.mark.parametrize("op", ["post", "fused_post_pre"])
+def test_inputs_expanded_over_the_tokens(device, op):
+    inputs = make_inputs(op, 5, HIDDEN, device=device)
+    for name in ("x", "residual", "post_layer_mix", "comb_res_mix"):
+        inputs[name] = inputs[name][:1].expand_as(inputs[name])
+    dense = {
+        name: v.contiguous() if isinstance(v, torch.Tensor) else v for name, v in inputs.items()
+    }
+    assert inputs["x"].stride(0) == 0
+    assert_equal(call(op, inputs), call(op, dense))
+
+
+@pytest.mark.parametrize("op", ["post", "fused_post_pre"])
+def test_posts_without_their_last_dimension(device, op):
+    inputs = make_inputs(op, (2, 3), HIDDEN, device=device)
+    squeezed = inputs | {"post_layer_mix": inputs["post_layer_mix"].squeeze(-1)}
+    assert_equal(call(op, squeezed), call(op, inputs))
+
+
+@pytest.mark.parametrize("op", ["pre", "fused_post_pre", "head"])
+def test_float32_norm_weight_is_cast(device, op):
+    inputs = make_inputs(op, 5, HIDDEN, device=device, norm=True, kind="large_logits")
+    fp32 = inputs["norm_weight"].float() * (1 + 2**-10)
+    assert not torch.equal(fp32, fp32.bfloat16().float())
+    got = call(op, inputs | {"norm_weight": fp32})
+    assert_equal(got, call(op, inputs | {"norm_weight": fp32.bfloat16()}))
+
+
+@pytest.mark.parametrize(("op", "norm"), OP_AND_NORM)
+def test_norm_weight_and_eps_matter(device, op, norm):
+    """Every argument reaches the result: a changed one changes an output."""
+    inputs = make_inputs(op, 5, HIDDEN, device=device, norm=norm, kind="large_logits")
+    outputs = call(op, inputs)
+    changes = {"sinkhorn_repeat": 2}
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            changes[name] = value * 1.5
+        elif isinstance(value, float):
+            changes[name] = value + 0.5
+    for name in inputs:
+        changed = call(op, inputs | {name: changes[name]})
+        assert any(not torch.equal(changed[k], outputs[k]) for k in outputs), name
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("op", "tokens"),
+    [
+        pytest.param(op, *row.values, id=f"{op}-{row.id}")
+        for op in OPS
+        for row in token_rows(op, 5, *PATH_TOKENS)
+    ],
+)
+def test_a_bad_value_stays_in_its_token(device, op, tokens, bad):
+    inputs = make_inputs(op, tokens, HIDDEN, device=device, norm=op != "post")
+    clean = call(op, inputs)
+    token = tokens // 2
+    poisoned = clone(inputs)
+    poisoned["residual"][token, 1, 77] = bad
+    outputs = call(op, poisoned)
+    others = torch.arange(tokens, device=device) != token
+    for name, out in outputs.items():
+        assert_equal({name: out[others]}, {name: clean[name][others]})
+        assert not out[token].isfinite().all(), name
+
+
+@pytest.mark.parametrize(
+    ("op", "tokens"),
+    [
+        pytest.param(op, *row.values, id=f"{op}-{row.id}")
+        for op in OPS
+        for row in token_rows(op, 5, *PATH_TOKENS)
+    ],
+)
+def test_the_same_bits_every_time(device, op, tokens):
+    inputs = make_inputs(op, tokens, 512, device=device, kind="large_logits")
+    first = call(op, inputs)
+    for _ in range(3):
+        assert_equal(call(op, inputs), first)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("op", OPS)
+def test_inference_contexts(device, op, context):
+    inputs = make_inputs(op, 3, HIDDEN, device=device)
+    want = call(op, inputs)
+    with context():
+        got = call(op, inputs)
+    assert_equal(got, want)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_public_function_and_op_agree(device, op):
+    inputs = make_inputs(op, 3, HIDDEN, device=device, norm=True)
+    result = getattr(mhc_ops, op)(**inputs)
+    if op in ("pre", "fused_post_pre"):
+        got = result._asdict()
+    else:
+        got = {OUTPUTS[op][0]: result}
+    assert_equal(got, call(op, inputs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+def test_the_current_stream_is_used(op):
+    """Work queued before the call on the same stream is seen, also on a side stream."""
+    inputs = make_inputs(op, 64, 4096, device="cuda")
+    want = call(op, inputs)
+    late = clone(inputs)
+    late["residual"].zero_()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late["residual"].copy_(inputs["residual"])
+        got = call(op, late)
+    stream.synchronize()
+    assert_equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+def test_two_streams_at_once(op):
+    """Nothing is shared between calls: two streams working at once do not disturb each other."""
+    kinds = ("large_logits", "signed_bases")
+    inputs = [make_inputs(op, 64, 4096, device="cuda", kind=kind) for kind in kinds]
+    want = [call(op, i) for i in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    got = [[], []]
+    for _ in range(50):
+        for index, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                got[index].append(call(op, inputs[index]))
+    torch.cuda.synchronize()
+    for index in range(2):
+        for outputs in got[index]:
+            assert_equal(outputs, want[index])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("op", OPS)
+def test_the_current_device_is_left_alone(op):
+    inputs = make_inputs(op, 3, HIDDEN, device="cuda:1")
+    with torch.cuda.device(0):
+        outputs = call(op, inputs)
+        assert torch.cuda.current_device() == 0
+    assert_equal(
+        {name: out.cpu() for name, out in outputs.items()},
+        {
+            name: out.cpu()
+            for name, out in call(op, make_inputs(op, 3, HIDDEN, device="cuda:0")).items()
+        },
+    )
