@@ -1,0 +1,269 @@
+"""DeepSeek-V4 of transformers on the mHC ops: :func:`apply` and :func:`remove`.
+
+A module that takes part gets another class with the same parameters, so checkpoints, ``.to()`` and
+copies of the model work as before, and :func:`remove` only has to put the stock class back:
+
+* a decoder layer takes plain streams or a :class:`~mhc_ops.nn.StreamState` and returns a state,
+  whose post step then meets the pre step of the next layer;
+* its hyper-connections and norms lend the ops their parameters; called by themselves they do what
+  they always did;
+* ``hc_head`` hands the state on to ``norm``, which runs post and head with itself folded in. Each
+  of the two keeps its stock meaning for plain tensors.
+
+Forward hooks on decoder layers see a ``StreamState``; ``state.materialise()`` gives its streams.
+Where hidden states are asked for, every layer returns plain streams, so that what transformers
+captures is what the stock model captures; boundaries are then fused inside the layers only.
+
+Tested with transformers 5.17 and 5.23.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
+    DeepseekV4DecoderLayer,
+    DeepseekV4ForCausalLM,
+    DeepseekV4HyperConnection,
+    DeepseekV4HyperHead,
+    DeepseekV4Model,
+    DeepseekV4RMSNorm,
+)
+
+from .. import config, dispatch
+from .._checks import ACTIVATION, MIX
+from ..nn import (
+    POST_MULT_VALUE,
+    FoldedRMSNorm,
+    HyperConnection,
+    HyperHead,
+    StreamState,
+    wire,
+)
+
+
+def _view(path: str) -> Any:
+    """An attribute of the stock module, read under the name that mhc_ops.nn uses."""
+    names = path.split(".")
+    return property(lambda module: functools.reduce(getattr, names, module))
+
+
+# The stock class comes first among the bases: what it defines, forward above all, stays.
+class MhcRMSNorm(DeepseekV4RMSNorm, FoldedRMSNorm):
+    """A norm of a decoder layer, folded into the pre step before it."""
+
+    norm_eps = _view("variance_epsilon")
+
+
+class MhcHyperConnection(DeepseekV4HyperConnection, HyperConnection):
+    """A stock hyper-connection that lends its parameters to the ops."""
+
+    rms_eps = _view("input_norm.eps")
+    hc_pre_eps = _view("hc_eps")
+    hc_sinkhorn_eps = _view("hc_eps")
+    sinkhorn_repeat = _view("hc_sinkhorn_iters")
+    hc_post_mult_value = POST_MULT_VALUE  # written out in the stock forward
+
+
+class PendingHead(NamedTuple):
+    """What ``hc_head`` hands to the final norm: the last state, and the head to collapse it."""
+
+    state: StreamState
+    head: HyperHead
+
+
+class MhcHyperHead(DeepseekV4HyperHead, HyperHead):
+    """The stock head, which lends its parameters to the op."""
+
+    fn = _view("hc_fn")
+    base = _view("hc_base")
+    scale = _view("hc_scale")
+    rms_eps = _view("input_norm.eps")
+    hc_eps = _view("eps")
+
+    def forward(self, x: Tensor | StreamState) -> Tensor | PendingHead:
+        """Leave a state to the final norm; collapse plain streams, without a norm."""
+        return PendingHead(x, self) if isinstance(x, StreamState) else self.collapse(x)
+
+
+class MhcFinalRMSNorm(MhcRMSNorm):
+    """The norm after the head, folded into it."""
+
+    def forward(self, hidden_states: Tensor | PendingHead) -> Tensor:
+        """The last post step and the head with this norm; the stock norm for a plain tensor."""
+        if isinstance(hidden_states, PendingHead):
+            return hidden_states.head.collapse(hidden_states.state, self)
+        return super().forward(hidden_states)
+
+
+class MhcDecoderLayer(DeepseekV4DecoderLayer):
+    """A decoder layer that carries a :class:`~mhc_ops.nn.StreamState` from layer to layer."""
+
+    def forward(
+        self,
+        hidden_states: Tensor | StreamState,
+        input_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor | StreamState:
+        """Attention and MLP, each between a boundary and its pending post step.
+
+        Args:
+            hidden_states: the previous layer's state, or plain streams [B, S, n, H].
+            input_ids: [B, S], for hash routing.
+            kwargs: as the stock layer takes them.
+
+        Returns:
+            The state after the MLP; plain streams where hidden states are asked for.
+
+        Raises:
+            RuntimeError: the layer is in training mode with gradients enabled.
+        """
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "mhc_ops is forward only: expected model.eval() or torch.no_grad(), got a forward "
+                "in training mode with gradients enabled; to train the model call "
+                "mhc_ops.integrations.transformers.remove(model)"
+            )
+        if isinstance(hidden_states, StreamState):
+            entry = self.attn_hc.boundary(hidden_states, self.input_layernorm)
+        else:
+            entry = self.attn_hc.pre(hidden_states, self.input_layernorm)
+        attention_output, _ = self.self_attn(entry.layer_input, **kwargs)
+        entry = self.ffn_hc.boundary(entry.after(attention_output), self.post_attention_layernorm)
+        state = entry.after(self.mlp(entry.layer_input, input_ids=input_ids))
+        # The same question, asked the same way, as in capture_outputs of transformers.
+        settings = self.self_attn.config
+        if kwargs.get("output_hidden_states", getattr(settings, "output_hidden_states", False)):
+            return state.materialise(self.ffn_hc.steps.post)
+        return state
+
+
+def _parts(decoder: DeepseekV4Model) -> Iterator[tuple[str, torch.nn.Module, type, type]]:
+    """Name, module, stock class and class on the ops of every module that takes part."""
+    for index, layer in enumerate(decoder.layers):
+        name = f"layers.{index}"
+        yield name, layer, DeepseekV4DecoderLayer, MhcDecoderLayer
+        for part in ("attn_hc", "ffn_hc"):
+            connection = getattr(layer, part)
+            yield f"{name}.{part}", connection, DeepseekV4HyperConnection, MhcHyperConnection
+        for part in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{name}.{part}", getattr(layer, part), DeepseekV4RMSNorm, MhcRMSNorm
+    yield "hc_head", decoder.hc_head, DeepseekV4HyperHead, MhcHyperHead
+    yield "norm", decoder.norm, DeepseekV4RMSNorm, MhcFinalRMSNorm
+
+
+def _decoder(model: torch.nn.Module) -> DeepseekV4Model:
+    if isinstance(model, DeepseekV4ForCausalLM):
+        return model.model
+    if isinstance(model, DeepseekV4Model):
+        return model
+    raise TypeError(
+        "expected a DeepseekV4ForCausalLM or DeepseekV4Model of transformers, got "
+        f"{type(model).__name__}"
+    )
+
+
+def _check_settings(decoder: DeepseekV4Model) -> None:
+    """Refuse a model whose dtypes or settings no op takes."""
+    activation = decoder.embed_tokens.weight.dtype
+    if activation != ACTIVATION:
+        raise ValueError(f"expected a model in {ACTIVATION}, got {activation}")
+    config = decoder.config
+    if config.hc_sinkhorn_iters < 1:
+        raise ValueError(
+            f"expected hc_sinkhorn_iters of at least 1, got {config.hc_sinkhorn_iters}"
+        )
+    for name in ("hc_eps", "rms_norm_eps"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"expected {name} of at least 0, got {getattr(config, name)}")
+    if any(parameter.device.type == "cuda" for parameter in decoder.parameters()):
+        if config.hc_mult != dispatch.HC_MULT:
+            raise ValueError(f"expected hc_mult {dispatch.HC_MULT} on CUDA, got {config.hc_mult}")
+        if config.hidden_size % dispatch.HIDDEN_MULTIPLE != 0:
+            raise ValueError(
+                f"expected a hidden_size that is a multiple of {dispatch.HIDDEN_MULTIPLE} on "
+                f"CUDA, got {config.hidden_size}"
+            )
+
+
+def _check_parts(decoder: DeepseekV4Model) -> None:
+    """Refuse a model with modules that were changed, or with parameters in a wrong dtype."""
+    for name, module, stock, swapped in _parts(decoder):
+        if type(module) not in (stock, swapped):
+            raise ValueError(
+                f"expected {name} to be a {stock.__name__}, got {type(module).__qualname__}"
+            )
+        if "forward" in vars(module):
+            raise ValueError(
+                f"expected {name} to run the forward of its class, got one set on the module; "
+                "call apply before what replaces forwards"
+            )
+        if isinstance(module, (DeepseekV4HyperConnection, DeepseekV4HyperHead)):
+            for parameter, value in module.named_parameters():
+                if value.dtype != MIX:
+                    raise ValueError(
+                        f"expected {name}.{parameter} in {MIX}, got {value.dtype}; "
+                        "from_pretrained(dtype=torch.bfloat16) keeps it so, model.bfloat16() "
+                        "does not"
+                    )
+
+
+def apply(model: torch.nn.Module) -> None:
+    """Make a DeepSeek-V4 model run its hyper-connections on the ops.
+
+    The switches are read here, once: with ``MHC_OPS_FUSE_POST_PRE=1`` every boundary is one
+    ``fused_post_pre``, inside a layer (attention's post, the MLP's pre and its norm) and across
+    layers (the MLP's post, the next attention's pre and its norm); otherwise ``post``, then
+    ``pre``. The parameters stay those of the stock modules. Call it once the model stands on its
+    device; calling it again reads the switches and the norm weights again.
+
+    Args:
+        model: a ``DeepseekV4ForCausalLM`` or ``DeepseekV4Model`` in bf16, its hyper-connections
+            in fp32 (as ``from_pretrained(dtype=torch.bfloat16)`` loads it).
+
+    Raises:
+        TypeError: another model.
+        ValueError: a dtype or a setting that the ops cannot serve, gradient checkpointing, or
+            modules that something else has already replaced. The model is left untouched.
+    """
+    decoder = _decoder(model)
+    if getattr(model, "is_gradient_checkpointing", False):
+        raise ValueError(
+            "expected a model without gradient checkpointing, got one with it enabled: "
+            "mhc_ops is forward only"
+        )
+    _check_settings(decoder)
+    _check_parts(decoder)
+    config.switches()  # refuses a misspelt switch before anything is changed
+    for _, module, _, swapped in _parts(decoder):
+        module.__class__ = swapped
+        if isinstance(module, MhcRMSNorm):
+            if "norm_weight_cache" in module._buffers:
+                module.refresh_norm_weight_cache()
+            else:
+                module.add_norm_weight_cache()
+    wire(decoder)
+
+
+def remove(model: torch.nn.Module) -> None:
+    """Undo :func:`apply`: stock forwards, no cache, no added attribute.
+
+    Args:
+        model: a ``DeepseekV4ForCausalLM`` or ``DeepseekV4Model``; one that :func:`apply` was never
+            called on is left as it is.
+
+    Raises:
+        TypeError: another model.
+    """
+    for _, module, stock, swapped in _parts(_decoder(model)):
+        if type(module) is not swapped:
+            continue
+        if isinstance(module, (HyperConnection, HyperHead)):
+            del module.steps
+        if isinstance(module, FoldedRMSNorm):
+            del module.norm_weight_cache
+        module.__class__ = stock

@@ -1,0 +1,470 @@
+"""Hyper-connections as modules, with the state that a model carries from layer to layer.
+
+A model built on this module runs::
+
+    streams = expand(embedding)                                     # hc_mult copies
+    entry = layer.attn_hc.pre(streams, layer.input_norm)            # the first layer only
+    state = entry.after(attention(entry.layer_input))
+    entry = layer.mlp_hc.boundary(state, layer.mlp_norm)            # inside a layer
+    state = entry.after(mlp(entry.layer_input))
+    entry = next_layer.attn_hc.boundary(state, next_layer.input_norm)   # across layers
+    ...
+    hidden = model.head(state, model.norm)
+
+A :class:`StreamState` keeps the last sublayer's output beside the streams, so that its post step
+meets the pre step of whatever sublayer comes next, in this layer or in the next one.
+
+:func:`wire` reads the switches of :mod:`mhc_ops.config` once and decides for every module which
+function runs each step; nothing is decided inside a forward, so a model is traced as one graph.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import config, dispatch, ops, reference, support
+from ._checks import ACTIVATION, MIX, mixes
+
+logger = logging.getLogger("mhc_ops")
+
+POST_MULT_VALUE = 2.0  # post weights lie in (0, 2) in DeepSeek-V4
+
+
+class Steps(NamedTuple):
+    """The functions that run the steps of a wired module.
+
+    Attributes:
+        post: as :func:`mhc_ops.post`.
+        pre: as :func:`mhc_ops.pre`; may return a plain tuple.
+        head: as :func:`mhc_ops.head`.
+        fused_post_pre: as :func:`mhc_ops.fused_post_pre`; None where a boundary runs as post,
+            then pre.
+    """
+
+    post: Callable[..., Tensor]
+    pre: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    head: Callable[..., Tensor]
+    fused_post_pre: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None
+
+
+class StreamState(NamedTuple):
+    """The state that a model carries: residual streams with a post step still to be applied.
+
+    Attributes:
+        residual: [..., n, H] bf16, the streams before the sublayer that just ran.
+        x: [..., H] bf16, output of that sublayer.
+        post: [..., n, 1] fp32, its post weights.
+        comb: [..., n, n] fp32, its stream mixing, indexed [old stream, new stream].
+    """
+
+    residual: Tensor
+    x: Tensor
+    post: Tensor
+    comb: Tensor
+
+    def materialise(self, post: Callable[..., Tensor] = ops.post) -> Tensor:
+        """``r'[j] = bf16(post[j] * x + sum_i comb[i, j] * r[i])``: apply the pending post step.
+
+        Args:
+            post: the function that applies it; a wired module passes its own ``steps.post``.
+
+        Returns:
+            The plain streams, [..., n, H] bf16.
+        """
+        return post(self.x, self.residual, self.post, self.comb)
+
+
+class SublayerEntry(NamedTuple):
+    """What a hyper-connection hands to its sublayer.
+
+    Attributes:
+        residual: [..., n, H] bf16, the streams that the sublayer starts from.
+        layer_input: [..., H] bf16, its input, normed where the pre step had a norm.
+        post: [..., n, 1] fp32, weight of its output in each new stream.
+        comb: [..., n, n] fp32, stream mixing, indexed [old stream, new stream].
+    """
+
+    residual: Tensor
+    layer_input: Tensor
+    post: Tensor
+    comb: Tensor
+
+    def after(self, x: Tensor) -> StreamState:
+        """The state once the sublayer has run.
+
+        Args:
+            x: [..., H] bf16, the sublayer's output.
+
+        Returns:
+            The state with the post step of this sublayer pending.
+        """
+        return StreamState(self.residual, x, self.post, self.comb)
+
+
+class _Wired(torch.nn.Module):
+    """A module whose steps are chosen by :func:`wire`."""
+
+    fn: Tensor
+    hc_mult: int
+    steps: Steps | None = None
+
+    def _steps(self) -> Steps:
+        if self.steps is None:
+            raise RuntimeError(
+                f"{type(self).__name__} is not wired: expected mhc_ops.nn.wire(model) once the "
+                "model stands on its device, before the first forward"
+            )
+        return self.steps
+
+
+class FoldedRMSNorm(torch.nn.Module):
+    """An RMSNorm whose weight the pre step or the head folds in.
+
+    The ops want the weight in bf16. A model that keeps it in fp32 would cast it in every call, so
+    a bf16 copy stands in the buffer ``norm_weight_cache``: no parameter, not in checkpoints, moved
+    with the module. It is refreshed in place, which keeps captured CUDA graphs valid: by
+    ``load_state_dict``, and by :meth:`refresh_norm_weight_cache` after any other write.
+
+    Args:
+        hidden_size: H.
+        eps: added to the mean square.
+        device: device of the weight.
+        dtype: dtype of the weight.
+    """
+
+    weight: Tensor
+    norm_weight_cache: Tensor
+    norm_eps: float
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = ACTIVATION,
+    ) -> None:
+        super().__init__()
+        self.norm_eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        self.add_norm_weight_cache()
+
+    def add_norm_weight_cache(self) -> None:
+        """Register the buffer with a bf16 copy of the weight."""
+        self.register_buffer(
+            "norm_weight_cache",
+            self.weight.detach().to(ACTIVATION, copy=True),
+            persistent=False,
+        )
+
+    @torch.no_grad()
+    def refresh_norm_weight_cache(self) -> None:
+        """Copy the weight into its bf16 cache, in place."""
+        self.norm_weight_cache.copy_(self.weight)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh_norm_weight_cache()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``y = round(x * rsqrt(mean(x^2) + eps) * weight)``, where no op folds the norm in.
+
+        Args:
+            x: [..., H].
+
+        Returns:
+            [..., H], dtype of ``x``.
+        """
+        value = x.float()
+        inverse_rms = torch.rsqrt(value.square().mean(-1, keepdim=True) + self.norm_eps)
+        return (value * inverse_rms * self.norm_weight_cache.float()).to(x.dtype)
+
+
+def _norm_arguments(norm: FoldedRMSNorm | None) -> dict[str, Any]:
+    if norm is None:
+        return {}
+    return {"norm_weight": norm.norm_weight_cache, "norm_eps": norm.norm_eps}
+
+
+class HyperConnection(_Wired):
+    """The hyper-connection of one sublayer: its parameters and its pre step.
+
+    Args:
+        hidden_size: H.
+        hc_mult: number of residual streams, n.
+        rms_eps: added to the mean square of the streams.
+        hc_pre_eps: added to the collapse weights.
+        hc_sinkhorn_eps: added to the softmax and to every row and column sum.
+        sinkhorn_repeat: rounds of Sinkhorn, counting the first.
+        hc_post_mult_value: factor of the post weights.
+        device: device of the parameters.
+
+    Attributes:
+        fn: [n * (n + 2), n * H] fp32, projection; column index = stream * H + h.
+        base: [n * (n + 2)] fp32, biases.
+        scale: [3] fp32, scales of the pre, post and comb weights.
+    """
+
+    base: Tensor
+    scale: Tensor
+    rms_eps: float
+    hc_pre_eps: float
+    hc_sinkhorn_eps: float
+    sinkhorn_repeat: int
+    hc_post_mult_value: float
+
+    def __init__(
+        self,
+        hidden_size: int,
+        hc_mult: int = dispatch.HC_MULT,
+        *,
+        rms_eps: float = 1e-6,
+        hc_pre_eps: float = 1e-6,
+        hc_sinkhorn_eps: float = 1e-6,
+        sinkhorn_repeat: int = 20,
+        hc_post_mult_value: float = POST_MULT_VALUE,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.hc_mult = hc_mult
+        self.rms_eps = rms_eps
+        self.hc_pre_eps = hc_pre_eps
+        self.hc_sinkhorn_eps = hc_sinkhorn_eps
+        self.sinkhorn_repeat = sinkhorn_repeat
+        self.hc_post_mult_value = hc_post_mult_value
+        rows = mixes(hc_mult)
+        self.fn = _normal_parameter(rows, hc_mult * hidden_size, device)
+        self.base = torch.nn.Parameter(torch.zeros(rows, device=device, dtype=MIX))
+        self.scale = torch.nn.Parameter(torch.ones(3, device=device, dtype=MIX))
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """The arguments of a pre step, after its streams."""
+        return (
+            self.fn, self.scale, self.base, self.rms_eps, self.hc_pre_eps, self.hc_sinkhorn_eps,
+            self.hc_post_mult_value, self.sinkhorn_repeat,
+        )  # fmt: skip
+
+    def pre(self, residual: Tensor, norm: FoldedRMSNorm | None = None) -> SublayerEntry:
+        """The pre step on plain streams: see :func:`mhc_ops.pre` for the formula.
+
+        Args:
+            residual: [..., n, H] bf16, the streams.
+            norm: the RMSNorm before the sublayer, folded in; None for none.
+
+        Returns:
+            The sublayer's input, with the streams and the weights of its post step.
+
+        Raises:
+            RuntimeError: the module is not wired.
+        """
+        post, comb, layer_input = self._steps().pre(
+            residual, *self._arguments(), **_norm_arguments(norm)
+        )
+        return SublayerEntry(residual, layer_input, post, comb)
+
+    def boundary(self, state: StreamState, norm: FoldedRMSNorm | None = None) -> SublayerEntry:
+        """The post step that is pending, then the pre step of this connection.
+
+        One ``fused_post_pre`` where the model is wired fused; ``post``, then ``pre`` otherwise.
+
+        Args:
+            state: the streams and what the previous sublayer left pending.
+            norm: the RMSNorm before this sublayer, folded in; None for none.
+
+        Returns:
+            The sublayer's input, with the new streams and the weights of its post step.
+
+        Raises:
+            RuntimeError: the module is not wired.
+        """
+        steps = self._steps()
+        if steps.fused_post_pre is None:
+            return self.pre(state.materialise(steps.post), norm)
+        residual, post, comb, layer_input = steps.fused_post_pre(
+            state.x,
+            state.residual,
+            state.post,
+            state.comb,
+            *self._arguments(),
+            **_norm_arguments(norm),
+        )
+        return SublayerEntry(residual, layer_input, post, comb)
+
+
+class HyperHead(_Wired):
+    """The collapse of the streams after the last layer.
+
+    Args:
+        hidden_size: H.
+        hc_mult: number of residual streams, n.
+        rms_eps: added to the mean square of the streams.
+        hc_eps: added to the weights.
+        device: device of the parameters.
+
+    Attributes:
+        fn: [n, n * H] fp32, projection; column index = stream * H + h.
+        base: [n] fp32, biases.
+        scale: [1] fp32, scale of the weights.
+    """
+
+    base: Tensor
+    scale: Tensor
+    rms_eps: float
+    hc_eps: float
+
+    def __init__(
+        self,
+        hidden_size: int,
+        hc_mult: int = dispatch.HC_MULT,
+        *,
+        rms_eps: float = 1e-6,
+        hc_eps: float = 1e-6,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.hc_mult = hc_mult
+        self.rms_eps = rms_eps
+        self.hc_eps = hc_eps
+        self.fn = _normal_parameter(hc_mult, hc_mult * hidden_size, device)
+        self.base = torch.nn.Parameter(torch.zeros(hc_mult, device=device, dtype=MIX))
+        self.scale = torch.nn.Parameter(torch.ones(1, device=device, dtype=MIX))
+
+    def collapse(self, streams: Tensor | StreamState, norm: FoldedRMSNorm | None = None) -> Tensor:
+        """The last hidden state: see :func:`mhc_ops.head` for the formula.
+
+        Args:
+            streams: [..., n, H] bf16, or a state, whose pending post step is applied first.
+            norm: the final RMSNorm, folded in; None for none.
+
+        Returns:
+            [..., H] bf16.
+
+        Raises:
+            RuntimeError: the module is not wired.
+        """
+        steps = self._steps()
+        if isinstance(streams, StreamState):
+            streams = streams.materialise(steps.post)
+        return steps.head(
+            streams, self.fn, self.scale, self.base, self.rms_eps, self.hc_eps,
+            **_norm_arguments(norm),
+        )  # fmt: skip
+
+
+def _normal_parameter(
+    rows: int, columns: int, device: torch.device | str | None
+) -> torch.nn.Parameter:
+    weight = torch.empty(rows, columns, device=device, dtype=MIX)
+    return torch.nn.Parameter(torch.nn.init.normal_(weight, std=0.02))
+
+
+_Module = TypeVar("_Module", bound=torch.nn.Module)
+
+
+def _modules(model: torch.nn.Module, kind: type[_Module]) -> Iterator[_Module]:
+    return (module for module in model.modules() if isinstance(module, kind))
+
+
+def refresh_norm_weight_cache(model: torch.nn.Module) -> None:
+    """Copy every norm weight of a model into its bf16 cache, in place.
+
+    Needed after weights were written other than by ``load_state_dict``. Captured CUDA graphs see
+    the new weights.
+
+    Args:
+        model: any module; every :class:`FoldedRMSNorm` in it is refreshed.
+    """
+    for norm in _modules(model, FoldedRMSNorm):
+        norm.refresh_norm_weight_cache()
+
+
+def _device_refusal(device: torch.device, hc_mult: int, hidden_size: int) -> str | None:
+    """Why the ops cannot serve streams of this shape on a device; None where they can."""
+    if device.type in ("cpu", "meta"):
+        return None
+    supported, reason = support.is_supported(device)
+    if not supported:
+        return reason
+    if hc_mult != dispatch.HC_MULT:
+        return f"hc_mult is {hc_mult}, the CUDA kernels take {dispatch.HC_MULT}"
+    if hidden_size % dispatch.HIDDEN_MULTIPLE != 0:
+        return (
+            f"the hidden size is {hidden_size}, the CUDA kernels take multiples of "
+            f"{dispatch.HIDDEN_MULTIPLE}"
+        )
+    return None
+
+
+def _refusal(modules: list[_Wired], dtype: torch.dtype) -> str | None:
+    """Why the ops cannot run these modules.
+
+    Args:
+        modules: wired modules, on the device where they will run.
+        dtype: dtype of the activations.
+
+    Returns:
+        The reason; None where the ops can serve them all.
+    """
+    if dtype != ACTIVATION:
+        return f"the activations are {dtype}, the ops take {ACTIVATION}"
+    places = {
+        (module.fn.device, module.hc_mult, module.fn.shape[1] // module.hc_mult)
+        for module in modules
+    }
+    reasons = (_device_refusal(*place) for place in sorted(places, key=str))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def wire(model: torch.nn.Module, *, dtype: torch.dtype = ACTIVATION) -> None:
+    """Choose what runs each step of a model's hyper-connections.
+
+    Reads the switches once. A step runs on its op where its switch is on and the op can serve the
+    device; the plain functions of :mod:`mhc_ops.reference` run it otherwise, and one line in the
+    log says why. A boundary is fused where all three switches are on and the ops can serve.
+
+    Call it once the model stands on its device, and again after moving it or changing a switch.
+
+    Args:
+        model: any module; every :class:`HyperConnection` and :class:`HyperHead` in it is wired.
+        dtype: dtype of the activations.
+
+    Raises:
+        ValueError: the model has no hyper-connection, or a switch is neither on nor off.
+    """
+    modules = list(_modules(model, _Wired))
+    if not modules:
+        raise ValueError(
+            f"wire: expected a model with hyper-connections, got {type(model).__name__} without any"
+        )
+    switches = config.switches()
+    reason = _refusal(modules, dtype)
+    if reason is not None:
+        tilelang_pre = tilelang_post = False
+        plain = f"every step: {reason}"
+    else:
+        tilelang_pre, tilelang_post = switches.tilelang_pre, switches.tilelang_post
+        plain = "; ".join(
+            f"{steps}: {name} is off"
+            for steps, name, on in (
+                ("pre and head", "MHC_OPS_TILELANG_PRE", tilelang_pre),
+                ("post", "MHC_OPS_TILELANG_POST", tilelang_post),
+            )
+            if not on
+        )
+    if plain:
+        logger.warning("%s runs on plain PyTorch functions: %s", type(model).__name__, plain)
+    chosen = Steps(
+        post=ops.post if tilelang_post else reference.post,
+        pre=ops.pre if tilelang_pre else reference.pre,
+        head=ops.head if tilelang_pre else reference.head,
+        fused_post_pre=ops.fused_post_pre if reason is None and switches.fuse else None,
+    )
+    for module in modules:
+        module.steps = chosen
