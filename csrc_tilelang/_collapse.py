@@ -9,7 +9,8 @@ import tilelang.language as T
 from ._device import HC_MULT, SQUARES, VECTOR, WARP
 
 REPETITIONS = 2  # 16-byte vectors a thread and stream
-MAX_COLLAPSE_THREADS = 512
+MAX_COLLAPSE_THREADS = 256
+CTAS_PER_SM = {2: 3, 3: 2, 4: 2}  # by repetitions: the most that compiles without spills
 ROWS_AT_ONCE = 16  # partial rows that a warp has in flight: one trip to L2 for 128 slices
 NORM_BARRIER = 1  # named barrier of the collapse warps; 0 is the whole CTA's
 
@@ -22,6 +23,11 @@ def repetitions(hidden: int) -> int:
 def collapse_threads(hidden: int) -> int:
     """Threads that own hidden elements: whole warps."""
     return -(-hidden // (VECTOR * WARP * repetitions(hidden))) * WARP
+
+
+def ctas_per_sm(hidden: int) -> int:
+    """CTAs to allow on an SM by a limit on registers: a token's phases overlap only among CTAs."""
+    return CTAS_PER_SM.get(repetitions(hidden), 1)
 
 
 @T.macro

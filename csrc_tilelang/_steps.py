@@ -5,6 +5,11 @@ import tilelang.language as T
 from ._device import HC_MULT, MMA_COLUMNS, MMA_TOKENS, SPLIT_TERMS, SQUARES, VECTOR
 
 
+def tile_sums(column_tiles: int) -> int:
+    """Registers of a lane for the sums of one token tile: accumulators, then squares."""
+    return column_tiles * 4 + 4
+
+
 @T.macro
 def load_post_weights(post_layer_mix, comb_res_mix, i_t, post_local, comb_local):
     """All 4 post and 16 comb weights of token ``i_t``."""
@@ -36,7 +41,7 @@ def mix_stream(
 
 @T.macro
 def load_weights(fn, row, k, column_tiles, rows, weights_local):
-    """8 columns of fn from ``k`` on for row ``row`` of each column tile; zeros past the last row."""
+    """8 columns of fn from ``k`` on, row ``row`` of each column tile; zeros past the last row."""
     for n in T.unroll(column_tiles):
         if n * MMA_COLUMNS + row < rows:
             for v in T.vectorized(VECTOR // 2):
@@ -51,45 +56,102 @@ def load_weights(fn, row, k, column_tiles, rows, weights_local):
 
 
 @T.macro
-def split_weights(weights_local, column_tiles, terms_local):
-    """fp32 weights as bf16 pairs in three terms: terms_local[(tile * 4 + pair) * 3 + term]."""
-    for pair in T.unroll(column_tiles * VECTOR // 2):
+def clear_sums(sums_local, tiles, column_tiles):
+    """Zero the sums of ``tiles`` token tiles."""
+    for q in T.unroll(tiles * tile_sums(column_tiles)):
+        sums_local[q] = 0.0
+
+
+@T.macro
+def split_weights(weights_local, n, terms_local, t0):
+    """Column tile ``n`` of the weights as bf16 pairs: terms_local[t0 + pair * 3 + term]."""
+    for pair in T.unroll(VECTOR // 2):
         T.call_extern(
             "handle",
             "mhc::split3",
-            weights_local[pair * 2],
-            weights_local[pair * 2 + 1],
-            T.access_ptr(terms_local[pair * SPLIT_TERMS], "w"),
+            weights_local[n * VECTOR + pair * 2],
+            weights_local[n * VECTOR + pair * 2 + 1],
+            T.access_ptr(terms_local[t0 + pair * SPLIT_TERMS], "w"),
         )
 
 
 @T.macro
-def add_projection(words_local, low, high, terms_local, column_tiles, acc, a0, fragment):
-    """acc += streams * fn for 32 columns: 2 k steps, the small terms first.
+def load_fragment(words_local, tile, step, fragment):
+    """The A fragment of one token tile and k step.
 
-    ``words_local`` holds 8 stream elements as 4 words for token row lane // 4 from ``low`` on and
-    for row lane // 4 + 8 from ``high`` on.
+    ``words_local`` holds, a tile, 8 stream elements of token row lane // 4 as 4 words, then those
+    of row lane // 4 + 8.
     """
-    for step in T.unroll(2):
-        fragment[0] = words_local[low + step * 2]
-        fragment[1] = words_local[high + step * 2]
-        fragment[2] = words_local[low + step * 2 + 1]
-        fragment[3] = words_local[high + step * 2 + 1]
-        for n in T.unroll(column_tiles):
-            for term in T.unroll(SPLIT_TERMS):
-                T.call_extern(
-                    "handle",
-                    "mhc::mma_bf16",
-                    T.access_ptr(acc[a0 + n * 4], "rw"),
-                    T.access_ptr(fragment[0], "r"),
-                    terms_local[(n * 4 + step * 2) * SPLIT_TERMS + SPLIT_TERMS - 1 - term],
-                    terms_local[(n * 4 + step * 2 + 1) * SPLIT_TERMS + SPLIT_TERMS - 1 - term],
-                )
+    fragment[0] = words_local[tile * VECTOR + step * 2]
+    fragment[1] = words_local[tile * VECTOR + step * 2 + VECTOR // 2]
+    fragment[2] = words_local[tile * VECTOR + step * 2 + 1]
+    fragment[3] = words_local[tile * VECTOR + step * 2 + 1 + VECTOR // 2]
 
 
 @T.macro
-def store_fragment(acc, a0, squares, q0, column_tiles, lane, sums_shared, part, row0):
-    """One accumulator tile of 16 tokens, and its squares, into sums_shared[part, row0 ..]."""
+def add_projection(words_local, tiles, terms_local, t0, n, column_tiles, sums_local):
+    """sums += streams . fn for ``tiles`` tiles of 16 tokens, 32 columns and column tile ``n``.
+
+    Tensor cores truncate as they accumulate: over 60 steps a projection lost 1e-6 of itself. So the
+    products of a block start from zero and are added to the sums in fp32, rounded to nearest.
+    """
+    fragment = T.alloc_local((4,), "uint32")
+    part = T.alloc_local((tiles * 4,), "float32")
+    for q in T.unroll(tiles * 4):
+        part[q] = 0.0
+    for term in T.unroll(SPLIT_TERMS):  # the small terms first
+        for step in T.unroll(2):
+            for tile in T.unroll(tiles):
+                load_fragment(words_local, tile, step, fragment)
+                T.call_extern(
+                    "handle",
+                    "mhc::mma_bf16",
+                    T.access_ptr(part[tile * 4], "rw"),
+                    T.access_ptr(fragment[0], "r"),
+                    terms_local[t0 + (step * 2) * SPLIT_TERMS + SPLIT_TERMS - 1 - term],
+                    terms_local[t0 + (step * 2 + 1) * SPLIT_TERMS + SPLIT_TERMS - 1 - term],
+                )
+    for tile in T.unroll(tiles):
+        for q in T.unroll(4):
+            sums_local[tile * tile_sums(column_tiles) + n * 4 + q] = (
+                sums_local[tile * tile_sums(column_tiles) + n * 4 + q] + part[tile * 4 + q]
+            )
+
+
+@T.macro
+def add_squares(words_local, tiles, column_tiles, sums_local):
+    """sums += squares: the diagonal of streams . streams^T of each tile.
+
+    The B fragment of streams^T is the A fragment's own registers, so 4 tensor-core instructions do
+    the work of 64 others.
+    """
+    fragment = T.alloc_local((4,), "uint32")
+    part = T.alloc_local((2 * 4,), "float32")
+    for tile in T.unroll(tiles):
+        for q in T.unroll(2 * 4):
+            part[q] = 0.0
+        for step in T.unroll(2):
+            load_fragment(words_local, tile, step, fragment)
+            for half in T.unroll(2):
+                T.call_extern(
+                    "handle",
+                    "mhc::mma_bf16",
+                    T.access_ptr(part[half * 4], "rw"),
+                    T.access_ptr(fragment[0], "r"),
+                    fragment[half],
+                    fragment[half + 2],
+                )
+        # rows 0 to 7 against themselves are in the first product, rows 8 to 15 in the second
+        for q in T.unroll(4):
+            sums_local[tile * tile_sums(column_tiles) + column_tiles * 4 + q] = (
+                sums_local[tile * tile_sums(column_tiles) + column_tiles * 4 + q]
+                + part[q // 2 * 4 + q]
+            )
+
+
+@T.macro
+def store_sums(sums_local, s0, column_tiles, lane, sums_shared, part, row0):
+    """The sums of one tile of 16 tokens into sums_shared[part, row0 ..]."""
     for half in T.unroll(2):
         for n in T.unroll(column_tiles):
             for v in T.vectorized(2):
@@ -97,10 +159,10 @@ def store_fragment(acc, a0, squares, q0, column_tiles, lane, sums_shared, part, 
                     part,
                     row0 + half * MMA_TOKENS // 2 + lane // 4,
                     n * MMA_COLUMNS + lane % 4 * 2 + v,
-                ] = acc[a0 + n * 4 + half * 2 + v]
-        quad = T.alloc_var("float32", init=0.0)
-        quad = squares[q0 + half]
-        quad = quad + T.shfl_xor(quad, 1)
-        quad = quad + T.shfl_xor(quad, 2)
-        if lane % 4 == 0:
-            sums_shared[part, row0 + half * MMA_TOKENS // 2 + lane // 4, SQUARES] = quad
+                ] = sums_local[s0 + n * 4 + half * 2 + v]
+        if lane % 4 == lane // 8:  # this lane holds the diagonal element of its row
+            sums_shared[part, row0 + half * MMA_TOKENS // 2 + lane // 4, SQUARES] = T.if_then_else(
+                lane // 4 % 2 == 0,
+                sums_local[s0 + column_tiles * 4 + half * 2],
+                sums_local[s0 + column_tiles * 4 + half * 2 + 1],
+            )

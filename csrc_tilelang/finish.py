@@ -1,10 +1,10 @@
 """finish: mixes, Sinkhorn, collapse and RMSNorm of one token from its projection.
 
-Algorithm: one CTA a token. All warps add up the token's partial rows; after the only CTA-wide barrier
-each knows all 25 sums, lane c the sum of column c. The collapse warps then work out the 4 collapse
-weights and the layer input from streams that are already in registers; the norm needs one barrier
-among them. Meanwhile the last warp makes the post weights and runs Sinkhorn, the long pole, on the
-4 x 4 matrix in registers; it waits for nobody and nobody waits for it.
+Algorithm: one CTA a token. All warps add up the token's partial rows; after the only CTA-wide
+barrier each knows all 25 sums, lane c the sum of column c. The collapse warps then work out the 4
+collapse weights and the layer input from streams that are already in registers; the norm needs one
+barrier among them. Meanwhile the last warp makes the post weights and runs Sinkhorn, the long pole,
+on the 4 x 4 matrix in registers; it waits for nobody and nobody waits for it.
 """
 
 import tilelang.language as T
@@ -13,6 +13,7 @@ from ._collapse import (
     add_partials,
     collapse,
     collapse_threads,
+    ctas_per_sm,
     load_gain,
     load_streams,
     logits,
@@ -52,7 +53,8 @@ def divide_columns(c, eps):
 def sinkhorn(logit, c, eps, repeat):
     """C = softmax_rows + eps, columns, then (repeat - 1) times rows and columns; in every lane.
 
-    ``logit[0]`` of lane 8 + q is the logit of entry q.
+    ``logit[0]`` of lane 8 + q is the logit of entry q. No early stop: with logits of standard
+    deviation 2 it came after 17 of 19 rounds, and its test cost 0.2 us in every call.
     """
     for q in T.unroll(HC_MULT * HC_MULT):
         c[q] = T.shfl_sync(logit[0], COMB + q)
@@ -79,6 +81,7 @@ def finish_token(
 ):  # fmt: skip
     """The whole of one token; ``gain`` and ``norm_eps`` are read when ``norm`` is true."""
     T.import_source(DEVICE_SOURCE)
+    T.annotate_min_blocks_per_sm(ctas_per_sm(hidden))
     threads = collapse_threads(hidden)
     reps = repetitions(hidden)
     warps = threads // WARP + 1

@@ -1,7 +1,7 @@
 """head: the last collapse of the streams, and the final RMSNorm, from their projection.
 
-Algorithm: as ``finish`` without post weights and Sinkhorn. One CTA a token adds up the token's partial
-rows, works out the 4 collapse weights and collapses streams that are already in registers.
+Algorithm: as ``finish`` without post weights and Sinkhorn. One CTA a token adds up the token's
+partial rows, works out the 4 collapse weights and collapses streams already in registers.
 """
 
 import tilelang.language as T
@@ -10,6 +10,7 @@ from ._collapse import (
     add_partials,
     collapse,
     collapse_threads,
+    ctas_per_sm,
     load_gain,
     load_streams,
     logits,
@@ -27,6 +28,7 @@ def head_token(
     i_t, hidden, norm, pdl,
 ):  # fmt: skip
     """The whole of one token; ``gain`` and ``norm_eps`` are read when ``norm`` is true."""
+    T.annotate_min_blocks_per_sm(ctas_per_sm(hidden))
     threads = collapse_threads(hidden)
     reps = repetitions(hidden)
     warps = threads // WARP

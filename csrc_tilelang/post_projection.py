@@ -1,12 +1,13 @@
 """post_projection: post, the pre-norm projection and the sum of squares in one launch.
 
-Algorithm, for small batches: a CTA owns 32 hidden elements in all 4 streams, 128 columns of fn. Its
-warp j owns stream j: it keeps the 24 x 32 block of fn in registers, split into three bf16 terms, and
-walks over tiles of 16 tokens. It computes the new elements of its stream in the layout of an
-mma.m16n8k16 A fragment, so they go from the post step into the tensor cores without shared memory.
-The contraction index is permuted to make 16-byte loads of both operands fragments: logical k of the
-steps (0, 1) of lane quad position q is physical 8 q + 0 .. 7. bf16 streams times a three-term fn is
-exact to fp32. The 4 warps add up through shared memory and write one partial row a token.
+Algorithm, for small batches: a CTA owns 32 hidden elements in all 4 streams, 128 columns of fn.
+Its warp j owns stream j: it keeps a 24 x 32 block of fn in registers, split in three bf16 terms,
+and walks over tiles of 16 tokens. It computes the new elements of its stream in the layout of an
+mma.m16n8k16 A fragment: they go from the post step to the tensor cores without shared memory.
+The contraction index is permuted to make 16-byte loads of both operands fragments: logical k of
+steps 0 and 1 at position q of a lane quad is physical 8 q to 8 q + 7. bf16 streams times a
+three-term fn is exact to fp32. The 4 warps add up through shared memory and write one partial row a
+token.
 
 A fixed slice of hidden elements is summed in a fixed order: a token's partials are the same bits in
 any batch.
@@ -27,11 +28,21 @@ from ._device import (
     VECTOR,
     WARP,
 )
-from ._steps import add_projection, load_weights, mix_stream, split_weights, store_fragment
+from ._steps import (
+    add_projection,
+    add_squares,
+    clear_sums,
+    load_weights,
+    mix_stream,
+    split_weights,
+    store_sums,
+    tile_sums,
+)
 
 SLICE = 32  # hidden elements a CTA: 4 lanes of 8; one wave of CTAs reads fn at H = 4096
 THREADS = HC_MULT * WARP
 COLUMN_TILES = MIXES // MMA_COLUMNS
+TILE_TERMS = VECTOR // 2 * SPLIT_TERMS  # packed pairs of a column tile, in three terms
 ROWS = MMA_TOKENS // 2  # token rows of a fragment half: lane // 4 and lane // 4 + 8
 
 
@@ -74,16 +85,14 @@ def post_projection(hidden: int, *, pdl: bool):
             k = stream * hidden + h
 
             weights_local = T.alloc_local((COLUMN_TILES * VECTOR,), "float32")
-            terms_local = T.alloc_local((COLUMN_TILES * 4 * SPLIT_TERMS,), "uint32")
+            terms_local = T.alloc_local((COLUMN_TILES * TILE_TERMS,), "uint32")
             x_local = T.alloc_local((2 * VECTOR,), "bfloat16")
             streams_local = T.alloc_local((2 * HC_MULT * VECTOR,), "bfloat16")
             post_local = T.alloc_local((2,), "float32")
             comb_local = T.alloc_local((2 * HC_MULT,), "float32")
             new_local = T.alloc_local((2 * VECTOR,), "bfloat16")
-            fragment = T.alloc_local((4,), "uint32")
-            words_local = T.view(new_local, (2 * VECTOR // 2,), "uint32")
-            acc = T.alloc_local((COLUMN_TILES * 4,), "float32")
-            squares = T.alloc_local((2,), "float32")
+            words_local = T.view(new_local, (VECTOR,), "uint32")
+            sums_local = T.alloc_local((tile_sums(COLUMN_TILES),), "float32")
             sums_shared = T.alloc_shared((HC_MULT, MMA_TOKENS, SUMS_STRIDE), "float32")
 
             # fn is a weight: on its way to L2 while the previous kernel still runs. It is read
@@ -98,7 +107,8 @@ def post_projection(hidden: int, *, pdl: bool):
                 T.pdl_sync()
                 T.pdl_trigger()
             load_weights(fn, row, k, COLUMN_TILES, MIXES, weights_local)
-            split_weights(weights_local, COLUMN_TILES, terms_local)
+            for n in T.unroll(COLUMN_TILES):
+                split_weights(weights_local, n, terms_local, n * TILE_TERMS)
 
             for tile in T.serial(tiles):
                 t0 = (T.cast(group, "int64") * tiles + tile) * MMA_TOKENS
@@ -126,19 +136,15 @@ def post_projection(hidden: int, *, pdl: bool):
                             residual_out[t0 + half * ROWS + row, stream, h + v] = new_local[
                                 half * VECTOR + v
                             ]
-                    # sum of squares of the rounded streams
-                    squares[half] = 0.0
-                    for v in T.unroll(VECTOR):
-                        value = T.cast(new_local[half * VECTOR + v], "float32")
-                        squares[half] = squares[half] + value * value
 
-                # projection: m = r' . fn over this warp's 32 columns, then over the 4 warps
-                for q in T.unroll(COLUMN_TILES * 4):
-                    acc[q] = 0.0
-                add_projection(
-                    words_local, 0, VECTOR // 2, terms_local, COLUMN_TILES, acc, 0, fragment
-                )
-                store_fragment(acc, 0, squares, 0, COLUMN_TILES, lane, sums_shared, stream, 0)
+                # projection and sum of squares over this warp's 32 columns, then over the 4 warps
+                clear_sums(sums_local, 1, COLUMN_TILES)
+                for n in T.unroll(COLUMN_TILES):
+                    add_projection(
+                        words_local, 1, terms_local, n * TILE_TERMS, n, COLUMN_TILES, sums_local
+                    )
+                add_squares(words_local, 1, COLUMN_TILES, sums_local)
+                store_sums(sums_local, 0, COLUMN_TILES, lane, sums_shared, stream, 0)
                 T.sync_threads()
                 for q in T.unroll(MMA_TOKENS // HC_MULT):
                     t = q * HC_MULT + stream

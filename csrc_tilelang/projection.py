@@ -1,12 +1,13 @@
 """projection: the split-K pre-norm projection of the streams, with their sum of squares.
 
-Algorithm: skinny matrix product [n, 4 H] x [4 H, rows], rows = 24 (pre) or 4 (head), on bf16 tensor
-cores with fn split in registers into three bf16 terms, which is exact to fp32 for bf16 streams. K is
-cut into blocks of 32 columns; a CTA takes one split, a run of blocks, and one tile of tokens; its 4
-warps take the blocks of the split in turn, so that a CTA reads 256 consecutive bytes of a token's
-streams at a time. Both operands go from global memory straight into fragments: the contraction index
-is permuted as in post_projection. No shared memory in the loop; bytes in flight come from the number
-of warps. The split count is the first dimension of ``partials``: it is not compiled in.
+Algorithm: skinny matrix product [n, 4 H] x [4 H, rows], rows = 24 (pre) or 4 (head), on bf16
+tensor cores with fn split in registers into three bf16 terms, which is exact to fp32 for bf16
+streams. K is cut into blocks of 32 columns; a CTA takes one split, a run of blocks, and one tile of
+tokens; its 4 warps take the blocks of the split in turn, so that a CTA reads 256 consecutive bytes
+of a token's streams at a time. Both operands go from global memory straight into fragments: the
+contraction index is permuted as in post_projection. No shared memory in the loop; bytes in flight
+come from the number of warps. The split count is the first dimension of ``partials``: it is not
+compiled in.
 """
 
 import tilelang.language as T
@@ -23,7 +24,15 @@ from ._device import (
     VECTOR,
     WARP,
 )
-from ._steps import add_projection, load_weights, split_weights, store_fragment
+from ._steps import (
+    add_projection,
+    add_squares,
+    clear_sums,
+    load_weights,
+    split_weights,
+    store_sums,
+    tile_sums,
+)
 
 BLOCK = 32  # columns of one step of a warp: 4 lanes of 8
 WARPS = 4
@@ -31,13 +40,14 @@ THREADS = WARPS * WARP
 ROWS = MMA_TOKENS // 2  # token rows of a fragment half: lane // 4 and lane // 4 + 8
 
 
-def projection(hidden: int, *, rows: int, token_tile: int, pdl: bool):
+def projection(hidden: int, *, rows: int, token_tiles: int, ctas_per_sm: int, pdl: bool):
     """Build the projection kernel.
 
     Args:
         hidden: H, a multiple of 8.
         rows: rows of fn, at most 24.
-        token_tile: tokens a CTA, a multiple of 16; a larger tile reads fn less often.
+        token_tiles: tiles of 16 tokens a CTA; more of them read and split fn less often.
+        ctas_per_sm: CTAs that the register count must allow on an SM.
         pdl: take part in programmatic dependent launch (sm_90 and later).
 
     Returns:
@@ -49,7 +59,7 @@ def projection(hidden: int, *, rows: int, token_tile: int, pdl: bool):
     columns = HC_MULT * hidden
     blocks = columns // BLOCK
     column_tiles = -(-rows // MMA_COLUMNS)
-    token_tiles = token_tile // MMA_TOKENS
+    token_tile = token_tiles * MMA_TOKENS
 
     @T.prim_func
     def mhc_projection(
@@ -60,6 +70,7 @@ def projection(hidden: int, *, rows: int, token_tile: int, pdl: bool):
     ):
         with T.Kernel(splits, T.ceildiv(tokens, token_tile), threads=THREADS) as (i_s, i0_t):
             T.import_source(DEVICE_SOURCE)
+            T.annotate_min_blocks_per_sm(ctas_per_sm)
             tx = T.get_thread_binding()
             lane = tx % WARP
             warp = tx // WARP
@@ -69,18 +80,13 @@ def projection(hidden: int, *, rows: int, token_tile: int, pdl: bool):
             last = T.min((i_s + 1) * blocks_per_split, blocks)
 
             weights_local = T.alloc_local((column_tiles * VECTOR,), "float32")
-            terms_local = T.alloc_local((column_tiles * 4 * SPLIT_TERMS,), "uint32")
+            terms_local = T.alloc_local((VECTOR // 2 * SPLIT_TERMS,), "uint32")
             streams_local = T.alloc_local((token_tiles * 2 * VECTOR,), "bfloat16")
             words_local = T.view(streams_local, (token_tiles * VECTOR,), "uint32")
-            fragment = T.alloc_local((4,), "uint32")
-            acc = T.alloc_local((token_tiles * column_tiles * 4,), "float32")
-            squares = T.alloc_local((token_tiles * 2,), "float32")
+            sums_local = T.alloc_local((token_tiles * tile_sums(column_tiles),), "float32")
             sums_shared = T.alloc_shared((WARPS, token_tile, SUMS_STRIDE), "float32")
 
-            for q in T.unroll(token_tiles * column_tiles * 4):
-                acc[q] = 0.0
-            for q in T.unroll(token_tiles * 2):
-                squares[q] = 0.0
+            clear_sums(sums_local, token_tiles, column_tiles)
             if pdl:
                 # fn is a weight: on its way to L2 while the previous kernel still runs
                 for n in T.unroll(column_tiles):
@@ -103,21 +109,17 @@ def projection(hidden: int, *, rows: int, token_tile: int, pdl: bool):
                     for v in T.vectorized(VECTOR):
                         streams_local[half * VECTOR + v] = residual[i_t, k + v]
                 load_weights(fn, row, k, column_tiles, rows, weights_local)
-                split_weights(weights_local, column_tiles, terms_local)
-                for tile in T.unroll(token_tiles):
+                for n in T.unroll(column_tiles):
+                    split_weights(weights_local, n, terms_local, 0)
                     add_projection(
-                        words_local, tile * VECTOR, tile * VECTOR + VECTOR // 2, terms_local,
-                        column_tiles, acc, tile * column_tiles * 4, fragment,
-                    )  # fmt: skip
-                for half in T.unroll(token_tiles * 2):
-                    for v in T.unroll(VECTOR):
-                        value = T.cast(streams_local[half * VECTOR + v], "float32")
-                        squares[half] = squares[half] + value * value
+                        words_local, token_tiles, terms_local, 0, n, column_tiles, sums_local
+                    )
+                add_squares(words_local, token_tiles, column_tiles, sums_local)
 
             # the 4 warps of the split added up, one partial row a token
             for tile in T.unroll(token_tiles):
-                store_fragment(
-                    acc, tile * column_tiles * 4, squares, tile * 2, column_tiles, lane,
+                store_sums(
+                    sums_local, tile * tile_sums(column_tiles), column_tiles, lane,
                     sums_shared, warp, tile * MMA_TOKENS,
                 )  # fmt: skip
             T.sync_threads()

@@ -7,6 +7,7 @@ which of the few kernels runs and how its grid is cut.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,24 +20,32 @@ PARTIAL_WIDTH = 32  # floats of a partial row: 24 projections, the sum of square
 POST_PROJECTION_MAX_TOKENS = 128
 
 POST_PROJECTION_SLICE = 32  # hidden elements a CTA of post_projection
-POST_PROJECTION_TILE = 16  # tokens of one of its tiles
 POST_PROJECTION_CTAS_PER_SM = 4  # that its registers allow
 
+MMA_TOKENS = 16  # tokens of a tensor-core tile
 PROJECTION_BLOCK = 32  # columns of one step of a warp of projection
 PROJECTION_WARPS = 4
 
 
-class TokenTile(NamedTuple):
-    """A compiled token tile of ``projection`` and how many of its CTAs an SM holds."""
+class ProjectionTile(NamedTuple):
+    """How a CTA of ``projection`` covers tokens: what is compiled in, and up to how many tokens.
 
-    tokens: int
+    Attributes:
+        token_tiles: tiles of 16 tokens a CTA.
+        ctas_per_sm: CTAs that an SM holds.
+        max_tokens: the largest token count that takes it.
+    """
+
+    token_tiles: int
     ctas_per_sm: int
+    max_tokens: int
 
 
-# A larger tile reads fn less often; a smaller one wastes less on few tokens.
-SMALL_TILE = TokenTile(tokens=16, ctas_per_sm=6)
-LARGE_TILE = TokenTile(tokens=64, ctas_per_sm=3)
-SMALL_TILE_MAX_TOKENS = 256
+# A larger tile reads and splits fn less often; a smaller one wastes less on few tokens.
+PROJECTION_TILES = (
+    ProjectionTile(token_tiles=1, ctas_per_sm=5, max_tokens=32),
+    ProjectionTile(token_tiles=2, ctas_per_sm=4, max_tokens=sys.maxsize),
+)
 
 
 class Key(NamedTuple):
@@ -98,8 +107,17 @@ def head_key(hidden: int, arch: str, norm: bool) -> Key:
     return Key("head", arch, hidden, (("norm", norm),))
 
 
-def _projection_key(hidden: int, rows: int, tile: TokenTile, arch: str) -> Key:
-    return Key("projection", arch, hidden, (("rows", rows), ("token_tile", tile.tokens)))
+def _projection_key(hidden: int, rows: int, tile: ProjectionTile, arch: str) -> Key:
+    return Key(
+        "projection",
+        arch,
+        hidden,
+        (
+            ("rows", rows),
+            ("token_tiles", tile.token_tiles),
+            ("ctas_per_sm", tile.ctas_per_sm),
+        ),
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -118,11 +136,12 @@ def projection_plan(
     Returns:
         The plan; ``splits * blocks_per_split`` covers all blocks of 32 columns.
     """
-    tile = SMALL_TILE if tokens <= SMALL_TILE_MAX_TOKENS else LARGE_TILE
-    key = _projection_key(hidden, rows, tile, arch)
+    tile = next(tile for tile in PROJECTION_TILES if tokens <= tile.max_tokens)
     blocks = HC_MULT * hidden // PROJECTION_BLOCK
-    wanted = max(1, sm_count * tile.ctas_per_sm // _ceildiv(tokens, tile.tokens))
+    ctas = _ceildiv(tokens, tile.token_tiles * MMA_TOKENS)
+    wanted = max(1, sm_count * tile.ctas_per_sm // ctas)
     blocks_per_split = PROJECTION_WARPS * _ceildiv(blocks, PROJECTION_WARPS * wanted)
+    key = _projection_key(hidden, rows, tile, arch)
     return ProjectionPlan(key, _ceildiv(blocks, blocks_per_split), blocks_per_split)
 
 
@@ -140,14 +159,15 @@ def post_projection_plan(tokens: int, hidden: int, arch: str, sm_count: int) -> 
         The plan.
     """
     slices = hidden // POST_PROJECTION_SLICE
-    ctas = slices * _ceildiv(tokens, POST_PROJECTION_TILE)
+    ctas = slices * _ceildiv(tokens, MMA_TOKENS)
     tiles = _ceildiv(ctas, sm_count * POST_PROJECTION_CTAS_PER_SM)
     return PostProjectionPlan(Key("post_projection", arch, hidden), slices, tiles)
 
 
 def path_tokens(max_tokens: int) -> tuple[int, ...]:
     """Token counts that reach every path of every op up to ``max_tokens``, one a path."""
-    starts = {1, POST_PROJECTION_MAX_TOKENS + 1, SMALL_TILE_MAX_TOKENS + 1}
+    starts = {1, POST_PROJECTION_MAX_TOKENS + 1}
+    starts.update(tile.max_tokens + 1 for tile in PROJECTION_TILES)
     return tuple(sorted(tokens for tokens in starts if tokens <= max_tokens))
 
 
@@ -164,10 +184,12 @@ def keys(hidden: int, arch: str, max_tokens: int) -> Iterator[Key]:
     """
     yield post_key(hidden, arch)
     yield post_projection_plan(1, hidden, arch, 1).key
-    tiles = [SMALL_TILE] + [LARGE_TILE] * (max_tokens > SMALL_TILE_MAX_TOKENS)
     for rows in (MIXES, HC_MULT):
-        for tile in tiles:
-            yield _projection_key(hidden, rows, tile, arch)
+        least = 1
+        for tile in PROJECTION_TILES:
+            if least <= max_tokens:
+                yield _projection_key(hidden, rows, tile, arch)
+            least = tile.max_tokens + 1
     for norm in (False, True):
         yield finish_key(hidden, arch, norm)
         yield head_key(hidden, arch, norm)
