@@ -13,7 +13,10 @@ from typing import NamedTuple
 import torch
 
 from . import dispatch, jit, support
-from .ops import fused_post_pre, head, post, pre
+from .ops.fused_post_pre import fused_post_pre
+from .ops.head import head
+from .ops.post import post
+from .ops.pre import pre
 
 DEFAULT_HIDDEN = (4096, 7168)  # V4-Flash and V4-Pro
 DEFAULT_MAX_TOKENS = 8192

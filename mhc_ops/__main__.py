@@ -1,0 +1,49 @@
+"""``python -m mhc_ops``: one command after another, each imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+
+# command: (module with main(argv) -> exit status, what it does)
+COMMANDS = {
+    "info": ("info", "versions, devices and whether they are supported, cache folder, switches"),
+    "prewarm": ("prewarm", "compile and load the kernels of the given hidden sizes"),
+    "bench": ("bench", "time one boundary on the GPU and record it"),
+    "demo": ("demo", "a small DeepSeek-V4 model, stock against mhc-ops, on the CPU or a GPU"),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command.
+
+    Args:
+        argv: the command and its own arguments.
+
+    Returns:
+        The exit status: 0 when it worked, 2 for wrong arguments or where it cannot run.
+    """
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="python -m mhc_ops",
+        description="DeepSeek-V4's hyper-connections as PyTorch ops.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="commands:\n"
+        + "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
+        + "\n\n'python -m mhc_ops COMMAND --help' shows the arguments of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"mhc_ops {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
+    chosen = parser.parse_args(argv)
+    module = importlib.import_module(f"mhc_ops.{COMMANDS[chosen.command][0]}")
+    status: int = module.main(chosen.arguments)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
