@@ -1,0 +1,44 @@
+# make demo   the demonstration; make test   lint, types and the whole test suite.
+# Both do all set-up in .venv first; nothing has to be installed but make and Python 3.11 or newer.
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# The first interpreter that is new enough and can make a virtual environment. Looked for only when
+# one has to be made; `make PYTHON=/path/to/python` overrides it.
+PYTHON = $(shell for python in python3 python3.12 python3.11 python3.13; do \
+	if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
+		> /dev/null 2>&1; then echo $$python; break; fi; done)
+
+PYTEST_ARGS ?=
+
+.PHONY: demo test lint setup clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m mhc_ops demo
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(INSTALLED)
+
+# torch alone first: with its version settled, nothing below can ask for another build of it.
+# No build isolation: the build then needs no package beyond those of the constraints file.
+$(INSTALLED): Makefile constraints.txt pyproject.toml setup.py
+	@python="$(PYTHON)"; if [ -z "$$python" ]; then \
+		echo "mhc-ops needs Python 3.11 or newer with its venv module; none was found" >&2; exit 1; \
+	fi; \
+	set -x; "$$python" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+		--editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
