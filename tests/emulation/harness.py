@@ -7,6 +7,7 @@ Every run is a process of its own: a fault, a deadlock or a race ends that proce
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -204,17 +205,23 @@ class Kernel:
         return values
 
     def _execute(self, command: list[str]) -> None:
-        environment = {"TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
-        result = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT, env=environment
-        )
+        result = self._process(command)
         if "unexpected memory mapping" in result.stderr:
-            # the runtime of g++ 12 wants less address-space randomisation than newer kernels use
-            result = subprocess.run(
-                ["setarch", "-R", *command],
-                capture_output=True, text=True, timeout=TIMEOUT, env=environment,
-            )  # fmt: skip
+            # g++ 12's ThreadSanitizer wants less address-space randomisation than newer kernels use
+            result = self._process(["setarch", "-R", *command])
         if result.returncode:
             raise EmulationError(
                 f"{self._program.name} exited with {result.returncode}:\n{result.stderr[-6000:]}"
             )
+
+    def _process(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        try:
+            return subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+                env={"TSAN_OPTIONS": "halt_on_error=1", "PATH": os.environ["PATH"]},
+            )
+        except subprocess.TimeoutExpired as error:
+            raise EmulationError(f"{command[0]} did not end within {TIMEOUT} s") from error

@@ -8,19 +8,35 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <sys/mman.h>
 #include <ucontext.h>
 #include <vector>
 
-#include "memory.h"
+#include "model.h"
 
 namespace emulation {
 
-struct Fiber : Thread {
-  static constexpr size_t STACK = 256 * 1024;
+// Grows down to a page that nobody may touch.
+class Stack {
+ public:
+  static constexpr size_t SIZE = 256 * 1024, GUARD = 4096;
 
+  Stack() : base_(mmap(nullptr, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
+    if (base_ == MAP_FAILED || mprotect(base_, GUARD, PROT_NONE) != 0) fail("no memory for a stack");
+  }
+  Stack(const Stack&) = delete;
+  Stack& operator=(const Stack&) = delete;
+  ~Stack() { munmap(base_, SIZE); }
+  void* base() const { return base_; }
+
+ private:
+  void* base_;
+};
+
+struct Fiber : Thread {
   std::jmp_buf registers;
   ucontext_t start;
-  GuardedMemory stack{STACK};
+  Stack stack;
   const char* waits_for = nullptr;  // name of the barrier, while it waits
   unsigned barrier = 0;
 };
@@ -46,8 +62,8 @@ class Scheduler {
     for (auto& fiber : fibers) {
       fiber = std::make_unique<Fiber>();
       getcontext(&fiber->start);
-      fiber->start.uc_stack.ss_sp = fiber->stack.data();
-      fiber->start.uc_stack.ss_size = fiber->stack.size();
+      fiber->start.uc_stack.ss_sp = fiber->stack.base();
+      fiber->start.uc_stack.ss_size = Stack::SIZE;
       makecontext(&fiber->start, &Scheduler::enter, 0);
       // The first jump into a fiber cannot be a _longjmp: it runs up to its own _setjmp now.
       running = fiber.get();

@@ -1,0 +1,395 @@
+"""The CUDA source of every kernel, run on the CPU: see ``tests/emulation``.
+
+The ops run as on a GPU, with their own dispatch and launches; only the launch itself goes to the
+emulation. So what is compared with the oracle is host code and kernels together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from emulation import EmulationError, Kernel, Lowered, lower, missing
+from emulation.lowering import Parameter
+from helpers import assert_equal
+from mhc_ops import dispatch, jit, support
+from mhc_ops.csrc_tilelang._device import DEVICE_SOURCE
+from mhc_ops.testing import (
+    KINDS,
+    OUTPUTS,
+    as_outputs,
+    assert_matches_oracle,
+    make_inputs,
+    poisoned_memory,
+)
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+ARCH = "sm_90a"
+MAX_TOKENS = 300  # beyond every threshold of the dispatch
+HIDDEN = 1280  # several warps of a collapse, the last of them partly idle
+CASES = tuple((op, norm) for op in OUTPUTS for norm in (False, True) if not (op == "post" and norm))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("emulation")
+
+
+@pytest.fixture(scope="session")
+def lowered() -> Callable[[dispatch.Key], Lowered]:
+    """Key to lowered kernel, each lowered once."""
+    kernels: dict[dispatch.Key, Lowered] = {}
+
+    def get(key: dispatch.Key) -> Lowered:
+        if key not in kernels:
+            kernels[key] = lower(jit.program(key), key.arch, jit.pass_configs())
+        return kernels[key]
+
+    return get
+
+
+class Device:
+    """Runs ops on the emulation, as if it had ``sms`` multiprocessors.
+
+    Attributes:
+        launched: the keys that were launched.
+    """
+
+    def __init__(self, monkeypatch, kernel: Callable[[dispatch.Key], Kernel]) -> None:
+        self.launched: set[dispatch.Key] = set()
+        self.sms = 4
+
+        def launch(key: dispatch.Key, device: torch.device, *args: Any) -> None:
+            self.launched.add(key)
+            kernel(key)(*args)
+
+        monkeypatch.setattr(jit, "launch", launch)
+        monkeypatch.setattr(support, "arch", lambda device: ARCH)
+        monkeypatch.setattr(support, "sm_count", lambda device: self.sms)
+        monkeypatch.setattr(support, "require", lambda op, device: None)
+
+    def run(self, op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The CUDA implementation of an op; output name to tensor."""
+        module = importlib.import_module(f"mhc_ops.ops.{op}")
+        with poisoned_memory():
+            return as_outputs(op, module._cuda(**inputs))
+
+    def check(self, op: str, inputs: dict[str, Any]) -> None:
+        """Run an op and compare every output with the float64 oracle."""
+        assert_matches_oracle(op, inputs, tuple(self.run(op, inputs).values()))
+
+
+@pytest.fixture
+def device(monkeypatch, folder, lowered) -> Device:
+    return Device(monkeypatch, lambda key: Kernel(lowered(key), folder))
+
+
+@pytest.fixture
+def sanitized_device(monkeypatch, folder, lowered) -> Device:
+    """Every CUDA thread an OS thread under ThreadSanitizer, two CTAs side by side."""
+    return Device(
+        monkeypatch,
+        lambda key: Kernel(lowered(key), folder, sanitize_threads=True, resident=2),
+    )
+
+
+# ------------------------------------------------------------------------------- kernels and ops
+
+
+@pytest.mark.parametrize("hidden", [256, HIDDEN])
+def test_every_kernel_matches_the_oracle(device, hidden):
+    for tokens in dispatch.path_tokens(MAX_TOKENS):
+        for op, norm in CASES:
+            device.check(op, make_inputs(op, tokens, hidden, norm=norm, seed=tokens))
+    assert device.launched == set(dispatch.keys(hidden, ARCH, MAX_TOKENS))
+
+
+@pytest.mark.parametrize("op, norm", CASES)
+def test_hidden_4096(device, op, norm):
+    device.sms = 132
+    device.check(op, make_inputs(op, 2, 4096, norm=norm))
+
+
+@pytest.mark.parametrize("tokens", [3, 17, 70])
+@pytest.mark.parametrize("sms", [1, 132], ids=["tiles_in_turn", "tiles_side_by_side"])
+def test_partial_token_tiles(device, tokens, sms):
+    device.sms = sms
+    for op, norm in CASES:
+        device.check(op, make_inputs(op, tokens, HIDDEN, norm=norm, seed=sms))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hard_inputs(device, kind):
+    for op in OUTPUTS:
+        device.check(op, make_inputs(op, 3, HIDDEN, norm=True, kind=kind))
+
+
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_few_rounds_of_sinkhorn(device, repeat):
+    device.check("pre", make_inputs("pre", 2, 256, sinkhorn_repeat=repeat))
+
+
+def test_fused_streams_are_those_of_post(device):
+    for tokens in (5, MAX_TOKENS):
+        inputs = make_inputs("fused_post_pre", tokens, HIDDEN, kind="large_streams")
+        fused = device.run("fused_post_pre", inputs)
+        names = ("x", "residual", "post_layer_mix", "comb_res_mix")
+        post = device.run("post", {name: inputs[name] for name in names})
+        assert torch.equal(fused["residual_out"], post["residual_out"])
+
+
+def test_small_batches_give_the_bits_of_single_tokens(device):
+    inputs = make_inputs("fused_post_pre", 18, HIDDEN, norm=True)
+    batch = device.run("fused_post_pre", inputs)
+    for token in (0, 7, 17):
+        single = dict(inputs)
+        for name in ("x", "residual", "post_layer_mix", "comb_res_mix"):
+            single[name] = inputs[name][token : token + 1]
+        alone = device.run("fused_post_pre", single)
+        assert_equal(alone, {name: value[token : token + 1] for name, value in batch.items()})
+
+
+@pytest.mark.parametrize("op", OUTPUTS)
+def test_nan_stays_in_its_token(device, op):
+    inputs = make_inputs(op, 18, HIDDEN, norm=True)
+    clean = device.run(op, inputs)
+    inputs["residual"][3, 1] = torch.nan
+    dirty = device.run(op, inputs)
+    others = [token for token in range(18) if token != 3]
+    assert_equal(
+        {name: value[others] for name, value in dirty.items()},
+        {name: value[others] for name, value in clean.items()},
+    )
+    for name, value in dirty.items():
+        assert value[3].isnan().all(), name
+
+
+# ------------------------------------------------------------------------------ ThreadSanitizer
+
+
+def test_no_races(sanitized_device):
+    for tokens in dispatch.path_tokens(MAX_TOKENS):
+        for op, norm in CASES:
+            sanitized_device.check(op, make_inputs(op, tokens + 16, 256, norm=norm))
+    assert sanitized_device.launched == set(dispatch.keys(256, ARCH, MAX_TOKENS))
+
+
+BARRIER = re.compile(r"^ *(__syncthreads|tl::__sync_thread_partial|__syncwarp)\(.*\);\n", re.M)
+
+
+def without_barrier(lowered: Lowered, i: int) -> Lowered:
+    start, end = list(BARRIER.finditer(lowered.source))[i].span()
+    return dataclasses.replace(lowered, source=lowered.source[:start] + lowered.source[end:])
+
+
+@pytest.mark.parametrize(
+    "op, key, barriers",
+    [
+        ("fused_post_pre", dispatch.post_projection_plan(1, HIDDEN, ARCH, 1).key, 2),
+        ("pre", dispatch.projection_plan(1, HIDDEN, dispatch.MIXES, ARCH, 1).key, 1),
+        ("pre", dispatch.finish_key(HIDDEN, ARCH, True), 2),
+        ("head", dispatch.head_key(HIDDEN, ARCH, True), 2),
+    ],
+    ids=lambda value: value.kernel if isinstance(value, dispatch.Key) else None,
+)
+def test_each_barrier_is_needed(monkeypatch, folder, lowered, op, key, barriers):
+    inputs = make_inputs(op, 40, HIDDEN, norm=True)
+    assert len(BARRIER.findall(lowered(key).source)) == barriers
+    for barrier in range(barriers):
+
+        def kernel(launched: dispatch.Key, barrier: int = barrier) -> Kernel:
+            if launched != key:
+                return Kernel(lowered(launched), folder)
+            broken = without_barrier(lowered(key), barrier)
+            return Kernel(broken, folder, sanitize_threads=True)
+
+        device = Device(monkeypatch, kernel)
+        device.sms = 1  # several token tiles in turn: one may run into the next
+        with pytest.raises(EmulationError, match="data race"):
+            device.run(op, inputs)
+
+
+# --------------------------------------------------------------------- the emulation and its twins
+
+
+DEVICE_FUNCTION = re.compile(r"__device__ __forceinline__ (.*?\))\s*\{", re.S)
+
+
+def test_every_device_function_has_a_twin():
+    twins = (Path(__file__).parent / "emulation/include/mhc_device.h").read_text()
+    functions = DEVICE_FUNCTION.findall(DEVICE_SOURCE)
+    assert functions
+    assert sorted(functions) == sorted(DEVICE_FUNCTION.findall(twins))
+    # nothing that the pattern overlooks
+    assert DEVICE_SOURCE.count("__device__") == len(functions)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_source_is_the_one_that_ships(lowered):
+    key = dispatch.finish_key(256, ARCH, True)
+    assert lowered(key).source == jit.compile_key(key).get_kernel_source()
+
+
+SAMPLES = (Path(__file__).parent / "emulation/samples.cu").read_text()
+SAMPLE = {name: i for i, name in enumerate(re.findall(r"^  (\w+),$", SAMPLES, re.M))}
+LANE = torch.arange(64)
+
+
+@pytest.fixture
+def sample(folder) -> Callable[..., Tensor]:
+    """Run a sample on in[t] = t with ``out`` full of NaN; returns ``out``."""
+
+    def run(
+        name: str,
+        *,
+        given: Tensor | None = None,
+        ctas: int = 1,
+        waits: bool = False,
+        **options: Any,
+    ) -> Tensor:
+        given = LANE.float() if given is None else given
+        lowered = Lowered(
+            source=SAMPLES,
+            parameters=(
+                Parameter("out", "float32", ("size",)),
+                Parameter("in", "float32", ("size",)),
+                Parameter("counter", "int32", (1,)),
+                Parameter("sample", "int32", None),
+            ),
+            waits=waits,
+            dynamic_shared=4 * 64,
+            extents={"blockIdx.x": ctas, "threadIdx.x": 64},
+        )
+        out = torch.full_like(given, torch.nan)
+        counter = torch.zeros(1, dtype=torch.int32)
+        Kernel(lowered, folder, **options)(out, given, counter, SAMPLE[name])
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("WRITE_BEHIND", r"out: access out of bounds, byte 256 of 256 \[thread \(63, 0, 0\)"),
+        ("WRITE_IN_FRONT", r"out: a write out of bounds"),
+        ("READ_BEHIND", r"in: access out of bounds, byte 256 of 256"),
+        ("WRITE_CONST", r"in: write to const memory, byte \d+"),
+        ("SHARED_BEHIND", r"shared memory: access out of bounds, byte 256 of 256"),
+        ("SHARED_IN_FRONT", r"a write out of the bounds of shared memory"),
+        ("STATIC_SHARED_IN_FRONT", r"a write out of the bounds of shared memory"),
+        ("LOCAL_BEHIND", r"index \d+ out of bounds for type .float"),
+        ("MISALIGNED", r"misaligned address"),
+        ("TOUCH_BEFORE_DEPENDENCY", r"in: touched before cudaGridDependencySynchronize"),
+        ("MISSED_BARRIER", r"deadlock: .* one waits for barrier 0"),
+        ("UNEQUAL_BARRIER", r"barrier 1: expects \d+ threads here and \d+ elsewhere"),
+        ("SHUFFLE_WITHOUT_LANE", r"deadlock: .* one waits for exchange of warp 0"),
+        ("SHUFFLE_FROM_OUTSIDE", r"shuffle from lane 0, which is not in the mask 0xfffffffe"),
+        ("ENDLESS_WAIT", r"did not end within 2 s"),
+    ],
+)
+def test_what_no_kernel_may_do(sample, monkeypatch, name, message):
+    monkeypatch.setattr("emulation.harness.TIMEOUT", 2)
+    with pytest.raises(EmulationError, match=message):
+        sample(name, waits=name == "TOUCH_BEFORE_DEPENDENCY")
+
+
+def test_uninitialised_memory_is_poison(sample):
+    assert sample("NOTHING").isnan().all()
+    assert sample("READ_IN_FRONT")[0].isnan()
+    assert sample("READ_SHARED").isnan().all()
+    assert (sample("READ_LOCAL").abs() > 1e30).all()
+
+
+def test_memory_after_the_dependency(sample):
+    assert torch.equal(sample("AFTER_DEPENDENCY", waits=True, ctas=3), LANE.float())
+    # threads that do not wait go on as far as they can without memory
+    assert torch.equal(sample("ONE_THREAD_WAITS", waits=True), LANE.float())
+    # a weight, which no kernel writes
+    early = sample("TOUCH_BEFORE_DEPENDENCY", waits=True, early=("in",))
+    assert torch.equal(early, LANE.float())
+
+
+@pytest.mark.parametrize(
+    "name, source",
+    [
+        ("SHUFFLE_XOR", LANE ^ 5),
+        ("SHUFFLE_XOR_OF_8", torch.where(LANE % 16 < 8, LANE, LANE ^ 9)),
+        ("SHUFFLE", LANE // 32 * 32 + 3),
+        ("SHUFFLE_OF_4", LANE // 4 * 4 + 1),
+        ("SHUFFLE_DOWN_OF_16", torch.where(LANE % 16 < 13, LANE + 3, LANE)),
+        ("SHUFFLE_UP_OF_16", torch.where(LANE % 16 < 3, LANE, LANE - 3)),
+        ("REDUCE", 2016 + 100 * (LANE // 32 * 32 + 31) - LANE // 32 * 32),
+    ],
+)
+def test_shuffles_and_reductions(sample, name, source):
+    assert torch.equal(sample(name), source.float())
+
+
+def test_mma_is_a_matrix_product(sample):
+    a, b = torch.randn(16, 16).bfloat16(), torch.randn(16, 8).bfloat16()
+    lane = torch.arange(32)
+    g, t = lane // 4, lane % 4
+    # the fragments as the PTX ISA draws them: pairs of a in one row, of b in one column
+    pairs = [
+        torch.stack((a[row, column], a[row, column + 1]), 1)
+        for row, column in ((g, 2 * t), (g + 8, 2 * t), (g, 2 * t + 8), (g + 8, 2 * t + 8))
+    ]
+    pairs += [torch.stack((b[row, g], b[row + 1, g]), 1) for row in (2 * t, 2 * t + 8)]
+    words = torch.stack(pairs, 1).contiguous().view(torch.float32)
+    acc = sample("MMA", given=words.flatten())[:128].view(32, 4)
+    product = a.float() @ b.float()
+    for i in range(4):
+        want = product[g + i // 2 * 8, 2 * t + i % 2]
+        torch.testing.assert_close(acc[:, i] - i, want, rtol=0, atol=1e-5)
+
+
+def test_split3_keeps_every_bit(sample):
+    given = torch.randn(64) * torch.logspace(-10, 10, 64)
+    assert torch.equal(sample("SPLIT3", given=given), given)
+
+
+@pytest.mark.parametrize(
+    "name, races",
+    [
+        ("BY_SYNCTHREADS", False),
+        ("BY_SYNCWARP", False),
+        ("BY_NAMED_BARRIER", False),
+        ("BY_ARRIVE", False),
+        # a shuffle hands over a register and orders no memory
+        ("BY_SHUFFLE", True),
+        ("BY_NOTHING", True),
+        ("SAME_ELEMENTS", True),
+        ("OWN_ELEMENTS", False),
+        ("RELEASE", False),
+        ("RELAXED", True),
+        # TileLang drops the memory order of an addition whose result nobody reads
+        ("RELEASE_WITHOUT_RESULT", True),
+    ],
+)
+def test_what_orders_memory(sample, name, races):
+    def run() -> Tensor:
+        return sample(name, ctas=1 if name.startswith("BY_") else 2, **options)
+
+    options = {"resident": 1 if name.startswith("BY_") else 2}
+    out = run()
+    if name.startswith("BY_") and not races:
+        assert torch.equal(out[1::2], LANE.float()[::2])
+    if name.startswith("RELEASE"):
+        assert out[:2].tolist() == [7.0, 7.0]
+    options["sanitize_threads"] = True
+    if races:
+        with pytest.raises(EmulationError, match="data race"):
+            run()
+    else:
+        run()
