@@ -1,5 +1,7 @@
 """The environment switches of the model wiring."""
 
+import itertools
+
 import pytest
 
 from mhc_ops import config
@@ -43,14 +45,12 @@ def test_empty_means_the_default(monkeypatch, word):
 @pytest.mark.parametrize("word", ["2", "maybe", "-1", "none"])
 def test_other_words_are_refused(monkeypatch, name, word):
     monkeypatch.setenv(name, word)
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError, match=name) as error:
         config.switches()
     assert str(error.value) == f"{name}: expected 0 or 1, got {word!r}"
 
 
-@pytest.mark.parametrize(
-    ("fuse", "pre", "post"), [(a, b, c) for a in "01" for b in "01" for c in "01"]
-)
+@pytest.mark.parametrize(("fuse", "pre", "post"), itertools.product("01", repeat=3))
 def test_fusing_needs_all_three(monkeypatch, fuse, pre, post):
     for name, word in zip((FUSE, PRE, POST), (fuse, pre, post), strict=True):
         monkeypatch.setenv(name, word)

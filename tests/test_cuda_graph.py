@@ -79,10 +79,8 @@ def test_a_chain_of_boundaries(tokens):
     """Each boundary reads what the one before wrote: the order inside the graph is kept."""
     first = make_inputs("fused_post_pre", tokens, HIDDEN, device="cuda", norm=True)
     fixed = [
-        make_inputs(
-            "fused_post_pre", 1, HIDDEN, device="cuda", norm=True, seed=s, kind="large_logits"
-        )
-        for s in range(6)
+        make_inputs("fused_post_pre", 1, HIDDEN, device="cuda", norm=True, seed=seed)
+        for seed in range(6)
     ]
     state = ("x", "residual", "post_layer_mix", "comb_res_mix")
 

@@ -1,5 +1,6 @@
 """Whether the kernels can serve a device, why not, and what the CUDA ops say then."""
 
+import importlib
 import importlib.util
 import types
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 
 import mhc_ops
+from helpers import OPS
 from mhc_ops import support
+from mhc_ops.testing import make_inputs
 
 
 @pytest.fixture
@@ -105,5 +108,16 @@ def test_the_ops_give_the_reason(machine):
     )
 
 
-def test_the_ops_run_where_they_can(machine):
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_asks_before_it_launches(op):
+    """The CUDA implementation, called where there is no CUDA."""
+    implementation = importlib.import_module(f"mhc_ops.ops.{op}")._cuda
+    with pytest.raises(RuntimeError) as error:
+        implementation(**make_inputs(op, 2, 256))
+    assert str(error.value) == (
+        f"mhc::{op}: the CUDA kernels cannot serve cpu: device cpu is not a CUDA device"
+    )
+
+
+def test_require_passes_where_the_kernels_can_serve(machine):
     support.require("post", torch.device("cuda", 0))
