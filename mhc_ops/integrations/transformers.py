@@ -231,7 +231,7 @@ def apply(model: torch.nn.Module) -> None:
             modules that something else has already replaced. The model is left untouched.
     """
     decoder = _decoder(model)
-    if getattr(model, "is_gradient_checkpointing", False):
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
             "expected a model without gradient checkpointing, got one with it enabled: "
             "mhc_ops is forward only"
