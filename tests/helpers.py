@@ -114,14 +114,36 @@ def samples(op: str, device: str) -> dict[str, dict[str, Any]]:
     return forms
 
 
-def check_against_oracle(op: str, device: str, **make: Any) -> None:
-    """Run an op in poisoned memory and hold every output to its bound."""
+def check_against_oracle(
+    op: str, device: str, changes: dict[str, Any] | None = None, **make: Any
+) -> None:
+    """Run an op in poisoned memory and hold every output to its bound.
+
+    ``changes`` are put in place of what ``make_inputs(op, **make)`` made.
+    """
     inputs = make_inputs(op, device=device, **make)
+    inputs |= {name: v for name, v in (changes or {}).items() if name in inputs}
     before = clone(inputs)
     with poisoned_memory():
         outputs = call(op, inputs)
     assert_equal(inputs, before)
     assert_matches_oracle(op, inputs, tuple(outputs.values()))
+
+
+# Large enough that each shows in the outputs when it is left out or added in the wrong place;
+# V4.1's own rms_eps; and none.
+EPSILONS = {
+    "large": {
+        "rms_eps": 0.003,
+        "hc_pre_eps": 0.05,
+        "hc_eps": 0.05,
+        "hc_sinkhorn_eps": 0.02,
+        "norm_eps": 0.001,
+        "hc_post_mult_value": 1.7,
+    },
+    "v4.1": {"rms_eps": 1e-20},
+    "zero": dict.fromkeys(("rms_eps", "hc_pre_eps", "hc_eps", "hc_sinkhorn_eps", "norm_eps"), 0.0),
+}
 
 
 def kernel_name(key: dispatch.Key) -> str:

@@ -50,7 +50,7 @@ def test_other_words_are_refused(monkeypatch, name, word):
     assert str(error.value) == f"{name}: expected 0 or 1, got {word!r}"
 
 
-@pytest.mark.parametrize(("fuse", "pre", "post"), itertools.product("01", repeat=3))
+@pytest.mark.parametrize(("fuse", "pre", "post"), list(itertools.product("01", repeat=3)))
 def test_fusing_needs_all_three(monkeypatch, fuse, pre, post):
     for name, word in zip((FUSE, PRE, POST), (fuse, pre, post), strict=True):
         monkeypatch.setenv(name, word)

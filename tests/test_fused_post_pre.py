@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mhc_ops
-from helpers import OPS, PATH_TOKENS, check_against_oracle, kernel_name, path, token_rows
+from helpers import EPSILONS, OPS, PATH_TOKENS, check_against_oracle, kernel_name, path, token_rows
 from mhc_ops import jit
 from mhc_ops.testing import KINDS, make_inputs, poisoned_memory
 
@@ -126,3 +126,19 @@ def test_the_path_is_the_one_that_its_row_says(tokens, monkeypatch):
     monkeypatch.setattr(jit, "launch", record)
     mhc_ops.fused_post_pre(**make_inputs(OP, tokens, 4096, device="cuda"))
     assert "+".join(launched or ["nothing"]) == path(OP, tokens)
+
+
+@pytest.mark.parametrize("epsilons", EPSILONS)
+def test_epsilons(device, epsilons):
+    check_against_oracle(
+        OP, device, EPSILONS[epsilons], tokens=17, hidden=256, norm=True, kind="large_logits"
+    )
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_streams_of_zero(device, norm):
+    """Zero in, zero out: the epsilons keep every division finite."""
+    make = {"tokens": 5, "hidden": 256, "norm": norm, "kind": "signed_bases"}
+    inputs = make_inputs(OP, device=device, **make)
+    zero = {name: torch.zeros_like(inputs[name]) for name in ("x", "residual") if name in inputs}
+    check_against_oracle(OP, device, zero, **make)

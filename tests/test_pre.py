@@ -1,9 +1,10 @@
 """pre: mixes and layer input against the float64 oracle."""
 
 import pytest
+import torch
 
-from helpers import PATH_TOKENS, check_against_oracle, token_rows
-from mhc_ops.testing import KINDS
+from helpers import EPSILONS, PATH_TOKENS, check_against_oracle, token_rows
+from mhc_ops.testing import KINDS, make_inputs
 
 OP = "pre"
 
@@ -37,3 +38,19 @@ def test_oracle_at_other_hidden_sizes(hidden, tokens, norm):
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 def test_oracle_at_a_prefill(norm):
     check_against_oracle(OP, "cuda", tokens=4096, hidden=7168, norm=norm, kind="large_logits")
+
+
+@pytest.mark.parametrize("epsilons", EPSILONS)
+def test_epsilons(device, epsilons):
+    check_against_oracle(
+        OP, device, EPSILONS[epsilons], tokens=17, hidden=256, norm=True, kind="large_logits"
+    )
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_streams_of_zero(device, norm):
+    """Zero in, zero out: the epsilons keep every division finite."""
+    make = {"tokens": 5, "hidden": 256, "norm": norm, "kind": "signed_bases"}
+    inputs = make_inputs(OP, device=device, **make)
+    zero = {name: torch.zeros_like(inputs[name]) for name in ("x", "residual") if name in inputs}
+    check_against_oracle(OP, device, zero, **make)

@@ -1,0 +1,55 @@
+"""The examples run, agree with what they say, and stay short."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mhc_ops
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PACKAGE = Path(mhc_ops.__file__).parents[1]
+
+
+def run(name, **environment):
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name)],
+        env=os.environ
+        | {"PYTHONPATH": f"{PACKAGE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        | environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_short(path):
+    assert len(path.read_text().splitlines()) < 60
+
+
+def test_post_pre():
+    output = run("post_pre.py")
+    assert "streams equal bit for bit: True" in output
+
+
+def test_compile():
+    output = run("compile.py")
+    assert output.count("equal to eager: True") == 6
+    assert "graphs: 1" in output
+
+
+def test_cuda_graph_without_a_gpu():
+    output = run("cuda_graph.py", CUDA_VISIBLE_DEVICES="")
+    assert output.startswith("this example needs a GPU")
+
+
+@pytest.mark.gpu
+def test_cuda_graph():
+    assert run("cuda_graph.py").count("equal to eager: True") == 3
