@@ -479,7 +479,7 @@ def make_table(
     table = Table(
         title=f"one boundary, µs; {first['gpu']}, copy {first['copy_tb_s']} TB/s",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1),
+        padding=0,
     )
     for name in ("hidden", "tokens"):
         table.add_column(name, justify="right")

@@ -171,7 +171,7 @@ def test_nvidia_smi(tmp_path, monkeypatch):
     ("argv", "message"),
     [
         ([], "the following arguments are required: COMMAND"),
-        (["selftest"], "argument COMMAND: invalid choice: 'selftest' (choose from"),
+        (["tune"], "argument COMMAND: invalid choice: 'tune' (choose from"),
         (["info", "--yaml"], "unrecognized arguments: --yaml"),
         (["prewarm", "--hidden", "x"], "argument --hidden: invalid int value: 'x'"),
     ],
