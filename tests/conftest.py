@@ -5,6 +5,10 @@ import torch
 
 import mhc_ops
 
+# What the GPU tests use: compiled side by side before the first of many, not one by one in them.
+HIDDEN_SIZES = (256, 512, 768, 2816, 4096, 5120, 7168)
+MANY = 100
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device that the TileLang kernels serve")
@@ -18,6 +22,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels(request):
+    gpu_tests = [item for item in request.session.items if item.get_closest_marker("gpu")]
+    if len(gpu_tests) > MANY and mhc_ops.is_supported("cuda")[0]:
+        mhc_ops.prewarm(hidden=HIDDEN_SIZES, device="cuda")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
