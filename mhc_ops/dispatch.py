@@ -16,8 +16,10 @@ HIDDEN_MULTIPLE = 256  # 32 lanes of 8 bf16 elements: a warp's 16-byte loads
 MIXES = HC_MULT * (HC_MULT + 2)
 PARTIAL_WIDTH = 32  # floats of a partial row: 24 projections, the sum of squares, padding
 
-# fused_post_pre runs post_projection + finish up to here, post + projection + finish beyond.
-POST_PROJECTION_MAX_TOKENS = 128
+# fused_post_pre runs post_projection + finish up to so many tokens, and fewer at larger hidden
+# sizes, where tokens * hidden counts; post + projection + finish beyond.
+POST_PROJECTION_MAX_TOKENS = 48
+POST_PROJECTION_MAX_ELEMENTS = POST_PROJECTION_MAX_TOKENS * 4096
 
 POST_PROJECTION_SLICE = 32  # hidden elements a CTA of post_projection
 POST_PROJECTION_CTAS_PER_SM = 4  # that its registers allow
@@ -84,9 +86,14 @@ def _ceildiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def takes_post_projection(tokens: int) -> bool:
+def post_projection_max_tokens(hidden: int) -> int:
+    """Up to how many tokens ``fused_post_pre`` runs ``post_projection`` + ``finish``."""
+    return min(POST_PROJECTION_MAX_TOKENS, POST_PROJECTION_MAX_ELEMENTS // hidden)
+
+
+def takes_post_projection(tokens: int, hidden: int) -> bool:
     """Whether ``fused_post_pre`` runs ``post_projection`` + ``finish`` for this many tokens."""
-    return tokens <= POST_PROJECTION_MAX_TOKENS
+    return tokens <= post_projection_max_tokens(hidden)
 
 
 @functools.cache
@@ -164,9 +171,9 @@ def post_projection_plan(tokens: int, hidden: int, arch: str, sm_count: int) -> 
     return PostProjectionPlan(Key("post_projection", arch, hidden), slices, tiles)
 
 
-def path_tokens(max_tokens: int) -> tuple[int, ...]:
+def path_tokens(hidden: int, max_tokens: int) -> tuple[int, ...]:
     """Token counts that reach every path of every op up to ``max_tokens``, one a path."""
-    starts = {1, POST_PROJECTION_MAX_TOKENS + 1}
+    starts = {1, post_projection_max_tokens(hidden) + 1}
     starts.update(tile.max_tokens + 1 for tile in PROJECTION_TILES)
     return tuple(sorted(tokens for tokens in starts if tokens <= max_tokens))
 

@@ -21,7 +21,7 @@ OPS = tuple(OUTPUTS)
 NORMS = {op: (False,) if op == "post" else (False, True) for op in OPS}
 
 # Both sides of every bound of dispatch, so every path on CUDA is reached at its ends.
-PATH_TOKENS = sorted({t for start in dispatch.path_tokens(5000) for t in (start - 1, start)} - {0})
+PATH_TOKENS = sorted({t for start in dispatch.path_tokens(4096, 5000) for t in (start - 1, start)} - {0})
 
 
 def overload(op: str) -> Any:
@@ -158,7 +158,7 @@ def path(op: str, tokens: int) -> str:
         return "nothing"
     if op == "post":
         return "post"
-    if op == "fused_post_pre" and dispatch.takes_post_projection(tokens):
+    if op == "fused_post_pre" and dispatch.takes_post_projection(tokens, 4096):
         return "post_projection+finish"
     rows = dispatch.HC_MULT if op == "head" else dispatch.MIXES
     projection = kernel_name(dispatch.projection_plan(tokens, 4096, rows, "sm_90a", 132).key)

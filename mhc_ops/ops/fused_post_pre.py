@@ -123,7 +123,7 @@ def _cuda(
     streams = residual.flatten(0, -3)
     if not streams.numel():
         return (residual.new_empty(residual.shape), *outputs)
-    if dispatch.takes_post_projection(streams.shape[0]):
+    if dispatch.takes_post_projection(streams.shape[0], streams.shape[2]):
         residual_out = residual.new_empty(residual.shape)
         streams_out = residual_out.view(streams.shape)
         partials = launch_post_projection(
