@@ -1,0 +1,184 @@
+"""The wheel: what is in it, and that it runs where the checkout is not."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import rich
+import torch
+
+import mhc_ops
+
+ROOT = Path(__file__).parents[1]
+# what a build reads; benchmarks, examples and tests go into the sdist alone
+SOURCES = ("mhc_ops", "csrc_tilelang", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md",
+           "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "constraints.txt", "tests",
+           "benchmarks", "examples")  # fmt: skip
+IGNORED = shutil.ignore_patterns("__pycache__", "*.bak")
+
+RUN_EVERY_OP = """
+import sys
+import mhc_ops
+
+assert not {"tilelang", "tvm"} & sys.modules.keys(), "importing mhc_ops imported TileLang"
+
+import torch
+from mhc_ops.testing import OUTPUTS, as_outputs, assert_matches_oracle, make_inputs
+
+for op in OUTPUTS:
+    for tokens in (0, 3):
+        inputs = make_inputs(op, tokens, 256, norm=op != "post")
+        outputs = getattr(mhc_ops, op)(**inputs)
+        assert_matches_oracle(op, inputs, outputs)
+        assert {out.shape[0] for out in as_outputs(op, outputs).values()} == {tokens}
+print(mhc_ops.__file__)
+"""
+
+
+def python(executable, *arguments, cwd):
+    """Run an interpreter that sees nothing of the checkout."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(executable), *arguments], cwd=cwd, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def pip_wheel(source, target):
+    """Build a wheel without asking any index."""
+    python(
+        sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps",
+        "--no-index", "--wheel-dir", str(target), str(source), cwd=target,
+    )  # fmt: skip
+    (wheel,) = target.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the sources: building leaves folders behind, and other tests may run."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=IGNORED)
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    return pip_wheel(source, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory):
+    """(interpreter, site-packages) of a new environment with the wheel, and torch from here."""
+    home = tmp_path_factory.mktemp("environment")
+    venv.create(home, symlinks=True)
+    interpreter = home / "bin" / "python"
+    python(
+        sys.executable, "-m", "pip", "--python", str(interpreter), "install", "--quiet",
+        "--no-deps", "--no-index", str(wheel), cwd=home,
+    )  # fmt: skip
+    (site,) = home.glob("lib/python*/site-packages")
+    # after the environment's own packages, and without the .pth files there: an editable install
+    # of the checkout stays out
+    borrowed = {str(Path(module.__file__).parents[1]) for module in (torch, rich)}
+    (site / "borrowed.pth").write_text("\n".join(sorted(borrowed)) + "\n")
+    return interpreter, site
+
+
+def test_wheel_holds_every_source_file(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    want = {"mhc_ops/py.typed"}
+    for package, folder in (("mhc_ops", "mhc_ops"), ("mhc_ops/csrc_tilelang", "csrc_tilelang")):
+        for path in (ROOT / folder).rglob("*.py"):
+            want.add(f"{package}/{path.relative_to(ROOT / folder).as_posix()}")
+    assert held == want
+    assert "mhc_ops/csrc_tilelang/post.py" in held
+
+
+def test_wheel_from_the_sdist_is_the_same(source, wheel, tmp_path):
+    build = "import setuptools.build_meta as b, sys; print(b.build_sdist(sys.argv[1]))"
+    python(sys.executable, "-c", build, str(tmp_path), cwd=source)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(sdist, tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    for name in SOURCES:
+        files = [path for path in (source / name).rglob("*") if path.is_file()] or [source / name]
+        for file in files:
+            relative = file.relative_to(source)
+            assert (unpacked / relative).is_file(), f"{relative} is not in the sdist"
+    second = pip_wheel(unpacked, tmp_path)
+    contents = [
+        {name: archive.read(name) for name in archive.namelist() if not name.endswith("RECORD")}
+        for archive in map(zipfile.ZipFile, (wheel, second))
+    ]
+    assert contents[0] == contents[1]
+
+
+def test_metadata(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        fields = importlib.metadata.PathDistribution(
+            zipfile.Path(archive, metadata).parent
+        ).metadata
+    assert (fields["Name"], fields["Version"]) == ("mhc-ops", mhc_ops.__version__)
+    assert fields["Requires-Python"] == ">=3.11"
+    assert fields["License-Expression"] == "Apache-2.0"
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    needs = [text for text in fields.get_all("Requires-Dist") if "extra" not in text]
+    assert needs == ["rich>=13", "tilelang==0.1.15", "torch<2.14,>=2.11"]
+    assert 'transformers<6,>=5.17; extra == "transformers"' in fields.get_all("Requires-Dist")
+
+
+def test_every_op_runs_from_the_wheel(environment, tmp_path):
+    interpreter, site = environment
+    loaded = Path(python(interpreter, "-c", RUN_EVERY_OP, cwd=tmp_path).strip())
+    assert loaded.resolve() == (site / "mhc_ops" / "__init__.py").resolve()
+
+
+def test_kernel_sources_are_files(environment, tmp_path):
+    """TileLang reads a kernel's source with ``inspect``, so it has to be a file."""
+    interpreter, site = environment
+    find = "import importlib.util; print(importlib.util.find_spec('mhc_ops.csrc_tilelang').origin)"
+    found = Path(python(interpreter, "-c", find, cwd=tmp_path).strip())
+    assert found.resolve() == (site / "mhc_ops" / "csrc_tilelang" / "__init__.py").resolve()
+    for kernel in (ROOT / "csrc_tilelang").glob("*.py"):
+        assert (found.parent / kernel.name).read_text() == kernel.read_text()
+
+
+def test_command_line_from_the_wheel(environment, tmp_path):
+    interpreter, _ = environment
+    assert python(interpreter, "-m", "mhc_ops", "--version", cwd=tmp_path) == (
+        f"mhc_ops {mhc_ops.__version__}\n"
+    )
+    assert mhc_ops.__version__ in python(interpreter, "-m", "mhc_ops", "info", cwd=tmp_path)
+
+
+def test_constraints_pin_what_the_package_needs():
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = project["optional-dependencies"]
+    names = {
+        re.match(r"[\w-]+", text)[0]
+        for text in project["dependencies"] + optional["transformers"] + optional["test"]
+    }
+    assert names - {"mhc-ops"} <= pins.keys()
+    assert not [version for version in pins.values() if "+" in version], "a local version"
