@@ -1,7 +1,7 @@
 """Builds and runs generated CUDA source on the CPU.
 
 Every run is a process of its own: a fault, a deadlock or a race ends that process and becomes an
-:class:`EmulationError` here. A kernel is built once a source and mode in ``build_folder``.
+:class:`EmulationError` here.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from .lowering import Lowered
 
 INCLUDE = Path(__file__).parent / "include"
+RUNTIME = Path(__file__).parent / "runtime"
 DEVICE_FUNCTIONS = re.compile(
     r"^// mhc device functions: begin$.*?^// mhc device functions: end$", re.DOTALL | re.MULTILINE
 )
@@ -84,21 +85,34 @@ def _kernel(source: str) -> re.Match[str]:
     return kernels[0]
 
 
-def _build(source: str, flags: tuple[str, ...], folder: Path) -> Path:
-    code = translate(source)
-    digest = hashlib.sha256("\0".join((code, *flags)).encode()).hexdigest()[:16]
-    program = folder / digest
-    if not program.exists():
-        text = folder / f"{digest}.cpp"
-        text.write_text(code)
-        # under another name first: two tests may build the same kernel at once
-        partial = Path(tempfile.mkdtemp(dir=folder)) / "program"
-        command = ["g++", *FLAGS, *flags, "-I", str(INCLUDE), "-o", str(partial), str(text)]
+def _compile(name: str, inputs: list[str], flags: tuple[str, ...], folder: Path) -> Path:
+    """Run g++ unless ``folder`` holds ``name`` already."""
+    output = folder / name
+    if not output.exists():
+        # under another name first: two processes may build the same at once
+        partial = Path(tempfile.mkdtemp(dir=folder)) / name
+        command = ["g++", *flags, "-o", str(partial), *inputs]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
-            raise EmulationError(f"g++ refuses the translated source:\n{result.stderr}")
-        partial.rename(program)
-    return program
+            raise EmulationError(f"g++ failed:\n{result.stderr}")
+        partial.rename(output)
+    return output
+
+
+def _build(source: str, mode: tuple[str, ...], folder: Path) -> Path:
+    """The program of a kernel, built once a source and mode; the runtime once a mode."""
+    code = translate(source)
+    flags = (*FLAGS, *mode)
+    digest = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:8]
+    runtime = _compile(
+        f"runtime-{digest}.o", [str(RUNTIME / "runtime.cpp")], (*flags, "-c"), folder
+    )
+    name = hashlib.sha256(code.encode()).hexdigest()[:16]
+    text = folder / f"{name}.cpp"
+    text.write_text(code)
+    return _compile(
+        f"{name}-{digest}", [str(text), str(runtime)], (*flags, "-I", str(INCLUDE)), folder
+    )
 
 
 class Kernel:

@@ -15,7 +15,7 @@ __device__ __forceinline__ void mma_bf16(float* acc, const unsigned* a, unsigned
     unsigned a[4], b[2];
   };
   const auto lanes = emulation::gather(~0u, Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
-  const unsigned lane = emulation::self()->lane();
+  const unsigned lane = emulation::running->lane();
   const auto element = [](unsigned pair, unsigned k) {
     return __uint_as_float(k % 2 ? pair & 0xffff0000u : pair << 16);
   };

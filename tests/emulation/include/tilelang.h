@@ -7,11 +7,10 @@
 namespace tl {
 
 inline void __sync_thread_partial(int barrier, int threads) {
-  emulation::Cta& cta = *emulation::self()->cta;
-  cta.barriers.at(barrier).wait(threads ? threads : cta.grid.threads.count(), "barrier", barrier);
+  emulation::wait_at_barrier(barrier, threads);
 }
 inline void __named_barrier_arrive(int barrier, int threads) {
-  emulation::self()->cta->barriers.at(barrier).arrive(threads, "barrier", barrier);
+  emulation::arrive_at_barrier(barrier, threads);
 }
 
 struct SumOp {

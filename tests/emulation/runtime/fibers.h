@@ -12,7 +12,7 @@
 #include <ucontext.h>
 #include <vector>
 
-#include "model.h"
+#include "../include/runtime.h"
 
 namespace emulation {
 
@@ -43,7 +43,6 @@ struct Fiber : Thread {
 
 class Scheduler {
  public:
-  Fiber* running = nullptr;
   // Called when no fiber can run; returns whether it made one ready.
   std::function<bool()> when_stuck = [] { return false; };
 
@@ -51,8 +50,10 @@ class Scheduler {
 
   // Gives control back to execute(); returns when the running fiber's turn comes again.
   void suspend() {
-    if (_setjmp(running->registers) == 0) _longjmp(registers_, 1);
+    if (_setjmp(current()->registers) == 0) _longjmp(registers_, 1);
   }
+
+  Fiber* current() const { return static_cast<Fiber*>(running); }
 
   // Runs body(worker, thread) in `workers` fibers until all have returned.
   void execute(unsigned workers, const std::function<void(unsigned, Thread&)>& body) {
@@ -73,7 +74,7 @@ class Scheduler {
       if (queue_.empty() && !when_stuck()) report_deadlock(fibers);
       running = queue_.front();
       queue_.pop_front();
-      if (_setjmp(registers_) == 0) _longjmp(running->registers, 1);
+      if (_setjmp(registers_) == 0) _longjmp(current()->registers, 1);
     }
     running = nullptr;
   }
@@ -99,20 +100,19 @@ class Scheduler {
 
 inline Scheduler scheduler;
 
+Thread* running = nullptr;
+
 inline void Scheduler::enter() {
   const unsigned worker = scheduler.entered_++;
-  scheduler.ready(scheduler.running);
+  scheduler.ready(scheduler.current());
   scheduler.suspend();
-  (*scheduler.body_)(worker, *scheduler.running);
+  (*scheduler.body_)(worker, *running);
   --scheduler.live_;
   _longjmp(scheduler.registers_, 1);
 }
 
-inline Thread* self() { return scheduler.running; }
-
-// Lets the others run: called in loops that wait for a value in memory.
-inline void yield() {
-  scheduler.ready(scheduler.running);
+void yield() {
+  scheduler.ready(scheduler.current());
   scheduler.suspend();
 }
 
@@ -126,7 +126,7 @@ class Barrier {
  public:
   void wait(unsigned expected, const char* name, unsigned id = 0) {
     if (come(expected, name, id)) return;
-    Fiber* fiber = scheduler.running;
+    Fiber* fiber = scheduler.current();
     fiber->waits_for = name;
     fiber->barrier = id;
     waiting_.push_back(fiber);

@@ -5,8 +5,10 @@
 #pragma once
 
 #include <array>
+#include <functional>
 #include <map>
 #include <memory>
+#include <vector>
 
 #include "memory.h"
 #ifdef EMULATION_THREADS
@@ -65,15 +67,6 @@ struct Cta {
   std::map<const void*, GuardedMemory> static_shared;  // by declaration
 };
 
-// The memory of a __shared__ array; `declaration` is anything with its own address.
-inline void* static_shared(const void* declaration, size_t bytes) {
-  Cta& cta = *self()->cta;
-  cta.lock.lock();
-  void* data = cta.static_shared.try_emplace(declaration, bytes).first->second.data();
-  cta.lock.unlock();
-  return data;
-}
-
 // Whether global memory may be touched: see close_global in run().
 struct Dependency {
   std::function<void(bool open)> set = [](bool) {};
@@ -86,7 +79,7 @@ struct Dependency {
 
   void wait() {
     if (open) return;
-    waiting.push_back(scheduler.running);
+    waiting.push_back(scheduler.current());
     scheduler.suspend();
   }
   bool release() {

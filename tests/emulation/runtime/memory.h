@@ -1,9 +1,10 @@
 // Memory between guard pages, so that an access out of bounds is caught and not only a wrong result.
 #pragma once
 
+#include <cstring>
 #include <sys/mman.h>
 
-#include "model.h"
+#include "../include/runtime.h"
 
 namespace emulation {
 

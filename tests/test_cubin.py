@@ -1,0 +1,96 @@
+"""Every kernel compiles for every architecture that is served, and without spills for Hopper.
+
+No GPU is needed: the CUDA source that TileLang generates goes through nvcc with the flags that
+TileLang gives it, two kernels at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from emulation import lower
+
+from mhc_ops import dispatch, jit
+
+MAX_TOKENS = 8192
+# every hidden size where spills are counted, one where it is enough that the kernels compile
+CASES = [("sm_90a", hidden) for hidden in (256, 4096, 7168)]
+CASES += [(arch, 4096) for arch in ("sm_80", "sm_100a", "sm_120a")]
+
+WAIT = "cudaGridDependencySynchronize()"
+PDL = (WAIT, "cudaTriggerProgrammaticLaunchCompletion()", "griddepcontrol")
+USAGE = re.compile(
+    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", re.M
+)
+
+
+def nvcc() -> str | None:
+    """The compiler that TileLang would call, if there is one."""
+    from tilelang.contrib.nvcc import get_nvcc_compiler
+
+    try:
+        path = Path(get_nvcc_compiler())
+    except RuntimeError:
+        return None
+    return str(path) if path.exists() else None
+
+
+def nvcc_command(arch: str) -> list[str]:
+    from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
+
+    command = [str(nvcc()), "-cubin", "-O3", "-std=c++20", "-Xptxas", "-v"]
+    command += ["-gencode", f"arch=compute_{arch.removeprefix('sm_')},code={arch}"]
+    return [*command, "-I", TILELANG_TEMPLATE_PATH, "-I", CUTLASS_INCLUDE_DIR]
+
+
+def compile_all(sources: Sequence[str], arch: str, folder: Path) -> list[str]:
+    """Compile each source to a cubin; returns what ptxas said of each."""
+
+    def compile_one(i: int) -> str:
+        source, cubin = folder / f"{i}.cu", folder / f"{i}.cubin"
+        source.write_text(sources[i])
+        command = [*nvcc_command(arch), "-o", str(cubin), str(source)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, f"{arch}:\n{result.stderr}"
+        assert cubin.read_bytes()[:4] == b"\x7fELF"
+        return result.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(compile_one, range(len(sources))))
+
+
+@functools.cache
+def sources(arch: str, hidden: int) -> dict[dispatch.Key, str]:
+    """The CUDA source of every kernel that a call on this architecture can reach."""
+    return {
+        key: lower(jit.program(key), arch, jit.pass_configs()).source
+        for key in dispatch.keys(hidden, arch, MAX_TOKENS)
+    }
+
+
+@pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("arch, hidden", CASES)
+def test_every_kernel_compiles(arch, hidden, tmp_path):
+    kernels = sources(arch, hidden)
+    reports = compile_all(list(kernels.values()), arch, tmp_path)
+    for key, report in zip(kernels, reports, strict=True):
+        usage = USAGE.findall(report)
+        assert len(usage) == 1, f"{key}: expected the usage of one kernel in {report!r}"
+        if arch == "sm_90a":
+            # no stack frame either: every local array lies in registers
+            assert usage[0] == ("0", "0", "0"), f"{key}: stack, spill stores, spill loads: {usage}"
+
+
+@pytest.mark.parametrize("arch, hidden", [case for case in CASES if case[1] == 4096])
+def test_programmatic_launch_from_hopper_on(arch, hidden):
+    for key, source in sources(arch, hidden).items():
+        if arch == "sm_80":
+            assert not any(word in source for word in PDL), key
+        else:
+            assert source.count(WAIT) == 1, key
