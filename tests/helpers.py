@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -19,9 +20,6 @@ from mhc_ops.testing import (
 
 OPS = tuple(OUTPUTS)
 NORMS = {op: (False,) if op == "post" else (False, True) for op in OPS}
-
-# Both sides of every bound of dispatch, so every path on CUDA is reached at its ends.
-PATH_TOKENS = sorted({t for start in dispatch.path_tokens(4096, 5000) for t in (start - 1, start)} - {0})
 
 
 def overload(op: str) -> Any:
@@ -152,16 +150,16 @@ def kernel_name(key: dispatch.Key) -> str:
     return key.kernel + "x".join(tile)
 
 
-def path(op: str, tokens: int) -> str:
-    """The kernels that serve a call on an H100, by name; the id of a parametrised row."""
+def path(op: str, hidden: int, tokens: int) -> str:
+    """The kernels that serve a call on an H100, by name."""
     if tokens == 0:
         return "nothing"
     if op == "post":
         return "post"
-    if op == "fused_post_pre" and dispatch.takes_post_projection(tokens, 4096):
+    if op == "fused_post_pre" and dispatch.takes_post_projection(tokens, hidden):
         return "post_projection+finish"
     rows = dispatch.HC_MULT if op == "head" else dispatch.MIXES
-    projection = kernel_name(dispatch.projection_plan(tokens, 4096, rows, "sm_90a", 132).key)
+    projection = kernel_name(dispatch.projection_plan(tokens, hidden, rows, "sm_90a", 132).key)
     return {
         "pre": f"{projection}+finish",
         "head": f"{projection}+head",
@@ -169,6 +167,15 @@ def path(op: str, tokens: int) -> str:
     }[op]
 
 
-def token_rows(op: str, *tokens: int) -> list[Any]:
-    """Token counts as parameters, each with the path that it reaches on CUDA as its id."""
-    return [pytest.param(t, id=f"{t}-{path(op, t)}") for t in tokens]
+def bounds(hidden: int) -> set[int]:
+    """Token counts on both sides of every bound of dispatch: every path at its ends."""
+    return {t for start in dispatch.path_tokens(hidden, 5000) for t in (start - 1, start)} - {0}
+
+
+def sizes(op: str, hidden: Iterable[int], *tokens: int, at_bounds: bool = False) -> list[Any]:
+    """(hidden, tokens) as parameters, each with the path that it reaches on CUDA in its id."""
+    return [
+        pytest.param(h, t, id=f"{h}-{t}-{path(op, h, t)}")
+        for h in hidden
+        for t in sorted({*tokens, *(bounds(h) if at_bounds else ())})
+    ]
