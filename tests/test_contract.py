@@ -9,18 +9,22 @@ import mhc_ops
 from helpers import (
     NORMS,
     OPS,
-    PATH_TOKENS,
     assert_equal,
     call,
     clone,
+    sizes,
     strided,
     tensors,
-    token_rows,
 )
 from mhc_ops.testing import OUTPUTS, make_inputs, poisoned_memory
 
 HIDDEN = 256
 OP_AND_NORM = [pytest.param(op, n, id=f"{op}-{n}") for op in OPS for n in NORMS[op]]
+EVERY_PATH = [
+    pytest.param(op, *row.values, id=f"{op}-{row.id}")
+    for op in OPS
+    for row in sizes(op, (HIDDEN,), 5, 200, at_bounds=True)
+]
 
 
 def shapes(leading, n, hidden):
@@ -121,16 +125,9 @@ def test_every_argument_matters(device, op, norm):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize(
-    ("op", "tokens"),
-    [
-        pytest.param(op, *row.values, id=f"{op}-{row.id}")
-        for op in OPS
-        for row in token_rows(op, 5, *PATH_TOKENS)
-    ],
-)
-def test_a_bad_value_stays_in_its_token(device, op, tokens, bad):
-    inputs = make_inputs(op, tokens, HIDDEN, device=device, norm=op != "post")
+@pytest.mark.parametrize(("op", "hidden", "tokens"), EVERY_PATH)
+def test_a_bad_value_stays_in_its_token(device, op, hidden, tokens, bad):
+    inputs = make_inputs(op, tokens, hidden, device=device, norm=op != "post")
     clean = call(op, inputs)
     token = tokens // 2
     poisoned = clone(inputs)
@@ -142,16 +139,9 @@ def test_a_bad_value_stays_in_its_token(device, op, tokens, bad):
         assert not out[token].isfinite().all(), name
 
 
-@pytest.mark.parametrize(
-    ("op", "tokens"),
-    [
-        pytest.param(op, *row.values, id=f"{op}-{row.id}")
-        for op in OPS
-        for row in token_rows(op, 5, *PATH_TOKENS)
-    ],
-)
-def test_the_same_bits_every_time(device, op, tokens):
-    inputs = make_inputs(op, tokens, 512, device=device, kind="large_logits")
+@pytest.mark.parametrize(("op", "hidden", "tokens"), EVERY_PATH)
+def test_the_same_bits_every_time(device, op, hidden, tokens):
+    inputs = make_inputs(op, tokens, hidden, device=device, kind="large_logits")
     first = call(op, inputs)
     for _ in range(3):
         assert_equal(call(op, inputs), first)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mhc_ops
-from helpers import OPS, PATH_TOKENS, assert_equal, call, clone, tensors, token_rows
+from helpers import OPS, assert_equal, call, clone, sizes, tensors
 from mhc_ops import jit
 from mhc_ops.testing import make_inputs
 
@@ -12,7 +12,7 @@ HIDDEN = 4096
 ROWS = [
     pytest.param(op, *row.values, id=f"{op}-{row.id}")
     for op in OPS
-    for row in token_rows(op, *PATH_TOKENS)
+    for row in sizes(op, (4096, 7168), at_bounds=True)
 ]
 
 pytestmark = pytest.mark.gpu
@@ -43,13 +43,13 @@ def poison(outputs):
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize(("op", "tokens"), ROWS)
-def test_replay_reads_the_inputs_anew(op, tokens, norm):
+@pytest.mark.parametrize(("op", "hidden", "tokens"), ROWS)
+def test_replay_reads_the_inputs_anew(op, hidden, tokens, norm):
     make = {"device": "cuda", "norm": norm}
-    inputs = make_inputs(op, tokens, HIDDEN, **make)
+    inputs = make_inputs(op, tokens, hidden, **make)
     graph, outputs = capture(op, inputs)
     for seed, kind in enumerate(("classical", "large_logits", "signed_bases")):
-        others = make_inputs(op, tokens, HIDDEN, seed=seed, kind=kind, **make)
+        others = make_inputs(op, tokens, hidden, seed=seed, kind=kind, **make)
         overwrite(inputs, others)
         poison(outputs)
         graph.replay()
@@ -74,12 +74,12 @@ def test_no_tokens(op):
     assert_equal(outputs, call(op, some))
 
 
-@pytest.mark.parametrize("tokens", token_rows("fused_post_pre", *PATH_TOKENS))
-def test_a_chain_of_boundaries(tokens):
+@pytest.mark.parametrize(("hidden", "tokens"), sizes("fused_post_pre", (4096,), at_bounds=True))
+def test_a_chain_of_boundaries(hidden, tokens):
     """Each boundary reads what the one before wrote: the order inside the graph is kept."""
-    first = make_inputs("fused_post_pre", tokens, HIDDEN, device="cuda", norm=True)
+    first = make_inputs("fused_post_pre", tokens, hidden, device="cuda", norm=True)
     fixed = [
-        make_inputs("fused_post_pre", 1, HIDDEN, device="cuda", norm=True, seed=seed)
+        make_inputs("fused_post_pre", 1, hidden, device="cuda", norm=True, seed=seed)
         for seed in range(6)
     ]
     state = ("x", "residual", "post_layer_mix", "comb_res_mix")
@@ -103,12 +103,12 @@ def test_a_chain_of_boundaries(tokens):
         assert_equal(outputs, want)
 
 
-@pytest.mark.parametrize("tokens", token_rows("fused_post_pre", 8, 200))
-def test_two_graphs_at_once(tokens):
+@pytest.mark.parametrize(("hidden", "tokens"), sizes("fused_post_pre", (4096,), 8, 200))
+def test_two_graphs_at_once(hidden, tokens):
     """Two captured graphs replayed on two streams at the same time share nothing."""
     kinds = ("large_logits", "signed_bases")
     op = "fused_post_pre"
-    inputs = [make_inputs(op, tokens, HIDDEN, device="cuda", kind=kind) for kind in kinds]
+    inputs = [make_inputs(op, tokens, hidden, device="cuda", kind=kind) for kind in kinds]
     want = [call(op, i) for i in inputs]
     graphs = [capture(op, i) for i in inputs]
     streams = [torch.cuda.Stream() for _ in graphs]

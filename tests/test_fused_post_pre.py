@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mhc_ops
-from helpers import EPSILONS, OPS, PATH_TOKENS, check_against_oracle, kernel_name, path, token_rows
+from helpers import EPSILONS, OPS, bounds, check_against_oracle, kernel_name, path, sizes
 from mhc_ops import jit
 from mhc_ops.testing import KINDS, make_inputs, poisoned_memory
 
@@ -44,24 +44,25 @@ def assert_fused_is_post_then_pre(device, tokens, hidden, norm, sinkhorn_repeat)
 
 @pytest.mark.parametrize("sinkhorn_repeat", [2, 20])
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("tokens", token_rows(OP, 0, 1, 8, 17, 32, 64))
-@pytest.mark.parametrize("hidden", [4096, 7168])
+@pytest.mark.parametrize(("hidden", "tokens"), sizes(OP, (4096, 7168), 0, 1, 8, 17, 32, 64))
 def test_classical_matrix(device, hidden, tokens, norm, sinkhorn_repeat):
     assert_fused_is_post_then_pre(device, tokens, hidden, norm, sinkhorn_repeat)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("tokens", token_rows(OP, 1, 3, 8, 17, 129, 200, 300))
-@pytest.mark.parametrize("hidden", [256, 768, 2816, 5120])
+@pytest.mark.parametrize(
+    ("hidden", "tokens"), sizes(OP, (256, 768, 2816, 5120), 3, 17, 200, 300, at_bounds=True)
+)
 def test_classical_at_other_hidden_sizes(hidden, tokens, norm):
     assert_fused_is_post_then_pre("cuda", tokens, hidden, norm, sinkhorn_repeat=20)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("tokens", token_rows(OP, 3, 200, 1000, 4096, *PATH_TOKENS))
-@pytest.mark.parametrize("hidden", [4096, 7168])
+@pytest.mark.parametrize(
+    ("hidden", "tokens"), sizes(OP, (4096, 7168), 3, 129, 200, 513, 1000, 4096, at_bounds=True)
+)
 def test_classical_at_more_tokens(hidden, tokens, norm):
     assert_fused_is_post_then_pre("cuda", tokens, hidden, norm, sinkhorn_repeat=20)
 
@@ -75,15 +76,16 @@ def test_oracle(device, kind, hidden, norm):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("tokens", token_rows(OP, 8, 64, *PATH_TOKENS))
+@pytest.mark.parametrize(("hidden", "tokens"), sizes(OP, (4096,), 8, 64, 200, 513, at_bounds=True))
 @pytest.mark.parametrize("kind", KINDS)
-def test_oracle_on_every_path(kind, tokens, norm):
-    check_against_oracle(OP, "cuda", tokens=tokens, hidden=4096, norm=norm, kind=kind)
+def test_oracle_on_every_path(kind, hidden, tokens, norm):
+    check_against_oracle(OP, "cuda", tokens=tokens, hidden=hidden, norm=norm, kind=kind)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", token_rows(OP, 5, 129, 300))
-@pytest.mark.parametrize("hidden", [256, 768, 2816, 5120, 7168])
+@pytest.mark.parametrize(
+    ("hidden", "tokens"), sizes(OP, (256, 768, 2816, 5120, 7168), 5, 300, at_bounds=True)
+)
 def test_oracle_at_other_hidden_sizes(hidden, tokens):
     check_against_oracle(
         OP, "cuda", tokens=tokens, hidden=hidden, norm=True, kind="large_logits", seed=1
@@ -108,14 +110,16 @@ def test_sinkhorn_rounds(device, sinkhorn_repeat):
         assert (outputs[0].comb_mix - outputs[1].comb_mix).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("hidden", [256, 768, 2816, 4096, 5120, 7168])
 @pytest.mark.parametrize("op", OPS)
-def test_the_token_counts_reach_every_path(op):
-    assert {path(op, t) for t in PATH_TOKENS} == {path(op, t) for t in range(1, 5000)}
+def test_the_bounds_reach_every_path(op, hidden):
+    reached = {path(op, hidden, tokens) for tokens in bounds(hidden)}
+    assert reached == {path(op, hidden, tokens) for tokens in range(1, 5000)}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", token_rows(OP, 0, 64, *PATH_TOKENS))
-def test_the_path_is_the_one_that_its_row_says(tokens, monkeypatch):
+@pytest.mark.parametrize(("hidden", "tokens"), sizes(OP, (4096, 7168), 0, 513, at_bounds=True))
+def test_the_path_is_the_one_that_its_row_says(hidden, tokens, monkeypatch):
     launched = []
     launch = jit.launch
 
@@ -124,8 +128,8 @@ def test_the_path_is_the_one_that_its_row_says(tokens, monkeypatch):
         launch(key, *args)
 
     monkeypatch.setattr(jit, "launch", record)
-    mhc_ops.fused_post_pre(**make_inputs(OP, tokens, 4096, device="cuda"))
-    assert "+".join(launched or ["nothing"]) == path(OP, tokens)
+    mhc_ops.fused_post_pre(**make_inputs(OP, tokens, hidden, device="cuda"))
+    assert "+".join(launched or ["nothing"]) == path(OP, hidden, tokens)
 
 
 @pytest.mark.parametrize("epsilons", EPSILONS)

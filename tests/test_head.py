@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers import EPSILONS, PATH_TOKENS, check_against_oracle, token_rows
+from helpers import EPSILONS, check_against_oracle, sizes
 from mhc_ops.testing import KINDS, make_inputs
 
 OP = "head"
@@ -18,16 +18,17 @@ def test_oracle(device, kind, hidden, norm):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("tokens", token_rows(OP, 8, *PATH_TOKENS))
+@pytest.mark.parametrize(("hidden", "tokens"), sizes(OP, (4096,), 8, 64, 200, 513, at_bounds=True))
 @pytest.mark.parametrize("kind", KINDS)
-def test_oracle_on_every_path(kind, tokens, norm):
-    check_against_oracle(OP, "cuda", tokens=tokens, hidden=4096, norm=norm, kind=kind)
+def test_oracle_on_every_path(kind, hidden, tokens, norm):
+    check_against_oracle(OP, "cuda", tokens=tokens, hidden=hidden, norm=norm, kind=kind)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("tokens", token_rows(OP, 3, 129, 300))
-@pytest.mark.parametrize("hidden", [256, 768, 2816, 5120, 7168])
+@pytest.mark.parametrize(
+    ("hidden", "tokens"), sizes(OP, (256, 768, 2816, 5120, 7168), 3, 300, at_bounds=True)
+)
 def test_oracle_at_other_hidden_sizes(hidden, tokens, norm):
     check_against_oracle(
         OP, "cuda", tokens=tokens, hidden=hidden, norm=norm, kind="large_logits", seed=1

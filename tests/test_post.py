@@ -2,7 +2,7 @@
 
 import pytest
 
-from helpers import PATH_TOKENS, check_against_oracle, token_rows
+from helpers import check_against_oracle, sizes
 from mhc_ops.testing import KINDS
 
 OP = "post"
@@ -15,15 +15,16 @@ def test_oracle(device, kind, hidden):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", token_rows(OP, 8, *PATH_TOKENS))
+@pytest.mark.parametrize(("hidden", "tokens"), sizes(OP, (4096,), 8, 64, 200, 513, at_bounds=True))
 @pytest.mark.parametrize("kind", KINDS)
-def test_oracle_on_every_path(kind, tokens):
-    check_against_oracle(OP, "cuda", tokens=tokens, hidden=4096, kind=kind)
+def test_oracle_on_every_path(kind, hidden, tokens):
+    check_against_oracle(OP, "cuda", tokens=tokens, hidden=hidden, kind=kind)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", token_rows(OP, 3, 129, 300))
-@pytest.mark.parametrize("hidden", [256, 768, 2816, 5120, 7168])
+@pytest.mark.parametrize(
+    ("hidden", "tokens"), sizes(OP, (256, 768, 2816, 5120, 7168), 3, 300, at_bounds=True)
+)
 def test_oracle_at_other_hidden_sizes(hidden, tokens):
     check_against_oracle(OP, "cuda", tokens=tokens, hidden=hidden, kind="large_logits", seed=1)
 
