@@ -4,10 +4,10 @@ import logging
 
 import pytest
 import torch
+from call_counts import CallCounts
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import mhc_ops
-from helpers import CallCounts
 from mhc_ops import nn, reference
 
 HIDDEN, TOKENS, LAYERS = 256, 5, 2

@@ -1,0 +1,406 @@
+"""DeepSeek-V4 of transformers on the ops: what runs, what comes out, what is put back."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+transformers = pytest.importorskip("transformers")
+
+from call_counts import CallCounts  # noqa: E402
+
+from mhc_ops import demo, nn  # noqa: E402
+from mhc_ops.integrations import transformers as integration  # noqa: E402
+
+LAYERS = 4
+TOKENS = 48
+UNFUSED = {"pre": 2 * LAYERS, "post": 2 * LAYERS, "head": 1}
+FUSED = {"pre": 1, "fused_post_pre": 2 * LAYERS - 1, "post": 1, "head": 1}
+# Both kinds of bf16 run differ from float32 by about 0.01 on average (tests/test_demo.py).
+MEAN_DIFFERENCE = 0.05
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return demo.small_model(0, "cpu")
+
+
+@pytest.fixture
+def model(stock, device):
+    return copy.deepcopy(stock).to(device)
+
+
+@pytest.fixture
+def tokens(device):
+    return torch.randint(0, 256, (2, TOKENS), generator=torch.Generator().manual_seed(1)).to(device)
+
+
+@pytest.fixture(autouse=True)
+def fuse(monkeypatch):
+    monkeypatch.setenv("MHC_OPS_FUSE_POST_PRE", "1")
+
+
+@torch.no_grad()
+def logits(model, tokens, **options):
+    return model(tokens, **({"use_cache": False} | options)).logits
+
+
+def snapshot(model):
+    """Everything that apply could change: classes, attributes, tables of every module."""
+    tables = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    return {
+        name: (
+            type(module),
+            sorted(vars(module)),
+            [sorted(vars(module)[table]) for table in tables],
+            {key: id(value) for key, value in module._parameters.items()},
+        )
+        for name, module in model.named_modules()
+    }
+
+
+def assert_close_to_stock(got, want):
+    assert (got.float() - want.float()).abs().mean() < MEAN_DIFFERENCE
+
+
+class TestApply:
+    def test_every_boundary_is_fused_inside_and_across_layers(self, model, tokens):
+        want = logits(model, tokens)
+        integration.apply(model)
+        with CallCounts() as calls:
+            got = logits(model, tokens)
+        assert dict(calls.counts) == FUSED
+        assert_close_to_stock(got, want)
+        assert not torch.equal(got, want)  # two roundings fewer in every post
+
+    def test_unfused(self, model, tokens, monkeypatch):
+        integration.apply(model)
+        fused = logits(model, tokens)
+        monkeypatch.setenv("MHC_OPS_FUSE_POST_PRE", "0")
+        integration.apply(model)
+        with CallCounts() as calls:
+            unfused = logits(model, tokens)
+        assert dict(calls.counts) == UNFUSED
+        if tokens.device.type == "cpu":  # the same functions in the same order
+            assert torch.equal(fused, unfused)
+        else:
+            assert_close_to_stock(fused, unfused)
+
+    def test_plain_functions_with_one_line_in_the_log(self, model, tokens, monkeypatch, caplog):
+        want = logits(model, tokens)
+        for name in ("PRE", "POST"):
+            monkeypatch.setenv(f"MHC_OPS_TILELANG_{name}", "0")
+        integration.apply(model)
+        with CallCounts() as calls:
+            got = logits(model, tokens)
+        assert not calls.counts
+        assert len(caplog.records) == 1
+        assert_close_to_stock(got, want)
+
+    def test_decoder_without_the_language_model(self, model, tokens):
+        integration.apply(model.model)
+        with CallCounts() as calls, torch.no_grad():
+            model.model(tokens)
+        assert dict(calls.counts) == FUSED
+
+    def test_parameters_stay_those_of_the_stock_modules(self, model):
+        before, names = dict(model.named_parameters()), set(model.state_dict())
+        integration.apply(model)
+        after = dict(model.named_parameters())
+        assert before.keys() == after.keys()
+        assert all(after[name] is before[name] for name in before)
+        assert set(model.state_dict()) == names
+
+    def test_twice_is_once(self, model, tokens):
+        integration.apply(model)
+        once, state = logits(model, tokens), snapshot(model)
+        integration.apply(model)
+        assert snapshot(model) == state
+        assert torch.equal(logits(model, tokens), once)
+
+    def test_stock_modules_keep_their_meaning(self, model):
+        """Hyper-connection, head and norms on plain tensors, called by themselves."""
+        decoder = model.model
+        device = decoder.norm.weight.device
+        streams = torch.randn(1, 3, 4, 256, device=device).bfloat16()
+        layer = decoder.layers[0]
+        with torch.no_grad():
+            want = (
+                *layer.attn_hc(streams),
+                layer.input_layernorm(streams),
+                decoder.norm(streams),
+                decoder.hc_head(streams),
+            )
+            integration.apply(model)
+            got = (
+                *layer.attn_hc(streams),
+                layer.input_layernorm(streams),
+                decoder.norm(streams),
+                decoder.hc_head(streams),
+            )
+        for a, b in zip(got[:-1], want[:-1], strict=True):
+            assert torch.equal(a, b)
+        torch.testing.assert_close(got[-1], want[-1], rtol=2**-7, atol=1e-6)
+
+    def test_copies_and_pickles_run_by_themselves(self, model, tokens):
+        integration.apply(model)
+        want = logits(model, tokens)
+        twin, restored = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        integration.remove(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert torch.equal(logits(twin, tokens), want)
+        assert torch.equal(logits(restored, tokens), want)
+
+    def test_reloaded_weights_take_effect(self, model, tokens):
+        """load_state_dict refreshes the norm weights, where the graphs of a model see them."""
+        other = demo.small_model(3, tokens.device.type)
+        integration.apply(model)
+        addresses = [norm.norm_weight_cache.data_ptr() for norm in norms(model)]
+        model.load_state_dict(other.state_dict())
+        integration.apply(other)
+        assert torch.equal(logits(model, tokens), logits(other, tokens))
+        assert [norm.norm_weight_cache.data_ptr() for norm in norms(model)] == addresses
+
+    def test_weights_written_in_place_need_a_refresh(self, model, tokens):
+        integration.apply(model)
+        before = logits(model, tokens)
+        with torch.no_grad():
+            for norm in norms(model):
+                norm.weight.mul_(1.5)
+        assert torch.equal(logits(model, tokens), before)
+        nn.refresh_norm_weight_cache(model)
+        assert not torch.equal(logits(model, tokens), before)
+        assert all(torch.equal(n.norm_weight_cache, n.weight.bfloat16()) for n in norms(model))
+
+
+def norms(model):
+    return [module for module in model.modules() if isinstance(module, nn.FoldedRMSNorm)]
+
+
+class TestRemove:
+    def test_puts_everything_back(self, model, tokens):
+        before, want = snapshot(model), logits(model, tokens)
+        integration.apply(model)
+        assert snapshot(model) != before
+        logits(model, tokens)
+        integration.remove(model)
+        assert snapshot(model) == before
+        assert torch.equal(logits(model, tokens), want)
+
+    def test_of_a_stock_model_does_nothing(self, model):
+        before = snapshot(model)
+        integration.remove(model)
+        assert snapshot(model) == before
+
+    def test_refuses_another_model(self):
+        with pytest.raises(TypeError, match=r"expected a DeepseekV4ForCausalLM .* got Linear"):
+            integration.remove(torch.nn.Linear(2, 2))
+
+
+def bf16_connections(model):
+    model.model.layers[1].ffn_hc.bfloat16()
+
+
+def replaced_forward(model):
+    model.model.layers[0].forward = lambda *args: None
+
+
+def other_class(model):
+    model.model.hc_head = torch.nn.Identity()
+
+
+def no_rounds(model):
+    model.config.hc_sinkhorn_iters = 0
+
+
+def negative_eps(model):
+    model.config.hc_eps = -1.0
+
+
+REFUSED = [
+    (lambda model: model.float(), "expected a model in torch.bfloat16, got torch.float32"),
+    (bf16_connections, r"layers.1.ffn_hc.fn in torch.float32, got torch.bfloat16; from_pretrained"),
+    (lambda model: model.gradient_checkpointing_enable(), "gradient checkpointing"),
+    (replaced_forward, "expected layers.0 to run the forward of its class"),
+    (other_class, "expected hc_head to be a DeepseekV4HyperHead, got Identity"),
+    (no_rounds, "hc_sinkhorn_iters of at least 1, got 0"),
+    (negative_eps, "hc_eps of at least 0, got -1"),
+]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(("change", "text"), REFUSED, ids=[text[:24] for _, text in REFUSED])
+    def test_model_is_left_untouched(self, stock, change, text):
+        model = copy.deepcopy(stock)
+        change(model)
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=text):
+            integration.apply(model)
+        assert snapshot(model) == before
+
+    def test_misspelt_switch(self, stock, monkeypatch):
+        monkeypatch.setenv("MHC_OPS_FUSE_POST_PRE", "maybe")
+        model = copy.deepcopy(stock)
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="MHC_OPS_FUSE_POST_PRE"):
+            integration.apply(model)
+        assert snapshot(model) == before
+
+    def test_another_model(self):
+        with pytest.raises(TypeError, match=r"expected a DeepseekV4ForCausalLM .* got Linear"):
+            integration.apply(torch.nn.Linear(2, 2))
+
+    @pytest.mark.parametrize(("name", "value"), [("hc_mult", 2), ("hidden_size", 384 + 64)])
+    def test_shapes_on_cuda(self, stock, name, value):
+        """The settings are looked at before the modules, so a config alone shows the refusal."""
+        model = copy.deepcopy(stock)
+        setattr(model.config, name, value)
+        model.model.parameters = lambda: iter([FakeCuda()])
+        with pytest.raises(ValueError, match=rf"{name}.* on CUDA, got {value}"):
+            integration.apply(model)
+
+    def test_training(self, model, tokens):
+        integration.apply(model)
+        model.train().requires_grad_(True)
+        with pytest.raises(RuntimeError, match=r"forward only: expected model.eval\(\)"):
+            model(tokens)
+        logits(model, tokens)  # without gradients the mode does not matter
+
+    def test_backward_in_eval_mode(self, model, tokens):
+        integration.apply(model)
+        model.requires_grad_(True)
+        with pytest.raises(RuntimeError, match="forward only"):
+            model(tokens).logits.float().sum().backward()
+
+
+class FakeCuda:
+    device = torch.device("cuda")
+
+
+class TestHiddenStates:
+    @pytest.mark.parametrize("by_config", [False, True])
+    def test_are_those_of_the_stock_model(self, model, tokens, by_config):
+        options = {} if by_config else {"output_hidden_states": True}
+        model.config.output_hidden_states = by_config
+        with torch.no_grad():
+            want = model(tokens, **options)
+            integration.apply(model)
+            got = model(tokens, **options)
+        assert len(got.hidden_states) == LAYERS + 1
+        for a, b in zip(got.hidden_states, want.hidden_states, strict=True):
+            assert a.shape == b.shape
+            assert a.dtype == b.dtype
+            assert_close_to_stock(a, b)
+        assert torch.equal(got.hidden_states[0], want.hidden_states[0])
+
+    def test_asking_for_them_changes_the_logits_by_roundings_only(self, model, tokens):
+        integration.apply(model)
+        with CallCounts() as calls:
+            got = logits(model, tokens, output_hidden_states=True)
+        # each layer starts from plain streams
+        assert dict(calls.counts) == {
+            "pre": LAYERS, "fused_post_pre": LAYERS, "post": LAYERS, "head": 1
+        }  # fmt: skip
+        assert_close_to_stock(got, logits(model, tokens))
+
+    def test_attentions_and_router_logits(self, model, tokens):
+        model.set_attn_implementation("eager")
+        options = {"output_attentions": True, "output_router_logits": True}
+        with torch.no_grad():
+            want = model.model(tokens, **options)
+            integration.apply(model)
+            got = model.model(tokens, **options)
+        for name in ("attentions", "router_logits"):
+            assert len(got[name]) == len(want[name]) > 0
+            for a, b in zip(got[name], want[name], strict=True):
+                assert_close_to_stock(a, b)
+
+    def test_a_hook_sees_a_state_that_gives_the_streams(self, model, tokens):
+        seen = []
+        integration.apply(model)
+        model.model.layers[1].register_forward_hook(lambda *args: seen.append(args[2]))
+        with torch.no_grad():
+            model(tokens)
+            want = model(tokens, output_hidden_states=True).hidden_states[2]
+        assert isinstance(seen[0], nn.StreamState)
+        if tokens.device.type == "cpu":
+            assert torch.equal(seen[0].materialise(), want)
+        else:
+            assert_close_to_stock(seen[0].materialise(), want)
+
+
+class TestGeneration:
+    def test_padding_is_ignored(self, model, tokens):
+        """Left padding under an attention mask, as generate() makes it."""
+        integration.apply(model)
+        mask = torch.ones_like(tokens)
+        mask[0, :7] = 0
+        other = tokens.clone()
+        other[0, :7] = 5
+        with torch.no_grad():
+            a = model(tokens, attention_mask=mask, use_cache=False).logits
+            integration.remove(model)
+            b = model(tokens, attention_mask=mask, use_cache=False).logits
+        assert_close_to_stock(a[mask.bool()], b[mask.bool()])
+
+    def test_cache_gives_what_a_run_without_it_gives(self, model, tokens):
+        """Each greedy token is the top one of a teacher-forced run, or a near tie of it."""
+        integration.apply(model)
+        new = 24
+        sequences = model.generate(tokens, max_new_tokens=new, do_sample=False)
+        assert sequences.shape == (2, TOKENS + new)
+        forced = logits(model, sequences)[:, TOKENS - 1 : -1].float()
+        taken = forced.gather(-1, sequences[:, TOKENS:, None]).squeeze(-1)
+        behind = forced.amax(-1) - taken
+        assert behind.mean() < MEAN_DIFFERENCE  # a token at random is behind by about 3
+        assert (behind == 0).float().mean() > 0.8
+
+    def test_cache_step_by_step(self, model, tokens):
+        integration.apply(model)
+        whole = logits(model, tokens)
+        with torch.no_grad():
+            first = model(tokens[:, :-1], use_cache=True)
+            last = model(tokens[:, -1:], past_key_values=first.past_key_values, use_cache=True)
+        assert_close_to_stock(torch.cat((first.logits, last.logits), 1), whole)
+
+    def test_beams(self, model, tokens):
+        integration.apply(model)
+        out = model.generate(tokens, max_new_tokens=4, num_beams=2, do_sample=False)
+        assert out.shape == (2, TOKENS + 4)
+
+
+@pytest.mark.parametrize("switches", ["fused", "unfused", "plain"])
+def test_compiles_to_one_graph(model, tokens, switches, monkeypatch, fresh_dynamo):
+    """Bits of eager: the backend runs the traced graph as it is."""
+    monkeypatch.setenv("MHC_OPS_FUSE_POST_PRE", "01"[switches == "fused"])
+    if switches == "plain":
+        monkeypatch.setenv("MHC_OPS_TILELANG_PRE", "0")
+        monkeypatch.setenv("MHC_OPS_TILELANG_POST", "0")
+    integration.apply(model)
+    want = logits(model, tokens)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    assert torch.equal(logits(compiled, tokens), want)
+    assert counter.frame_count == 1
+
+
+def test_from_pretrained(stock, tmp_path, device, monkeypatch):
+    """A saved model loads with the dtypes that apply asks for, norms in float32."""
+    reloaded = transformers.DeepseekV4ForCausalLM
+    stock.save_pretrained(tmp_path)
+    model = reloaded.from_pretrained(tmp_path, dtype=torch.bfloat16).to(device)
+    assert model.model.norm.weight.dtype == torch.float32
+    integration.apply(model)
+    same = copy.deepcopy(stock).to(device)
+    integration.apply(same)
+    streams = torch.randn(1, 3, 4, 256, device=device).bfloat16()
+    with torch.no_grad():
+        entries = [
+            m.model.layers[0].attn_hc.pre(streams, m.model.layers[0].input_layernorm)
+            for m in (model, same)
+        ]
+    assert torch.equal(entries[0].layer_input, entries[1].layer_input)
