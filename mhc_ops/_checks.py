@@ -161,12 +161,15 @@ def _check_norm(
 
 def check_post(
     op: str, x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor
-) -> None:
+) -> tuple[int, int]:
     """Refuse arguments that the post step cannot serve.
 
     Args:
         op: name of the op, for the message.
         x, residual, post_layer_mix, comb_res_mix: as in :func:`mhc_ops.post`.
+
+    Returns:
+        (hc_mult, hidden).
 
     Raises:
         ValueError: naming the op, the argument, what was expected and what came.
@@ -181,6 +184,7 @@ def check_post(
     _check_tensor(
         op, "comb_res_mix", comb_res_mix, residual, (MIX,), (*leading, hc_mult, hc_mult), rows=True
     )
+    return hc_mult, hidden
 
 
 def check_pre(
@@ -209,6 +213,40 @@ def check_pre(
         ValueError: naming the op, the argument, what was expected and what came.
     """
     hc_mult, hidden = _check_streams(op, residual)
+    check_mixing(
+        op, residual, hc_mult, hidden, fn, hc_scale, hc_base, rms_eps, hc_pre_eps,
+        hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps,
+    )  # fmt: skip
+
+
+def check_mixing(
+    op: str,
+    residual: Tensor,
+    hc_mult: int,
+    hidden: int,
+    fn: Tensor,
+    hc_scale: Tensor,
+    hc_base: Tensor,
+    rms_eps: float,
+    hc_pre_eps: float,
+    hc_sinkhorn_eps: float,
+    hc_post_mult_value: float,
+    sinkhorn_repeat: int,
+    norm_weight: Tensor | None,
+    norm_eps: float | None,
+) -> None:
+    """:func:`check_pre` for streams that are checked already.
+
+    Args:
+        op: name of the op, for the message.
+        residual: the streams, checked.
+        hc_mult, hidden: their sizes.
+        fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
+            sinkhorn_repeat, norm_weight, norm_eps: as in :func:`mhc_ops.pre`.
+
+    Raises:
+        ValueError: naming the op, the argument, what was expected and what came.
+    """
     _check_tensor(op, "fn", fn, residual, (MIX,), (mixes(hc_mult), hc_mult * hidden), rows=True)
     _check_tensor(op, "hc_scale", hc_scale, residual, (MIX,), (3,), rows=False)
     _check_tensor(op, "hc_base", hc_base, residual, (MIX,), (mixes(hc_mult),), rows=False)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, jit, reference, support
-from .._checks import check_post, check_pre
+from .._checks import check_mixing, check_post
 from .._library import register
 from .post import launch_post
 from .pre import empty_outputs, launch_finish, launch_pre
 
 
-# checks: _checks.check_post, then _checks.check_pre
+# checks: _checks.check_post, then _checks.check_mixing
 def _check(
     x: Tensor,
     residual: Tensor,
@@ -31,10 +31,11 @@ def _check(
     norm_weight: Tensor | None,
     norm_eps: float | None,
 ) -> None:
-    check_post("fused_post_pre", x, residual, post_layer_mix, comb_res_mix)
-    check_pre(
-        "fused_post_pre", residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
-        hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps,
+    check_mixing(
+        "fused_post_pre", residual,
+        *check_post("fused_post_pre", x, residual, post_layer_mix, comb_res_mix),
+        fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
+        sinkhorn_repeat, norm_weight, norm_eps,
     )  # fmt: skip
 
 
@@ -114,11 +115,11 @@ def _cuda(
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    support.require("fused_post_pre", residual.device)
     _check(
         x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, rms_eps, hc_pre_eps,
         hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps,
     )  # fmt: skip
+    support.require("fused_post_pre", residual.device)
     outputs = empty_outputs(residual)
     streams = residual.flatten(0, -3)
     if not streams.numel():

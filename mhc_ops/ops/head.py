@@ -41,8 +41,8 @@ def _cuda(
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
 ) -> Tensor:
-    support.require("head", residual.device)
     check_head("head", residual, fn, scale, base, rms_eps, hc_eps, norm_weight, norm_eps)
+    support.require("head", residual.device)
     hidden = residual.shape[-1]
     out = residual.new_empty((*residual.shape[:-2], hidden))
     if residual.numel():

@@ -40,8 +40,8 @@ def launch_post(
 
 
 def _cuda(x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor) -> Tensor:
-    support.require("post", residual.device)
     check_post("post", x, residual, post_layer_mix, comb_res_mix)
+    support.require("post", residual.device)
     return launch_post(x, residual, post_layer_mix, comb_res_mix)
 
 

@@ -142,11 +142,11 @@ def _cuda(
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    support.require("pre", residual.device)
     check_pre(
         "pre", residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
         hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps,
     )  # fmt: skip
+    support.require("pre", residual.device)
     outputs = empty_outputs(residual)
     if residual.numel():
         launch_pre(
