@@ -1,0 +1,171 @@
+"""The demo: that it passes, that it can fail, and the parts that its verdict rests on."""
+
+import copy
+
+import pytest
+import torch
+from rich.console import Console
+
+pytest.importorskip("transformers")
+
+from mhc_ops import __main__, demo
+from mhc_ops.integrations import transformers as integration
+
+
+@pytest.fixture
+def report():
+    return demo.Report(Console(quiet=True))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(demo, "SEQUENCES", 2)
+    monkeypatch.setattr(demo, "LENGTH", 128)
+    monkeypatch.setattr(demo, "PROMPTS", 2)
+    monkeypatch.setattr(demo, "NEW_TOKENS", 16)
+
+
+@pytest.fixture
+def case(small):
+    return demo.make_case(0, demo.readme()[1], "cpu")
+
+
+def test_demo_on_the_cpu(capsys):
+    """As ``make demo`` runs it where there is no GPU."""
+    assert __main__.main(["demo", "--device", "cpu"]) == 0
+    output = capsys.readouterr().out
+    assert "1 graph for the whole model, 1 wanted" in output
+    assert "every check holds" in output
+    assert "FAILED" not in output
+
+
+@pytest.mark.gpu
+def test_demo_on_the_gpu(capsys):
+    assert __main__.main(["demo", "--device", "cuda"]) == 0
+    output = capsys.readouterr().out
+    assert "replay equals eager mode bit for bit" in output
+    assert "one boundary" in output
+
+
+def test_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "is_supported", lambda device: (False, "no CUDA device"))
+    assert demo.main(["--device", "cuda"]) == 2
+    assert "expected a GPU that the ops support: no CUDA device" in capsys.readouterr().out
+
+
+def test_a_failed_check_makes_the_status_1(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "run", lambda report, device: report.check(False, "the sky is blue"))
+    assert demo.main(["--device", "cpu"]) == 1
+    assert "1 checks FAILED" in capsys.readouterr().out
+
+
+class TestTheVerdictDependsOnTheMathematics:
+    """One wrong constant in the wiring, and the checks fail that should."""
+
+    def test_right(self, report, case):
+        demo.compare_logits(report, [case])
+        # with so few positions the choices of a run are luck; the rest is not
+        assert [f for f in report.failures if not f.startswith("own choices")] == []
+
+    def test_wrong_post_multiplier(self, report, case, monkeypatch):
+        monkeypatch.setattr(integration.MhcHyperConnection, "hc_post_mult_value", 1.98)
+        demo.compare_logits(report, [case])
+        assert sum("of stock's" in failure for failure in report.failures) >= 2
+
+    def test_garbage_continuation(self, report, case, monkeypatch):
+        monkeypatch.setattr(integration.MhcHyperConnection, "hc_post_mult_value", -2.0)
+        demo.continue_greedily(report, case, stock_error=0.025)
+        assert len(report.failures) == len(demo.PATHS)
+
+    def test_unfused_graph(self, report, case, monkeypatch):
+        monkeypatch.setitem(demo.PATHS, "mhc-ops fused", demo.PATHS["mhc-ops unfused"])
+        monkeypatch.setattr(demo.shutil, "which", lambda name: None)  # a quick backend
+        demo.compile_model(report, case)
+        (failure,) = report.failures
+        assert failure.startswith("calls in it: {'pre': 8, 'post': 8, 'head': 1}")
+
+
+def test_choices_replayed_on_the_same_model_change_nothing(case):
+    choices = demo.Choices()
+    with torch.no_grad():
+        with choices.recorded(case.model):
+            want = demo.logits_of(case.model, case.tokens)
+        with choices.replayed(case.model):
+            assert torch.equal(demo.logits_of(case.model, case.tokens), want)
+    # two routers that choose, two indexers
+    assert len(choices.taken) == 4
+    assert not any(module._forward_hooks for module in case.model.modules())
+
+
+def test_choices_of_another_model_are_taken(case):
+    choices = demo.Choices()
+    with torch.no_grad():
+        other = demo.small_model(5, "cpu")
+        with choices.recorded(other):
+            demo.logits_of(other, case.tokens)
+        own = demo.logits_of(case.model, case.tokens)
+        with choices.replayed(case.model):
+            assert not torch.equal(demo.logits_of(case.model, case.tokens), own)
+
+
+def test_errors():
+    exact = torch.tensor([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]])
+    logits = exact + torch.tensor([[0.0, 0.0, 0.6], [0.0, 0.0, -0.3]])
+    got = demo.errors(logits, exact)
+    assert got.mean == pytest.approx(0.9 / 6)
+    assert got.largest == pytest.approx(0.6)
+    assert got.agreement == 0.5
+    assert demo.top_tokens(logits, exact, 0.4) == (1, 1.0)
+    assert demo.top_tokens(logits, exact, 0.6) == (0, 0.5)
+
+
+def test_text_is_read_round_and_round():
+    tokens = demo.byte_tokens(b"abcde", 1, 2, 3, "cpu")
+    assert tokens.tolist() == [[ord(c) for c in row] for row in ("bcd", "eab")]
+
+
+def test_text_is_the_readme():
+    source, text = demo.readme()
+    assert source.endswith("README.md")
+    assert text.startswith(b"# mhc-ops")
+
+
+def test_text_of_an_installed_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "mhc_ops" / "demo.py"))
+    monkeypatch.setattr(
+        demo.importlib.metadata, "metadata", lambda name: {"Description": "# mhc-ops installed"}
+    )
+    assert demo.readme() == ("the metadata of mhc-ops", b"# mhc-ops installed")
+    monkeypatch.setattr(demo.importlib.metadata, "metadata", lambda name: {"Description": None})
+    with pytest.raises(RuntimeError, match="expected a README"):
+        demo.readme()
+
+
+def test_mixes_of_the_model_are_not_degenerate():
+    """Neither uniform nor one-hot: a wrong mix has to show in the logits."""
+    model = demo.small_model(0, "cpu")
+    streams = torch.randn(64, 1, 4, 256).bfloat16()
+    with torch.no_grad():
+        post, comb, _ = model.model.layers[0].attn_hc(streams)
+    assert comb.std() > 0.1
+    assert comb.amax() < 0.999
+    assert post.std() > 0.1
+
+
+def test_same_seed_same_model():
+    a, b = demo.small_model(2, "cpu"), demo.small_model(2, "cpu")
+    assert all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
+    kinds = set(a.config.layer_types), set(a.config.mlp_layer_types)
+    assert kinds == (
+        {"heavily_compressed_attention", "compressed_sparse_attention"},
+        {"hash_moe", "moe"},
+    )
+
+
+def test_stock_again_after_a_path(case):
+    before = copy.deepcopy(case.model)
+    with torch.no_grad():
+        with demo.path(case.model, "mhc-ops fused"):
+            assert isinstance(case.model.model.norm, integration.MhcFinalRMSNorm)
+        want = demo.logits_of(before, case.tokens)
+        assert torch.equal(demo.logits_of(case.model, case.tokens), want)
