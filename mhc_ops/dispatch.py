@@ -18,11 +18,11 @@ PARTIAL_WIDTH = 32  # floats of a partial row: 24 projections, the sum of square
 
 # fused_post_pre runs post_projection + finish up to so many tokens, and fewer at larger hidden
 # sizes, where tokens * hidden counts; post + projection + finish beyond.
-POST_PROJECTION_MAX_TOKENS = 48
+POST_PROJECTION_MAX_TOKENS = 96
 POST_PROJECTION_MAX_ELEMENTS = POST_PROJECTION_MAX_TOKENS * 4096
 
 POST_PROJECTION_SLICE = 32  # hidden elements a CTA of post_projection
-POST_PROJECTION_CTAS_PER_SM = 4  # that its registers allow
+POST_PROJECTION_CTAS_PER_SM = 2  # beyond it tiles in turn beat more CTAs, which read fn again
 
 MMA_TOKENS = 16  # tokens of a tensor-core tile
 PROJECTION_BLOCK = 32  # columns of one step of a warp of projection

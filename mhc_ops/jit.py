@@ -55,11 +55,8 @@ def pass_configs() -> dict[Any, bool]:
 
     config = tilelang.PassConfigKey
     return {
-        # threads, barriers and copies are written out in the kernels
-        config.TL_DISABLE_WARP_SPECIALIZED: True,
-        config.TL_DISABLE_TMA_LOWER: True,
+        # barriers are written out in the kernels: the pass knows nothing of their named ones
         config.TL_DISABLE_THREAD_STORAGE_SYNC: True,
-        config.TL_DISABLE_SHARED_MEMORY_REUSE: True,
         # they guard their own bounds; the pass doubles the address arithmetic
         config.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
     }

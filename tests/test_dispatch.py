@@ -1,0 +1,83 @@
+"""dispatch: plans cover the work, keys are few and never depend on the token count."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mhc_ops import dispatch
+from mhc_ops.csrc_tilelang import _device, post_projection, projection
+
+ARCH = "sm_90a"
+SMS = 132
+HIDDEN = st.integers(1, 64).map(lambda n: n * dispatch.HIDDEN_MULTIPLE)
+TOKENS = st.integers(1, 1 << 20)
+ROWS = st.sampled_from([dispatch.MIXES, dispatch.HC_MULT])
+
+
+def test_constants_are_those_of_the_kernels():
+    assert dispatch.HC_MULT == _device.HC_MULT
+    assert dispatch.MIXES == _device.MIXES
+    assert dispatch.PARTIAL_WIDTH == _device.PARTIAL_WIDTH
+    assert dispatch.MMA_TOKENS == _device.MMA_TOKENS
+    assert dispatch.HIDDEN_MULTIPLE == _device.WARP * _device.VECTOR
+    assert dispatch.POST_PROJECTION_SLICE == post_projection.SLICE
+    assert dispatch.PROJECTION_BLOCK == projection.BLOCK
+    assert dispatch.PROJECTION_WARPS == projection.WARPS
+
+
+@given(TOKENS, HIDDEN, ROWS, st.integers(1, 200))
+def test_projection_splits_cover_every_column_once(tokens, hidden, rows, sms):
+    plan = dispatch.projection_plan(tokens, hidden, rows, ARCH, sms)
+    blocks = dispatch.HC_MULT * hidden // dispatch.PROJECTION_BLOCK
+    assert (plan.splits - 1) * plan.blocks_per_split < blocks
+    assert plan.splits * plan.blocks_per_split >= blocks
+    assert plan.blocks_per_split % dispatch.PROJECTION_WARPS == 0
+
+
+@given(TOKENS, HIDDEN, st.integers(1, 200))
+def test_post_projection_slices_cover_the_hidden_size(tokens, hidden, sms):
+    plan = dispatch.post_projection_plan(tokens, hidden, ARCH, sms)
+    assert plan.slices * dispatch.POST_PROJECTION_SLICE == hidden
+    assert plan.tiles >= 1
+    # y dimension of a grid
+    assert -(-tokens // (dispatch.MMA_TOKENS * plan.tiles)) <= 65535
+
+
+@given(TOKENS, HIDDEN, ROWS)
+def test_every_plan_is_among_the_enumerated_keys(tokens, hidden, rows):
+    keys = list(dispatch.keys(hidden, ARCH, tokens))
+    assert len(keys) == len(set(keys))
+    assert dispatch.projection_plan(tokens, hidden, rows, ARCH, SMS).key in keys
+    assert dispatch.post_projection_plan(tokens, hidden, ARCH, SMS).key in keys
+    assert dispatch.post_key(hidden, ARCH) in keys
+    for norm in (False, True):
+        assert dispatch.finish_key(hidden, ARCH, norm) in keys
+        assert dispatch.head_key(hidden, ARCH, norm) in keys
+
+
+@pytest.mark.parametrize("hidden", [256, 4096, 5120, 7168])
+def test_no_key_depends_on_the_token_count(hidden):
+    reached = {
+        dispatch.projection_plan(tokens, hidden, dispatch.MIXES, ARCH, SMS).key
+        for tokens in range(1, 5000)
+    }
+    assert reached == {
+        key
+        for key in dispatch.keys(hidden, ARCH, 5000)
+        if key.kernel == "projection" and dict(key.options)["rows"] == dispatch.MIXES
+    }
+    assert len({dispatch.post_projection_plan(t, hidden, ARCH, SMS).key for t in range(1, 99)}) == 1
+
+
+@pytest.mark.parametrize("hidden", [256, 4096, 7168])
+def test_path_tokens_reach_every_path(hidden):
+    max_tokens = 4096
+
+    def path(tokens):
+        return (
+            dispatch.takes_post_projection(tokens, hidden),
+            dispatch.projection_plan(tokens, hidden, dispatch.MIXES, ARCH, SMS).key,
+        )
+
+    chosen = dispatch.path_tokens(hidden, max_tokens)
+    assert {path(tokens) for tokens in chosen} == {path(t) for t in range(1, max_tokens + 1)}
