@@ -8,7 +8,7 @@ their values.
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any, NoReturn
 
 import torch
@@ -20,6 +20,8 @@ ALIGNMENT = 16  # bytes: the kernels load and store 16 bytes a thread
 
 ACTIVATION = torch.bfloat16
 MIX = torch.float32
+
+LARGEST = sys.float_info.max  # any finite number is at most this
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # types whose sizes are plain integers
 
@@ -60,7 +62,7 @@ def _check_tensor(
     op: str,
     argument: str,
     tensor: Tensor,
-    like: Tensor,
+    device: torch.device,
     dtypes: tuple[torch.dtype, ...],
     expected: tuple[Any, ...],
     *,
@@ -75,12 +77,12 @@ def _check_tensor(
         type(tensor) in _PLAIN
         and tensor.dtype in dtypes
         and tensor.shape == expected
-        and tensor.device == like.device
+        and tensor.device == device
         and tensor.is_contiguous()
         and tensor.storage_offset() == 0
     ):
         return
-    _check_layout(op, argument, tensor, like, dtypes, rows=rows)
+    _check_layout(op, argument, tensor, device, dtypes, rows=rows)
     _check_shape(op, argument, tensor, expected)
 
 
@@ -88,7 +90,7 @@ def _check_layout(
     op: str,
     argument: str,
     tensor: Tensor,
-    like: Tensor,
+    device: torch.device,
     dtypes: tuple[torch.dtype, ...],
     *,
     rows: bool,
@@ -96,8 +98,8 @@ def _check_layout(
     if tensor.dtype not in dtypes:
         wanted = " or ".join(str(dtype) for dtype in dtypes)
         _fail(op, argument, f"of dtype {wanted}", tensor.dtype)
-    if tensor.device != like.device:
-        _fail(op, argument, f"on {like.device}", tensor.device)
+    if tensor.device != device:
+        _fail(op, argument, f"on {device}", tensor.device)
     if tensor.layout is not torch.strided:
         _fail(op, argument, "to be a strided tensor", tensor.layout)
     if not rows:
@@ -115,25 +117,25 @@ def _check_layout(
         )
 
 
-def _check_scalar(op: str, argument: str, value: Any, *, least: float | None = None) -> None:
-    if type(value) is float or type(value) is int:
-        if math.isfinite(value) and (least is None or value >= least):
-            return
-        kind = "to be finite" if least is None else f"to be finite and at least {least}"
+def _check_scalar(op: str, argument: str, value: Any, least: float = -LARGEST) -> None:
+    """Finite and at least ``least``; a symbolic number is left to the call that has its value."""
+    if type(value) in (float, int) and not least <= value <= LARGEST:  # NaN is neither
+        kind = "to be finite" if least == -LARGEST else f"to be finite and at least {least}"
         _fail(op, argument, kind, value)
 
 
 def _check_streams(op: str, residual: Tensor) -> tuple[int, int]:
     """The checks on ``residual`` alone; returns (hc_mult, hidden)."""
-    if residual.dim() < 3:
-        _fail(op, "residual", "of shape (..., hc_mult, hidden)", _shape_text(residual.shape))
-    _check_layout(op, "residual", residual, residual, (ACTIVATION,), rows=True)
-    hc_mult, hidden = residual.shape[-2], residual.shape[-1]
+    shape = residual.shape
+    if len(shape) < 3:
+        _fail(op, "residual", "of shape (..., hc_mult, hidden)", _shape_text(shape))
+    _check_tensor(op, "residual", residual, residual.device, (ACTIVATION,), shape, rows=True)
+    hc_mult, hidden = shape[-2], shape[-1]
     if hc_mult < 1:
         _fail(op, "residual", "with hc_mult of at least 1", hc_mult)
     if hidden < 1:
         _fail(op, "residual", "with a hidden size of at least 1", hidden)
-    if residual.device.type == "cuda":
+    if residual.is_cuda:
         if hc_mult != dispatch.HC_MULT:
             _fail(op, "residual", f"with hc_mult {dispatch.HC_MULT} on CUDA", hc_mult)
         if hidden % dispatch.HIDDEN_MULTIPLE != 0:
@@ -147,7 +149,7 @@ def _check_streams(op: str, residual: Tensor) -> tuple[int, int]:
 
 
 def _check_norm(
-    op: str, residual: Tensor, hidden: int, norm_weight: Tensor | None, norm_eps: float | None
+    op: str, device: torch.device, hidden: int, norm_weight: Tensor | None, norm_eps: float | None
 ) -> None:
     if norm_weight is None:
         if norm_eps is not None:
@@ -155,8 +157,8 @@ def _check_norm(
         return
     if norm_eps is None:
         _fail(op, "norm_weight and norm_eps together", "or neither", "norm_weight alone")
-    _check_tensor(op, "norm_weight", norm_weight, residual, (ACTIVATION, MIX), (hidden,), rows=True)
-    _check_scalar(op, "norm_eps", norm_eps, least=0)
+    _check_tensor(op, "norm_weight", norm_weight, device, (ACTIVATION, MIX), (hidden,), rows=True)
+    _check_scalar(op, "norm_eps", norm_eps, 0)
 
 
 def check_post(
@@ -176,13 +178,14 @@ def check_post(
     """
     hc_mult, hidden = _check_streams(op, residual)
     leading = tuple(residual.shape[:-2])
-    _check_tensor(op, "x", x, residual, (ACTIVATION,), (*leading, hidden), rows=True)
+    device = residual.device
+    _check_tensor(op, "x", x, device, (ACTIVATION,), (*leading, hidden), rows=True)
     tail = (hc_mult,) if post_layer_mix.dim() == len(leading) + 1 else (hc_mult, 1)
     _check_tensor(
-        op, "post_layer_mix", post_layer_mix, residual, (MIX,), (*leading, *tail), rows=True
+        op, "post_layer_mix", post_layer_mix, device, (MIX,), (*leading, *tail), rows=True
     )
     _check_tensor(
-        op, "comb_res_mix", comb_res_mix, residual, (MIX,), (*leading, hc_mult, hc_mult), rows=True
+        op, "comb_res_mix", comb_res_mix, device, (MIX,), (*leading, hc_mult, hc_mult), rows=True
     )
     return hc_mult, hidden
 
@@ -247,15 +250,16 @@ def check_mixing(
     Raises:
         ValueError: naming the op, the argument, what was expected and what came.
     """
-    _check_tensor(op, "fn", fn, residual, (MIX,), (mixes(hc_mult), hc_mult * hidden), rows=True)
-    _check_tensor(op, "hc_scale", hc_scale, residual, (MIX,), (3,), rows=False)
-    _check_tensor(op, "hc_base", hc_base, residual, (MIX,), (mixes(hc_mult),), rows=False)
-    _check_scalar(op, "rms_eps", rms_eps, least=0)
-    _check_scalar(op, "hc_pre_eps", hc_pre_eps, least=0)
-    _check_scalar(op, "hc_sinkhorn_eps", hc_sinkhorn_eps, least=0)
+    device = residual.device
+    _check_tensor(op, "fn", fn, device, (MIX,), (mixes(hc_mult), hc_mult * hidden), rows=True)
+    _check_tensor(op, "hc_scale", hc_scale, device, (MIX,), (3,), rows=False)
+    _check_tensor(op, "hc_base", hc_base, device, (MIX,), (mixes(hc_mult),), rows=False)
+    _check_scalar(op, "rms_eps", rms_eps, 0)
+    _check_scalar(op, "hc_pre_eps", hc_pre_eps, 0)
+    _check_scalar(op, "hc_sinkhorn_eps", hc_sinkhorn_eps, 0)
     _check_scalar(op, "hc_post_mult_value", hc_post_mult_value)
-    _check_scalar(op, "sinkhorn_repeat", sinkhorn_repeat, least=1)
-    _check_norm(op, residual, hidden, norm_weight, norm_eps)
+    _check_scalar(op, "sinkhorn_repeat", sinkhorn_repeat, 1)
+    _check_norm(op, device, hidden, norm_weight, norm_eps)
 
 
 def check_head(
@@ -280,9 +284,10 @@ def check_head(
         ValueError: naming the op, the argument, what was expected and what came.
     """
     hc_mult, hidden = _check_streams(op, residual)
-    _check_tensor(op, "fn", fn, residual, (MIX,), (hc_mult, hc_mult * hidden), rows=True)
-    _check_tensor(op, "scale", scale, residual, (MIX,), (1,), rows=False)
-    _check_tensor(op, "base", base, residual, (MIX,), (hc_mult,), rows=False)
-    _check_scalar(op, "rms_eps", rms_eps, least=0)
-    _check_scalar(op, "hc_eps", hc_eps, least=0)
-    _check_norm(op, residual, hidden, norm_weight, norm_eps)
+    device = residual.device
+    _check_tensor(op, "fn", fn, device, (MIX,), (hc_mult, hc_mult * hidden), rows=True)
+    _check_tensor(op, "scale", scale, device, (MIX,), (1,), rows=False)
+    _check_tensor(op, "base", base, device, (MIX,), (hc_mult,), rows=False)
+    _check_scalar(op, "rms_eps", rms_eps, 0)
+    _check_scalar(op, "hc_eps", hc_eps, 0)
+    _check_norm(op, device, hidden, norm_weight, norm_eps)
