@@ -531,7 +531,7 @@ def main(argv: Sequence[str]) -> int:
     transformers.utils.logging.set_verbosity_error()
     run(report, device)
     if report.failures:
-        report.console.print(f"[red]{len(report.failures)} checks FAILED:[/]")
+        report.console.print(f"[red]checks that FAILED: {len(report.failures)}[/]")
         for failure in report.failures:
             report.console.print(f"  {failure}")
         return 1

@@ -56,7 +56,7 @@ def test_without_a_gpu(capsys, monkeypatch):
 def test_a_failed_check_makes_the_status_1(capsys, monkeypatch):
     monkeypatch.setattr(demo, "run", lambda report, device: report.check(False, "the sky is blue"))
     assert demo.main(["--device", "cpu"]) == 1
-    assert "1 checks FAILED" in capsys.readouterr().out
+    assert "checks that FAILED: 1" in capsys.readouterr().out
 
 
 class TestTheVerdictDependsOnTheMathematics:
