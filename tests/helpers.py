@@ -126,6 +126,8 @@ def check_against_oracle(
         outputs = call(op, inputs)
     assert_equal(inputs, before)
     assert_matches_oracle(op, inputs, tuple(outputs.values()))
+    # and again without the fills between the launches, which would hide a missing wait
+    assert_equal(call(op, inputs), outputs)
 
 
 # Large enough that each shows in the outputs when it is left out or added in the wrong place;

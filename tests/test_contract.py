@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import mhc_ops
 from helpers import (
@@ -11,12 +13,13 @@ from helpers import (
     OPS,
     assert_equal,
     call,
+    check_against_oracle,
     clone,
     sizes,
     strided,
     tensors,
 )
-from mhc_ops.testing import OUTPUTS, make_inputs, poisoned_memory
+from mhc_ops.testing import KINDS, OUTPUTS, make_inputs, poisoned_memory
 
 HIDDEN = 256
 OP_AND_NORM = [pytest.param(op, n, id=f"{op}-{n}") for op in OPS for n in NORMS[op]]
@@ -145,6 +148,30 @@ def test_the_same_bits_every_time(device, op, hidden, tokens):
     first = call(op, inputs)
     for _ in range(3):
         assert_equal(call(op, inputs), first)
+
+
+@given(
+    op=st.sampled_from(OPS),
+    leading=st.lists(st.integers(0, 4), min_size=1, max_size=3),
+    hidden=st.integers(1, 12).map(lambda vectors: 8 * vectors),
+    hc_mult=st.integers(1, 6),
+    norm=st.booleans(),
+    sinkhorn_repeat=st.integers(1, 6),
+    kind=st.sampled_from(tuple(KINDS)),
+)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_any_shape_on_the_cpu(op, leading, hidden, hc_mult, norm, sinkhorn_repeat, kind):
+    """Any leading dimensions, hidden size and hc_mult, against the float64 oracle."""
+    check_against_oracle(
+        op,
+        "cpu",
+        tokens=tuple(leading),
+        hidden=hidden,
+        hc_mult=hc_mult,
+        norm=norm,
+        sinkhorn_repeat=sinkhorn_repeat,
+        kind=kind,
+    )
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
