@@ -1,5 +1,7 @@
 """prewarm: what it refuses, what it compiles, and that nothing compiles after it."""
 
+import re
+
 import pytest
 import torch
 
@@ -23,14 +25,13 @@ from mhc_ops.testing import make_inputs
     ],
 )
 def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError) as refusal:
+    with pytest.raises(ValueError, match=re.escape(message)):
         mhc_ops.prewarm(**arguments)
-    assert str(refusal.value) == message
 
 
 def test_unsupported_device(monkeypatch):
     monkeypatch.setattr(support, "is_supported", lambda device: (False, "no CUDA device"))
-    with pytest.raises(RuntimeError, match="mhc_ops.prewarm: no CUDA device"):
+    with pytest.raises(RuntimeError, match=r"^mhc_ops\.prewarm: no CUDA device$"):
         mhc_ops.prewarm([256])
 
 
