@@ -159,7 +159,8 @@ def path(op: str, hidden: int, tokens: int) -> str:
     if op == "post":
         return "post"
     if op == "fused_post_pre" and dispatch.takes_post_projection(tokens, hidden):
-        return "post_projection+finish"
+        plan = dispatch.post_projection_plan(tokens, hidden, "sm_90a", 132)
+        return f"{kernel_name(plan.key)}+finish"
     rows = dispatch.HC_MULT if op == "head" else dispatch.MIXES
     projection = kernel_name(dispatch.projection_plan(tokens, hidden, rows, "sm_90a", 132).key)
     return {
