@@ -272,7 +272,7 @@ def copy_bandwidth(device: torch.device) -> float:
     with torch.cuda.device(device):
         free, _ = torch.cuda.mem_get_info()
         size = min(COPY_BYTES, free // 4)
-        source = torch.zeros(size, dtype=torch.uint8, device=device)
+        source = torch.empty(size, dtype=torch.uint8, device=device).random_()
         target = torch.empty_like(source)
         times, _ = _event_times(lambda: target.copy_(source), REPLAYS)
     _, median, _ = percentiles(times)

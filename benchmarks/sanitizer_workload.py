@@ -1,0 +1,29 @@
+"""Every kernel once at small sizes, for compute-sanitizer; exits non-zero on a wrong result.
+
+compute-sanitizer --tool memcheck  --error-exitcode 9 python benchmarks/sanitizer_workload.py
+compute-sanitizer --tool racecheck --error-exitcode 9 python benchmarks/sanitizer_workload.py
+"""
+
+import torch
+
+import mhc_ops
+from mhc_ops import dispatch
+from mhc_ops.testing import assert_matches_oracle, make_inputs
+
+HIDDEN = 512
+
+
+def main() -> None:
+    mhc_ops.prewarm([HIDDEN])
+    for start in dispatch.path_tokens(HIDDEN, 2048):
+        for op in ("post", "pre", "fused_post_pre", "head"):
+            for norm in (False,) if op == "post" else (False, True):
+                inputs = make_inputs(op, start + 2, HIDDEN, norm=norm, device="cuda")
+                with torch.no_grad():
+                    result = getattr(torch.ops.mhc, op).default(**inputs)
+                assert_matches_oracle(op, inputs, result)
+                print(f"{op} norm={norm} tokens={start + 2}: right")
+
+
+if __name__ == "__main__":
+    main()
