@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from emulation import lower
 
+from emulation import lower
 from mhc_ops import dispatch, jit
 
 MAX_TOKENS = 8192
@@ -75,7 +75,7 @@ def sources(arch: str, hidden: int) -> dict[dispatch.Key, str]:
 
 
 @pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("arch, hidden", CASES)
+@pytest.mark.parametrize(("arch", "hidden"), CASES)
 def test_every_kernel_compiles(arch, hidden, tmp_path):
     kernels = sources(arch, hidden)
     reports = compile_all(list(kernels.values()), arch, tmp_path)
@@ -87,7 +87,7 @@ def test_every_kernel_compiles(arch, hidden, tmp_path):
             assert usage[0] == ("0", "0", "0"), f"{key}: stack, spill stores, spill loads: {usage}"
 
 
-@pytest.mark.parametrize("arch, hidden", [case for case in CASES if case[1] == 4096])
+@pytest.mark.parametrize(("arch", "hidden"), [case for case in CASES if case[1] == 4096])
 def test_programmatic_launch_from_hopper_on(arch, hidden):
     for key, source in sources(arch, hidden).items():
         if arch == "sm_80":

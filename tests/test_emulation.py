@@ -106,7 +106,7 @@ def test_every_kernel_matches_the_oracle(device, hidden):
     assert device.launched == set(dispatch.keys(hidden, ARCH, MAX_TOKENS))
 
 
-@pytest.mark.parametrize("op, norm", CASES)
+@pytest.mark.parametrize(("op", "norm"), CASES)
 def test_hidden_4096(device, op, norm):
     device.sms = 132
     device.check(op, make_inputs(op, 2, 4096, norm=norm))
@@ -182,6 +182,7 @@ def test_no_races(monkeypatch, folder, lowered):
     assert device.launched == set(dispatch.keys(256, ARCH, MAX_TOKENS))
 
 
+TOKENS = 20  # two token tiles
 BARRIER = re.compile(r"^ *(__syncthreads|tl::__sync_thread_partial|__syncwarp)\(.*\);\n", re.M)
 
 
@@ -191,17 +192,17 @@ def without_barrier(lowered: Lowered, i: int) -> Lowered:
 
 
 @pytest.mark.parametrize(
-    "op, key, barriers",
+    ("op", "key", "barriers"),
     [
-        ("fused_post_pre", dispatch.post_projection_plan(1, HIDDEN, ARCH, 1).key, 2),
-        ("pre", dispatch.projection_plan(1, HIDDEN, dispatch.MIXES, ARCH, 1).key, 1),
+        ("fused_post_pre", dispatch.post_projection_plan(TOKENS, HIDDEN, ARCH, 1).key, 2),
+        ("pre", dispatch.projection_plan(TOKENS, HIDDEN, dispatch.MIXES, ARCH, 1).key, 1),
         ("pre", dispatch.finish_key(HIDDEN, ARCH, True), 2),
         ("head", dispatch.head_key(HIDDEN, ARCH, True), 2),
     ],
     ids=lambda value: value.kernel if isinstance(value, dispatch.Key) else None,
 )
 def test_each_barrier_is_needed(monkeypatch, folder, lowered, op, key, barriers):
-    inputs = make_inputs(op, 40, HIDDEN, norm=True)
+    inputs = make_inputs(op, TOKENS, HIDDEN, norm=True)
     assert len(BARRIER.findall(lowered(key).source)) == barriers
     for barrier in range(barriers):
 
@@ -212,9 +213,10 @@ def test_each_barrier_is_needed(monkeypatch, folder, lowered, op, key, barriers)
             return Kernel(broken, folder, sanitize_threads=True)
 
         device = Device(monkeypatch, kernel)
-        device.sms = 1  # several token tiles in turn: one may run into the next
+        device.sms = 1  # both token tiles in turn: one may run into the next
         with pytest.raises(EmulationError, match="data race"):
             device.run(op, inputs)
+        assert key in device.launched
 
 
 # --------------------------------------------------------------------- the emulation and its twins
@@ -233,9 +235,11 @@ def test_every_device_function_has_a_twin():
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-def test_source_is_the_one_that_ships(lowered):
+def test_source_is_the_one_that_ships(monkeypatch, lowered):
     key = dispatch.finish_key(256, ARCH, True)
-    assert lowered(key).source == jit.compile_key(key).get_kernel_source()
+    monkeypatch.setattr(jit, "_compiled", {})
+    monkeypatch.setattr(jit, "_entry_point", lambda kernel: kernel.get_kernel_source())
+    assert jit.compile_key(key) == lowered(key).source
 
 
 SAMPLES = (Path(__file__).parent / "emulation/samples.cu").read_text()
@@ -277,7 +281,7 @@ def sample(folder) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name, message",
+    ("name", "message"),
     [
         ("WRITE_BEHIND", r"out: access out of bounds, byte 256 of 256 \[thread \(63, 0, 0\)"),
         ("WRITE_IN_FRONT", r"out: a write out of bounds"),
@@ -319,7 +323,7 @@ def test_memory_after_the_dependency(sample):
 
 
 @pytest.mark.parametrize(
-    "name, source",
+    ("name", "source"),
     [
         ("SHUFFLE_XOR", LANE ^ 5),
         ("SHUFFLE_XOR_OF_8", torch.where(LANE % 16 < 8, LANE, LANE ^ 9)),
@@ -358,7 +362,7 @@ def test_split3_keeps_every_bit(sample):
 
 
 @pytest.mark.parametrize(
-    "name, races",
+    ("name", "races"),
     [
         ("BY_SYNCTHREADS", False),
         ("BY_SYNCWARP", False),

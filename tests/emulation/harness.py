@@ -163,7 +163,7 @@ class Kernel:
         block = self._lowered.dim3("threadIdx", values)
         if 0 in grid:
             raise ValueError(f"expected a grid with CTAs, got {grid}")
-        # the whole memory model of programmatic launch is one CTA deep
+        # global memory is closed to one CTA at a time, which ends before the next begins
         waits = self._lowered.waits and not self._sanitize_threads and self._resident == 1
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             words, written = [], []

@@ -9,8 +9,6 @@ from typing import Any
 import tilelang
 from tilelang import tvm
 
-AXES = ("x", "y", "z")
-
 
 @dataclass(frozen=True)
 class Parameter:
@@ -47,7 +45,8 @@ class Lowered:
 
     def dim3(self, axis: str, values: Mapping[str, int]) -> tuple[int, int, int]:
         """Extent of ``blockIdx`` or ``threadIdx`` for these scalars and dynamic sizes."""
-        return tuple(_evaluate(self.extents.get(f"{axis}.{i}", 1), values) for i in AXES)  # type: ignore[return-value]
+        x, y, z = (_evaluate(self.extents.get(f"{axis}.{i}", 1), values) for i in "xyz")
+        return x, y, z
 
 
 def _evaluate(expression: Any, values: Mapping[str, int]) -> int:
@@ -55,9 +54,7 @@ def _evaluate(expression: Any, values: Mapping[str, int]) -> int:
         return expression
     free = tvm.tirx.analysis.undefined_vars(expression)
     bound = {var: tvm.tirx.IntImm(var.dtype, values[var.name]) for var in free}
-    return int(
-        tvm.arith.Analyzer().simplify(tvm.tirx.stmt_functor.substitute(expression, bound))
-    )
+    return int(tvm.arith.Analyzer().simplify(tvm.tirx.stmt_functor.substitute(expression, bound)))
 
 
 def _size(extent: Any) -> int | str:
@@ -90,7 +87,7 @@ def lower(program: Any, arch: str, pass_configs: Mapping[Any, Any]) -> Lowered:
     return Lowered(
         source=artifact.kernel_source,
         parameters=tuple(parameters),
-        waits="has_cuda_pdl_sync" in function.attrs,
+        waits="cudaGridDependencySynchronize()" in artifact.kernel_source,
         dynamic_shared=int(function.attrs.get("dyn_shared_memory_buf", 0)),
         extents=dict(function.attrs["thread_extent"]),
     )
