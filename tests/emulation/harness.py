@@ -225,7 +225,7 @@ class Kernel:
             result = self._process(["setarch", "-R", *command])
         if result.returncode:
             raise EmulationError(
-                f"{self._program.name} exited with {result.returncode}:\n{result.stderr[-6000:]}"
+                f"{self._program.name} exited with {result.returncode}:\n{result.stderr[:6000]}"
             )
 
     def _process(self, command: list[str]) -> subprocess.CompletedProcess[str]:
