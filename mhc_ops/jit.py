@@ -31,16 +31,24 @@ def _arch_number(arch: str) -> int:
     return int(arch.removeprefix("sm_").rstrip("af"))
 
 
+_thread = threading.local()
+
+
+def _is_not_ours(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.INFO or not getattr(_thread, "compiling", False)
+
+
+logging.getLogger("tilelang.jit.kernel").addFilter(_is_not_ours)
+
+
 @contextmanager
 def _quiet_tilelang() -> Iterator[None]:
-    """TileLang logs two INFO lines a kernel; ours replace them."""
-    tilelang_logger = logging.getLogger("tilelang")
-    level = tilelang_logger.level
-    tilelang_logger.setLevel(logging.WARNING)
+    """TileLang logs two INFO lines a kernel; ours replace them, in this thread alone."""
+    _thread.compiling = True
     try:
         yield
     finally:
-        tilelang_logger.setLevel(level)
+        _thread.compiling = False
 
 
 def program(key: Key) -> Any:

@@ -84,6 +84,30 @@ def test_a_compile_is_logged_with_its_time(compiler, caplog):
     assert end.endswith(" s")
 
 
+def test_tilelang_is_quiet_about_our_kernels_alone(compiler, caplog):
+    tilelang_logger = logging.getLogger("tilelang.jit.kernel")
+    compiler.gate.set()
+    compile = sys.modules["tilelang"].compile
+
+    def noisy(program, target, pass_configs):
+        tilelang_logger.info("of ours")
+        tilelang_logger.warning("a warning")
+        other = threading.Thread(target=tilelang_logger.info, args=("of another thread",))
+        other.start()
+        other.join()
+        return compile(program, target, pass_configs)
+
+    sys.modules["tilelang"].compile = noisy
+    with caplog.at_level(logging.INFO, logger="tilelang.jit.kernel"):
+        jit.compile_key(KEY)
+        tilelang_logger.info("afterwards")
+    assert [record.getMessage() for record in caplog.records if record.name != "mhc_ops"] == [
+        "a warning",
+        "of another thread",
+        "afterwards",
+    ]
+
+
 def test_a_failed_compile_is_tried_again(compiler, monkeypatch):
     compiler.gate.set()
     with monkeypatch.context() as patch:
