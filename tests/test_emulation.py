@@ -107,9 +107,10 @@ def test_every_kernel_matches_the_oracle(device, hidden):
 
 
 @pytest.mark.parametrize(("op", "norm"), CASES)
-def test_hidden_4096(device, op, norm):
+@pytest.mark.parametrize("hidden", [4096, 8448], ids=["flash", "beyond_the_tuned_repetitions"])
+def test_large_hidden(device, hidden, op, norm):
     device.sms = 132
-    device.check(op, make_inputs(op, 2, 4096, norm=norm))
+    device.check(op, make_inputs(op, 2, hidden, norm=norm))
 
 
 @pytest.mark.parametrize("tokens", [3, 17, 70])
