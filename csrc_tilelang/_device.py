@@ -5,17 +5,21 @@ A kernel takes the functions in with ``T.import_source(DEVICE_SOURCE)`` and call
 out and put its own twins in.
 """
 
-HC_MULT = 4  # residual streams
-MIXES = HC_MULT * (HC_MULT + 2)  # rows of fn: 4 pre, 4 post, 16 comb
+# what dispatch has to know of the kernels is defined there
+from ..dispatch import HC_MULT as HC_MULT
+from ..dispatch import MIXES as MIXES
+from ..dispatch import MMA_TOKENS as MMA_TOKENS
+from ..dispatch import PARTIAL_WIDTH as PARTIAL_WIDTH
+
 SQUARES = MIXES  # column of a partial row that holds the sum of squares
-PARTIAL_WIDTH = 32  # floats of a partial row: 24 projections, the squares, padding to 128 bytes
 
 WARP = 32
 VECTOR = 8  # bf16 elements in 16 bytes
-MMA_TOKENS = 16  # rows of one m16n8k16 tile
-SUMS_STRIDE = 40  # floats of a row of sums in shared memory: 8 rows of float2 on different banks
+MMA_HALF = MMA_TOKENS // 2  # token rows of a fragment half: lane // 4 and lane // 4 + 8
 MMA_COLUMNS = 8  # columns of one m16n8k16 tile
 SPLIT_TERMS = 3  # bf16 terms of an fp32 weight: 8 + 8 + 8 bits of mantissa
+TILE_TERMS = VECTOR // 2 * SPLIT_TERMS  # packed pairs of a lane's 8 columns, in three terms
+SUMS_STRIDE = 40  # floats of a row of sums in shared memory: 8 rows of float2 on different banks
 
 DEVICE_SOURCE = r"""
 // mhc device functions: begin
@@ -46,7 +50,7 @@ __device__ __forceinline__ void prefetch_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
-// 1 / x to 1 ulp; a full division costs 8 times as much and Sinkhorn corrects itself.
+// 1 / x to 1 ulp in one instruction; Sinkhorn corrects itself.
 __device__ __forceinline__ float rcp(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -2,22 +2,12 @@
 
 import tilelang.language as T
 
-from ._device import HC_MULT, MMA_COLUMNS, MMA_TOKENS, SPLIT_TERMS, SQUARES, VECTOR
+from ._device import HC_MULT, MMA_COLUMNS, MMA_HALF, SPLIT_TERMS, SQUARES, VECTOR
 
 
 def tile_sums(column_tiles: int) -> int:
     """Registers of a lane for the sums of one token tile: accumulators, then squares."""
     return column_tiles * 4 + 4
-
-
-@T.macro
-def load_post_weights(post_layer_mix, comb_res_mix, i_t, post_local, comb_local):
-    """All 4 post and 16 comb weights of token ``i_t``."""
-    for j in T.vectorized(HC_MULT):
-        post_local[j] = post_layer_mix[i_t, j]
-    for i in T.unroll(HC_MULT):
-        for j in T.vectorized(HC_MULT):
-            comb_local[i * HC_MULT + j] = comb_res_mix[i_t, i, j]
 
 
 @T.macro
@@ -157,11 +147,11 @@ def store_sums(sums_local, s0, column_tiles, lane, sums_shared, part, row0):
             for v in T.vectorized(2):
                 sums_shared[
                     part,
-                    row0 + half * MMA_TOKENS // 2 + lane // 4,
+                    row0 + half * MMA_HALF + lane // 4,
                     n * MMA_COLUMNS + lane % 4 * 2 + v,
                 ] = sums_local[s0 + n * 4 + half * 2 + v]
         if lane % 4 == lane // 8:  # this lane holds the diagonal element of its row
-            sums_shared[part, row0 + half * MMA_TOKENS // 2 + lane // 4, SQUARES] = T.if_then_else(
+            sums_shared[part, row0 + half * MMA_HALF + lane // 4, SQUARES] = T.if_then_else(
                 lane // 4 % 2 == 0,
                 sums_local[s0 + column_tiles * 4 + half * 2],
                 sums_local[s0 + column_tiles * 4 + half * 2 + 1],

@@ -64,8 +64,8 @@ def sinkhorn(logit, c, eps, repeat):
 
     ``logit[0]`` of lane 8 + q is the logit of entry q. A round with reciprocals takes 134 cycles,
     half of them waiting for the special-function unit; once all sums are near 1, which they stay,
-    a polynomial is as exact and takes about 72. No early stop: at logits of standard deviation 2 it
-    came after 17 of 19 rounds, and its test cost 0.2 us in every call.
+    a polynomial is as exact and shorter: 0.2 us less in all at one token. No early stop: at logits
+    of standard deviation 2 it came after 17 of 19 rounds, and its test cost 0.2 us in every call.
     """
     for q in T.unroll(HC_MULT * HC_MULT):
         c[q] = T.shfl_sync(logit[0], COMB + q)

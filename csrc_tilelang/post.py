@@ -8,7 +8,7 @@ hidden element and token. fp32 inside, one rounding.
 import tilelang.language as T
 
 from ._device import HC_MULT, VECTOR
-from ._steps import load_post_weights, mix_stream
+from ._steps import mix_stream
 
 THREADS = 128
 
@@ -54,7 +54,11 @@ def post(hidden: int, *, pdl: bool):
                 for i in T.unroll(HC_MULT):
                     for v in T.vectorized(VECTOR):
                         streams_local[i * VECTOR + v] = residual[i_t, i, h + v]
-                load_post_weights(post_layer_mix, comb_res_mix, i_t, post_local, comb_local)
+                for j in T.vectorized(HC_MULT):
+                    post_local[j] = post_layer_mix[i_t, j]
+                for i in T.unroll(HC_MULT):
+                    for j in T.vectorized(HC_MULT):
+                        comb_local[i * HC_MULT + j] = comb_res_mix[i_t, i, j]
                 # post: r'[j] = bf16(post[j] * x + sum_i comb[i, j] * r[i])
                 for j in T.unroll(HC_MULT):
                     mix_stream(

@@ -15,16 +15,18 @@ any batch.
 
 import tilelang.language as T
 
+from ..dispatch import POST_PROJECTION_SLICE as SLICE
 from ._device import (
     DEVICE_SOURCE,
     HC_MULT,
     MIXES,
     MMA_COLUMNS,
+    MMA_HALF,
     MMA_TOKENS,
     PARTIAL_WIDTH,
-    SPLIT_TERMS,
     SQUARES,
     SUMS_STRIDE,
+    TILE_TERMS,
     VECTOR,
     WARP,
 )
@@ -39,11 +41,8 @@ from ._steps import (
     tile_sums,
 )
 
-SLICE = 32  # hidden elements a CTA: 4 lanes of 8; one wave of CTAs reads fn at H = 4096
 THREADS = HC_MULT * WARP
 COLUMN_TILES = MIXES // MMA_COLUMNS
-TILE_TERMS = VECTOR // 2 * SPLIT_TERMS  # packed pairs of a column tile, in three terms
-ROWS = MMA_TOKENS // 2  # token rows of a fragment half: lane // 4 and lane // 4 + 8
 
 
 def post_projection(hidden: int, *, pdl: bool):
@@ -113,7 +112,7 @@ def post_projection(hidden: int, *, pdl: bool):
             for tile in T.serial(tiles):
                 t0 = (T.cast(group, "int64") * tiles + tile) * MMA_TOKENS
                 for half in T.unroll(2):
-                    i_t = T.min(t0 + half * ROWS + row, tokens - 1)
+                    i_t = T.min(t0 + half * MMA_HALF + row, tokens - 1)
                     for v in T.vectorized(VECTOR):
                         x_local[half * VECTOR + v] = x[i_t, h + v]
                     for i in T.unroll(HC_MULT):
@@ -131,9 +130,9 @@ def post_projection(hidden: int, *, pdl: bool):
                         x_local, half * VECTOR, streams_local, half * HC_MULT * VECTOR,
                         post_local[half], comb_local, half * HC_MULT, 1, new_local, half * VECTOR,
                     )  # fmt: skip
-                    if t0 + half * ROWS + row < tokens:
+                    if t0 + half * MMA_HALF + row < tokens:
                         for v in T.vectorized(VECTOR):
-                            residual_out[t0 + half * ROWS + row, stream, h + v] = new_local[
+                            residual_out[t0 + half * MMA_HALF + row, stream, h + v] = new_local[
                                 half * VECTOR + v
                             ]
 

@@ -12,15 +12,18 @@ compiled in.
 
 import tilelang.language as T
 
+from ..dispatch import PROJECTION_BLOCK as BLOCK
+from ..dispatch import PROJECTION_WARPS as WARPS
 from ._device import (
     DEVICE_SOURCE,
     HC_MULT,
     MMA_COLUMNS,
+    MMA_HALF,
     MMA_TOKENS,
     PARTIAL_WIDTH,
-    SPLIT_TERMS,
     SQUARES,
     SUMS_STRIDE,
+    TILE_TERMS,
     VECTOR,
     WARP,
 )
@@ -34,10 +37,7 @@ from ._steps import (
     tile_sums,
 )
 
-BLOCK = 32  # columns of one step of a warp: 4 lanes of 8
-WARPS = 4
 THREADS = WARPS * WARP
-ROWS = MMA_TOKENS // 2  # token rows of a fragment half: lane // 4 and lane // 4 + 8
 
 
 def projection(hidden: int, *, rows: int, token_tiles: int, ctas_per_sm: int, pdl: bool):
@@ -80,7 +80,7 @@ def projection(hidden: int, *, rows: int, token_tiles: int, ctas_per_sm: int, pd
             last = T.min((i_s + 1) * blocks_per_split, blocks)
 
             weights_local = T.alloc_local((column_tiles * VECTOR,), "float32")
-            terms_local = T.alloc_local((VECTOR // 2 * SPLIT_TERMS,), "uint32")
+            terms_local = T.alloc_local((TILE_TERMS,), "uint32")
             streams_local = T.alloc_local((token_tiles * 2 * VECTOR,), "bfloat16")
             words_local = T.view(streams_local, (token_tiles * VECTOR,), "uint32")
             sums_local = T.alloc_local((token_tiles * tile_sums(column_tiles),), "float32")
@@ -105,7 +105,7 @@ def projection(hidden: int, *, rows: int, token_tiles: int, ctas_per_sm: int, pd
             for step in T.serial(T.ceildiv(last - first, WARPS)):
                 k = (first + step * WARPS) * BLOCK + lane % 4 * VECTOR
                 for half in T.unroll(token_tiles * 2):
-                    i_t = T.min(t0 + half * ROWS + row, tokens - 1)
+                    i_t = T.min(t0 + half * MMA_HALF + row, tokens - 1)
                     for v in T.vectorized(VECTOR):
                         streams_local[half * VECTOR + v] = residual[i_t, k + v]
                 load_weights(fn, row, k, column_tiles, rows, weights_local)

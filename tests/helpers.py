@@ -147,7 +147,7 @@ EPSILONS = {
 
 
 def kernel_name(key: dispatch.Key) -> str:
-    """Stem and tile of a kernel, such as ``projection2x4x4``."""
+    """Stem and tile of a kernel, such as ``projection2x4``."""
     tile = [str(v) for name, v in key.options if name not in ("rows", "norm")]
     return key.kernel + "x".join(tile)
 
