@@ -73,8 +73,8 @@ def logits(total, columns, rms_eps, scale, base, logit):
 
 @T.macro
 def sigmoid(value, out):
-    """out[0] = 1 / (1 + exp(-value)), full precision."""
-    out[0] = 1.0 / (1.0 + T.exp(-value))
+    """out[0] = 1 / (1 + exp(-value)), to the precision of fp32."""
+    out[0] = T.call_extern("float32", "mhc::rcp", 1.0 + T.exp(-value))
 
 
 @T.macro

@@ -50,11 +50,83 @@ __device__ __forceinline__ void prefetch_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
+// The same for `bytes` bytes, a multiple of 16: nothing of the SM waits for it.
+__device__ __forceinline__ void prefetch_l2_bulk(const void* address, unsigned bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
+}
+
+// Global to shared memory without registers: 8 or 16 bytes, there after loads_wait in this thread.
+__device__ __forceinline__ void load_async8(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+__device__ __forceinline__ void load_async16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+__device__ __forceinline__ void loads_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // 1 / x to 1 ulp in one instruction; Sinkhorn corrects itself.
 __device__ __forceinline__ float rcp(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// An inbox is an mbarrier of one phase: it ends when `bytes` bytes have been sent to it. Open it in one
+// thread, then pass a cluster barrier before anyone sends.
+__device__ __forceinline__ void inbox_open(void* inbox, unsigned bytes) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(inbox));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
+               : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Waits until all bytes of this CTA's inbox have come and are visible.
+__device__ __forceinline__ void inbox_wait(void* inbox) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(inbox));
+  asm volatile("{\n"
+               ".reg .pred full;\n"
+               "again:\n"
+               "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 full, [%0], 0;\n"
+               "@!full bra again;\n"
+               "}" ::"r"(address)
+               : "memory");
+}
+
+// slot and inbox of CTA `rank` of the cluster, given by this CTA's own addresses: *slot = value, 4
+// bytes.
+__device__ __forceinline__ void send(void* slot, void* inbox, int rank, float value) {
+  unsigned to, box;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(to)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(slot))), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(box)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(inbox))), "r"(rank));
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to),
+               "f"(value), "r"(box)
+               : "memory");
+}
+
+// The same with 16 bytes.
+__device__ __forceinline__ void send4(void* slot, void* inbox, int rank, const float* values) {
+  unsigned to, box;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(to)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(slot))), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(box)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(inbox))), "r"(rank));
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::
+          "r"(to), "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(box)
+      : "memory");
 }
 
 }  // namespace mhc

@@ -12,19 +12,19 @@ def tile_sums(column_tiles: int) -> int:
 
 @T.macro
 def mix_stream(
-    x_local, x0, streams_local, s0, post_weight, comb_local, c0, c_stride, new_local, n0
+    x_local, x0, streams_local, s0, post_weight, comb_local, c0, c_stride, new_local, n0, width
 ):
-    """post for 8 elements of one stream; comb[i] is comb_local[c0 + i * c_stride].
+    """post for ``width`` elements of one stream; comb[i] is comb_local[c0 + i * c_stride].
 
     The order x, stream 0, 1, 2, 3 and the single rounding are what makes fused and unfused
     streams equal in every bit.
     """
-    for v in T.unroll(VECTOR):
+    for v in T.unroll(width):
         total = T.alloc_var("float32", init=0.0)
         total = post_weight * T.cast(x_local[x0 + v], "float32")
         for i in T.unroll(HC_MULT):
             total = total + comb_local[c0 + i * c_stride] * T.cast(
-                streams_local[s0 + i * VECTOR + v], "float32"
+                streams_local[s0 + i * width + v], "float32"
             )
         new_local[n0 + v] = T.cast(total, "bfloat16")
 

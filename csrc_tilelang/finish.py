@@ -23,76 +23,7 @@ from ._collapse import (
     store_values,
 )
 from ._device import DEVICE_SOURCE, HC_MULT, MIXES, PARTIAL_WIDTH, VECTOR, WARP
-
-ROWS, COLUMNS = HC_MULT, 1  # strides of the 4 x 4 matrix: from row to row, from column to column
-NEAR = 2.0**-8  # where the cube, which divide_near drops, is below half a unit in the last place
-COMB = 2 * HC_MULT  # first column of the comb logits
-
-
-@T.macro
-def divide(c, outer, inner, eps, furthest):
-    """C /= sum + eps along ``inner``; furthest[0] = the largest |sum + eps - 1| met so far."""
-    for i in T.unroll(HC_MULT):
-        scale = T.alloc_var("float32", init=0.0)
-        scale = (c[i * outer] + c[i * outer + inner]) + (
-            c[i * outer + 2 * inner] + c[i * outer + 3 * inner]
-        )
-        scale = scale + eps
-        furthest[0] = T.max(furthest[0], T.abs(scale - 1.0))
-        scale = T.call_extern("float32", "mhc::rcp", scale)
-        for j in T.unroll(HC_MULT):
-            c[i * outer + j * inner] = c[i * outer + j * inner] * scale
-
-
-@T.macro
-def divide_near(c, outer, inner, eps):
-    """``divide`` for sums near 1: with e = sum + eps - 1, 1 / (1 + e) = 1 - e + e^2 to e^3."""
-    for i in T.unroll(HC_MULT):
-        change = T.alloc_var("float32", init=0.0)
-        change = (c[i * outer] + c[i * outer + inner]) + (
-            c[i * outer + 2 * inner] + c[i * outer + 3 * inner]
-        )
-        change = change - (1.0 - eps)
-        change = change * change - change
-        for j in T.unroll(HC_MULT):
-            c[i * outer + j * inner] = c[i * outer + j * inner] + c[i * outer + j * inner] * change
-
-
-@T.macro
-def sinkhorn(logit, c, eps, repeat):
-    """C = softmax_rows + eps, columns, then (repeat - 1) times rows and columns; in every lane.
-
-    ``logit[0]`` of lane 8 + q is the logit of entry q. A round with reciprocals takes 134 cycles,
-    half of them waiting for the special-function unit; once all sums are near 1, which they stay,
-    a polynomial is as exact and shorter: 0.2 us less in all at one token. No early stop: at logits
-    of standard deviation 2 it came after 17 of 19 rounds, and its test cost 0.2 us in every call.
-    """
-    for q in T.unroll(HC_MULT * HC_MULT):
-        c[q] = T.shfl_sync(logit[0], COMB + q)
-    for i in T.unroll(HC_MULT):
-        largest = T.alloc_var("float32", init=0.0)
-        largest = T.max(T.max(c[i * 4], c[i * 4 + 1]), T.max(c[i * 4 + 2], c[i * 4 + 3]))
-        for j in T.unroll(HC_MULT):
-            c[i * 4 + j] = T.exp(c[i * 4 + j] - largest)
-        total = T.alloc_var("float32", init=0.0)
-        total = (c[i * 4] + c[i * 4 + 1]) + (c[i * 4 + 2] + c[i * 4 + 3])
-        for j in T.unroll(HC_MULT):
-            c[i * 4 + j] = c[i * 4 + j] / total + eps
-    furthest = T.alloc_local((1,), "float32")
-    furthest[0] = 0.0
-    divide(c, COLUMNS, ROWS, eps, furthest)
-    rounds = T.alloc_var("int32", init=repeat - 1)
-    for _ in T.serial(repeat - 1):
-        furthest[0] = 0.0
-        divide(c, ROWS, COLUMNS, eps, furthest)
-        divide(c, COLUMNS, ROWS, eps, furthest)
-        rounds = rounds - 1
-        if furthest[0] <= NEAR:
-            T.loop_break()
-    for _ in T.serial(rounds):
-        divide_near(c, ROWS, COLUMNS, eps)
-        divide_near(c, COLUMNS, ROWS, eps)
-
+from ._sinkhorn import COMB, sinkhorn, softmax_row
 
 @T.macro
 def finish_token(
@@ -159,7 +90,10 @@ def finish_token(
         if lane >= HC_MULT and lane < COMB:
             post_mix[i_t, lane - HC_MULT] = mix[0] * hc_post_mult_value
         # comb' = Sinkhorn(softmax_rows(m))
-        sinkhorn(logit, comb_local, hc_sinkhorn_eps, sinkhorn_repeat)
+        softmax_row(logit, hc_sinkhorn_eps, mix)
+        for q in T.unroll(HC_MULT * HC_MULT):
+            comb_local[q] = T.shfl_sync(mix[0], COMB + q)
+        sinkhorn(comb_local, hc_sinkhorn_eps, sinkhorn_repeat)
         if lane == 0:
             for i in T.unroll(HC_MULT):
                 for j in T.vectorized(HC_MULT):

@@ -63,7 +63,7 @@ def post(hidden: int, *, pdl: bool):
                 for j in T.unroll(HC_MULT):
                     mix_stream(
                         x_local, 0, streams_local, 0, post_local[j], comb_local, j, HC_MULT,
-                        new_local, 0,
+                        new_local, 0, VECTOR,
                     )  # fmt: skip
                     for v in T.vectorized(VECTOR):
                         residual_out[i_t, j, h + v] = new_local[v]

@@ -25,6 +25,9 @@ POST_PROJECTION_SLICE = 32  # hidden elements a CTA: 128 CTAs read fn at H = 409
 POST_PROJECTION_CTAS_PER_SM = 2  # beyond it tiles in turn beat more CTAs, which read fn again
 
 MMA_TOKENS = 16  # rows of one m16n8k16 tile
+
+CLUSTER = 16  # CTAs of a cluster of fused_post_pre: the most that Hopper has
+GROUP_TOKENS = 19  # tokens of a cluster at most: what shared memory holds at hidden 7168
 PROJECTION_BLOCK = 32  # columns of one step of a warp: 4 lanes of 8
 PROJECTION_WARPS = 4
 

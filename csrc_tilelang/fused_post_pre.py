@@ -1,0 +1,689 @@
+"""fused_post_pre: the whole boundary in one launch, for up to 128 tokens.
+
+Algorithm: a cluster of 16 CTAs takes a group of tokens, each CTA a sixteenth of the hidden size in
+all 4 streams. It
+
+1. keeps its slice of fn in registers (and shared memory beyond 64 columns a warp), split in three
+   bf16 terms, which is done while the previous kernel still runs;
+2. computes its slice of the new streams, which stay in shared memory as bf16;
+3. projects them with mma.m16n8k16, fn as the A operand (24 of 32 rows) and 8 tokens as B. The last
+   8 rows of A are the streams themselves: the diagonal of that product is the sum of squares;
+4. sends its 25 sums a token to the CTA that owns the token, which adds the 16 slices up, works out
+   the 4 collapse weights and sends them to all CTAs;
+5. collapses its slice, sends its sum of squares to all CTAs for the RMSNorm and writes the layer
+   input; meanwhile one warp of the owner makes the post weights and runs Sinkhorn.
+
+What CTAs tell each other goes through distributed shared memory into inboxes (mbarriers that count
+bytes). A CTA waits only for CTAs of its own cluster, and the hardware starts the CTAs of a cluster
+together or not at all, so they all run: no wait depends on another cluster, another kernel or the
+order in which CTAs are scheduled. A CTA ends only when all its inboxes are full, so nobody sends to
+one that has gone.
+
+Slices, blocks of 32 columns and warps are added up in a fixed order that depends on the hidden size
+alone: a token's outputs are the same bits in any batch and at any position.
+"""
+
+import tilelang.language as T
+
+from ..dispatch import CLUSTER, GROUP_TOKENS
+from ._collapse import sigmoid
+from ._device import (
+    DEVICE_SOURCE,
+    HC_MULT,
+    MIXES,
+    MMA_COLUMNS,
+    SPLIT_TERMS,
+    SQUARES,
+    VECTOR,
+    WARP,
+)
+from ._sinkhorn import COMB, sinkhorn, softmax_row
+from ._steps import mix_stream
+
+WARPS = 16
+THREADS = WARPS * WARP
+COLLAPSE_WARPS = WARPS - 1  # the last one makes the mixes and runs Sinkhorn instead
+CHUNK = 4  # elements of a thread in the post step: 64 threads for one token at H = 4096
+BLOCK = 32  # columns of two mma steps
+STEPS = 2  # of 16 columns, 4 a lane
+ROW_TILES = MIXES // MMA_COLUMNS  # row groups of 8 of fn
+UNIT_WEIGHTS = ROW_TILES * STEPS * CHUNK  # weights of a lane in one block of one stream
+UNIT_TERMS = UNIT_WEIGHTS * SPLIT_TERMS // 2  # and packed pairs of their terms
+REGISTER_UNITS = 2  # of them in registers: 72 of 128
+PAD = 16  # bf16 elements: the rows of 4 tokens on different banks
+SUMS = SQUARES + 1  # what is summed up for a token: 24 projections, the squares
+OWNED = -(-GROUP_TOKENS // CLUSTER)  # tokens of a group that a CTA owns at most
+ROUNDS = -(-GROUP_TOKENS // COLLAPSE_WARPS)  # tokens that a warp collapses at most
+WEIGHTS_INBOX = OWNED  # inboxes: sums of an owned token, then weights, then squares, of each token
+SQUARES_INBOX = WEIGHTS_INBOX + GROUP_TOKENS
+INBOXES = SQUARES_INBOX + GROUP_TOKENS
+
+# The A operands of a step, 5 for the 72 rows of fn's terms and 8 tokens: (row tile, term) above and
+# below, where term 0 is the largest and None the tokens themselves, whose squares are the diagonal.
+OPERANDS = (
+    ((0, 2), (1, 2)),
+    ((0, 1), (1, 1)),
+    ((0, 0), (1, 0)),
+    ((2, 2), (2, 1)),
+    ((2, 0), None),
+)
+# tuples: what a kernel loops over at trace time
+ALL_OPERANDS = tuple(range(len(OPERANDS)))
+ALL_STEPS = tuple(range(STEPS))
+ALL_PAIRS = (0, 1)
+PLACES = tuple(  # of a row tile: (term, operand, half)
+    tuple(
+        (half[1], operand, i)
+        for operand in ALL_OPERANDS
+        for i, half in enumerate(OPERANDS[operand])
+        if half is not None and half[0] == n
+    )
+    for n in range(ROW_TILES)
+)
+
+
+def slice_size(hidden: int) -> int:
+    """Hidden elements of a CTA, a multiple of 16."""
+    return hidden // CLUSTER
+
+
+def units(hidden: int) -> int:
+    """Blocks of 32 columns that a CTA projects, all streams: unit u is block u // 4 of stream u % 4.
+
+    The last block of a stream has only its first step where the slice is not a multiple of 32.
+    """
+    return HC_MULT * -(-slice_size(hidden) // BLOCK)
+
+
+def shared_units(hidden: int) -> int:
+    """Those of them whose terms are kept in shared memory."""
+    return max(0, units(hidden) - REGISTER_UNITS * WARPS)
+
+
+def term(operand: int, half: int, step: int, pair: int) -> int:
+    """Where a lane keeps a packed pair: 4 registers an operand and step, in the order of mma."""
+    index = operand * STEPS * 4 + step * 4 + pair * 2 + half
+    # the last operand has no lower half of its own
+    return index if operand < 4 else 4 * STEPS * 4 + step * 2 + pair
+
+
+@T.macro
+def load_unit(fn, unit, rank, lane, hidden, weights_local, w0):
+    """This lane's weights of one unit: 3 rows, 2 steps, 4 columns; zeros past the end of the slice."""
+    for step in T.unroll(STEPS):
+        h = unit // HC_MULT * BLOCK + step * (BLOCK // STEPS) + lane % 4 * CHUNK
+        for n in T.unroll(ROW_TILES):
+            if h < slice_size(hidden):
+                for v in T.vectorized(CHUNK):
+                    weights_local[w0 + (n * STEPS + step) * CHUNK + v] = fn[
+                        n * MMA_COLUMNS + lane // 4,
+                        unit % HC_MULT * hidden + rank * slice_size(hidden) + h + v,
+                    ]
+            else:
+                for v in T.unroll(CHUNK):
+                    weights_local[w0 + (n * STEPS + step) * CHUNK + v] = 0.0
+
+
+@T.macro
+def copy_unit(fn, unit, rank, lane, hidden, terms_shared, slot):
+    """:func:`load_unit` to this lane's place in shared memory, there after ``loads_wait``."""
+    for step in T.unroll(STEPS):
+        h = unit // HC_MULT * BLOCK + step * (BLOCK // STEPS) + lane % 4 * CHUNK
+        for n in T.unroll(ROW_TILES):
+            if h < slice_size(hidden):
+                T.call_extern(
+                    "handle",
+                    "mhc::load_async16",
+                    T.access_ptr(terms_shared[slot, n * STEPS + step, lane, 0], "w"),
+                    T.access_ptr(
+                        fn[
+                            n * MMA_COLUMNS + lane // 4,
+                            unit % HC_MULT * hidden + rank * slice_size(hidden) + h,
+                        ],
+                        "r",
+                    ),
+                )
+            else:
+                for v in T.vectorized(4):
+                    terms_shared[slot, n * STEPS + step, lane, v] = T.uint32(0)
+
+
+@T.macro
+def split_unit(weights_local, w0, terms_local, t0):
+    """The three bf16 terms of a lane's weights of one unit, as :func:`term` places them."""
+    split_local = T.alloc_local((SPLIT_TERMS,), "uint32")
+    for step in ALL_STEPS:
+        for n in (0, 1, 2):
+            for pair in ALL_PAIRS:
+                w = w0 + (n * STEPS + step) * CHUNK + pair * 2
+                T.call_extern(
+                    "handle",
+                    "mhc::split3",
+                    weights_local[w],
+                    weights_local[w + 1],
+                    T.access_ptr(split_local[0], "w"),
+                )
+                for i_term, operand, half in PLACES[n]:
+                    terms_local[t0 + term(operand, half, step, pair)] = split_local[i_term]
+
+
+@T.macro
+def add_unit(
+    streams_shared, token, unit, lane, hidden, terms_local, t0, terms_shared, slot, sums_local
+):
+    """sums += fn . streams of one unit, for 8 tokens; ``token`` is that of this lane's column.
+
+    The terms are in registers from ``t0`` on, or in slot ``slot`` of shared memory if that is given.
+    Tensor cores truncate as they accumulate, so each unit and each term starts from zero and is
+    added in fp32, rounded to nearest.
+    """
+    values_local = T.alloc_local((STEPS * CHUNK,), "bfloat16")
+    words_local = T.view(values_local, (STEPS * 2,), "uint32")
+    fragment = T.alloc_local((4,), "uint32")
+    part = T.alloc_local((len(OPERANDS) * 4,), "float32")
+    for q in T.unroll(len(OPERANDS) * 4):
+        part[q] = 0.0
+    for step in T.unroll(STEPS):
+        h = unit // HC_MULT * BLOCK + step * (BLOCK // STEPS) + lane % 4 * CHUNK
+        if h < slice_size(hidden):
+            for v in T.vectorized(CHUNK):
+                values_local[step * CHUNK + v] = streams_shared[
+                    token, unit % HC_MULT * slice_size(hidden) + h + v
+                ]
+        else:
+            for v in T.unroll(2):
+                words_local[step * 2 + v] = T.uint32(0)
+    for step in ALL_STEPS:
+        for operand in ALL_OPERANDS:
+            if slot is not None and operand < 4:
+                for q in T.vectorized(4):
+                    fragment[q] = terms_shared[slot, operand * STEPS + step, lane, q]
+            else:
+                for pair in ALL_PAIRS:
+                    if slot is None:
+                        fragment[pair * 2] = terms_local[t0 + term(operand, 0, step, pair)]
+                    else:
+                        fragment[pair * 2] = terms_shared[slot, 4 * STEPS, lane, step * 2 + pair]
+                    if operand < 4:
+                        fragment[pair * 2 + 1] = terms_local[t0 + term(operand, 1, step, pair)]
+                    else:
+                        fragment[pair * 2 + 1] = words_local[step * 2 + pair]
+            T.call_extern(
+                "handle",
+                "mhc::mma_bf16",
+                T.access_ptr(part[operand * 4], "rw"),
+                T.access_ptr(fragment[0], "r"),
+                words_local[step * 2],
+                words_local[step * 2 + 1],
+            )
+    for v in T.unroll(2):
+        # rows 0 to 7, 8 to 15 and 16 to 23, the small terms first; then the squares
+        for half in T.unroll(2):
+            sums_local[half * 2 + v] = sums_local[half * 2 + v] + (
+                (part[half * 2 + v] + part[4 + half * 2 + v]) + part[8 + half * 2 + v]
+            )
+        sums_local[4 + v] = sums_local[4 + v] + ((part[12 + v] + part[14 + v]) + part[16 + v])
+        sums_local[6 + v] = sums_local[6 + v] + part[18 + v]
+
+
+@T.macro
+def store_sums(sums_local, lane, warp, tile, sums_shared):
+    """A warp's sums of 8 tokens: the rows of fn, then the squares."""
+    for n in T.unroll(ROW_TILES):
+        for v in T.vectorized(2):
+            sums_shared[tile, warp, n * MMA_COLUMNS + lane // 4, lane % 4 * 2 + v] = sums_local[
+                n * 2 + v
+            ]
+    if lane // 8 == lane % 4:
+        sums_shared[tile, warp, SQUARES, lane // 4] = T.if_then_else(
+            lane // 4 % 2 == 0, sums_local[6], sums_local[7]
+        )
+
+
+@T.macro
+def add_tree(values_local):
+    """values_local[0] = the sum of 16 values, in an order that nothing changes."""
+    for half in (8, 4, 2, 1):
+        for i in T.unroll(half):
+            values_local[i] = values_local[i] + values_local[i + half]
+
+
+@T.macro
+def boundary(
+    x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, gain, residual_out, post_mix,
+    comb_mix, layer_input, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
+    sinkhorn_repeat, norm_eps, group_tokens, early, tokens, i_c, hidden, norm,
+):  # fmt: skip
+    """One CTA; ``gain`` and ``norm_eps`` are read when ``norm`` is true."""
+    T.import_source(DEVICE_SOURCE)
+    size = slice_size(hidden)
+    n_units = units(hidden)
+    n_shared = shared_units(hidden)
+    chunks = size // CHUNK  # of a token, in the post step
+    reps = -(-size // (VECTOR * WARP))  # 16-byte vectors of a lane, in the collapse
+    rank = i_c % CLUSTER
+    t0 = T.alloc_var("int32", init=i_c // CLUSTER * group_tokens)
+    count = T.alloc_var("int32", init=T.min(group_tokens, tokens - t0))
+    tx = T.get_thread_binding()
+    lane = tx % WARP
+    warp = tx // WARP
+    if n_shared == 0:
+        # from lane 0, so that the compiler knows it to be the same in all lanes: a fifth fewer
+        # instructions. Not where a loop over units of shared memory follows: it then merges their
+        # loads into one block and spills 336 bytes in place of 40
+        warp = T.alloc_var("int32", init=T.shfl_sync(tx // WARP, 0))
+
+    streams_shared = T.alloc_shared((GROUP_TOKENS, HC_MULT * size + PAD), "bfloat16")
+    terms_shared = T.alloc_shared((max(1, n_shared), UNIT_TERMS // 4, WARP, 4), "uint32")
+    x_shared = T.alloc_shared((GROUP_TOKENS, size), "bfloat16")
+    sums_shared = T.alloc_shared((2, WARPS, SUMS, MMA_COLUMNS), "float32")
+    mixes_shared = T.alloc_shared((GROUP_TOKENS, HC_MULT + 1, HC_MULT), "float32")
+    slices_shared = T.alloc_shared((OWNED, CLUSTER, WARP), "float32")
+    weights_shared = T.alloc_shared((GROUP_TOKENS, HC_MULT), "float32")
+    squares_shared = T.alloc_shared((GROUP_TOKENS, CLUSTER), "float32")
+    inbox_shared = T.alloc_shared((INBOXES,), "uint64")
+
+    terms_local = T.alloc_local((REGISTER_UNITS * UNIT_TERMS,), "uint32")
+    split_terms_local = T.alloc_local((UNIT_TERMS,), "uint32")
+    weights_local = T.alloc_local((REGISTER_UNITS * UNIT_WEIGHTS,), "float32")
+    shared_weights_local = T.alloc_local((UNIT_WEIGHTS,), "float32")
+    x_local = T.alloc_local((CHUNK,), "bfloat16")
+    streams_local = T.alloc_local((HC_MULT * CHUNK,), "bfloat16")
+    new_local = T.alloc_local((HC_MULT * CHUNK,), "bfloat16")
+    post_local = T.alloc_local((HC_MULT,), "float32")
+    mixes_local = T.alloc_local(((HC_MULT + 1) * 2,), "float32")
+    comb_local = T.alloc_local((HC_MULT * HC_MULT,), "float32")
+    sums_local = T.alloc_local((8,), "float32")
+    slices_local = T.alloc_local((CLUSTER,), "float32")
+    value_local = T.alloc_local((ROUNDS * reps * VECTOR,), "bfloat16")
+    gain_local = T.alloc_local((reps * VECTOR,), "bfloat16")
+    collapse_local = T.alloc_local((HC_MULT * VECTOR,), "bfloat16")
+    squares = T.alloc_local((1,), "float32")
+    scale_local = T.alloc_local((1,), "float32")
+    base_local = T.alloc_local((1,), "float32")
+    logit = T.alloc_local((1,), "float32")
+    mix = T.alloc_local((1,), "float32")
+    entry = T.alloc_local((1,), "float32")
+
+    # the inboxes are open before anyone can send: the cluster barrier lies between. A few a warp:
+    # the lanes of a warp open theirs one after another
+    if lane < -(-INBOXES // WARPS) and lane * WARPS + warp < INBOXES:
+        T.call_extern(
+            "handle",
+            "mhc::inbox_open",
+            T.access_ptr(inbox_shared[lane * WARPS + warp], "w"),
+            T.if_then_else(
+                lane * WARPS + warp < WEIGHTS_INBOX,
+                CLUSTER * SUMS * 4,
+                T.if_then_else(lane * WARPS + warp < SQUARES_INBOX, HC_MULT * 4, CLUSTER * 4),
+            ),
+        )
+    T.cluster_arrive()
+
+    # fn, split: weights, so on their way to L2 while the previous kernel runs, and read then too
+    # where the host knows that it does not write them
+    if tx < MIXES * HC_MULT:
+        T.call_extern(
+            "handle",
+            "mhc::prefetch_l2_bulk",
+            T.access_ptr(fn[tx // HC_MULT, tx % HC_MULT * hidden + rank * size], "r"),
+            size * 4,
+        )
+    T.pdl_trigger()
+    if early == 0:
+        T.pdl_sync()
+    # all of it under way at once: what goes to shared memory without registers, over the place of
+    # its terms
+    for u in T.unroll(-(-n_shared // WARPS)):
+        if u * WARPS + warp < n_shared:
+            copy_unit(
+                fn, (u + REGISTER_UNITS) * WARPS + warp, rank, lane, hidden,
+                terms_shared, u * WARPS + warp,
+            )  # fmt: skip
+    for u in T.unroll(REGISTER_UNITS):
+        if u * WARPS + warp < n_units:
+            load_unit(fn, u * WARPS + warp, rank, lane, hidden, weights_local, u * UNIT_WEIGHTS)
+    if n_shared > 0:
+        T.call_extern("handle", "mhc::loads_wait")
+        for u in T.unroll(-(-n_shared // WARPS)):
+            if u * WARPS + warp < n_shared:
+                for q in T.unroll(UNIT_WEIGHTS // 4):
+                    for v in T.vectorized(4):
+                        shared_weights_local[q * 4 + v] = T.reinterpret(
+                            terms_shared[u * WARPS + warp, q, lane, v], "float32"
+                        )
+                split_unit(shared_weights_local, 0, split_terms_local, 0)
+                for q in T.unroll(UNIT_TERMS // 4):
+                    for v in T.vectorized(4):
+                        terms_shared[u * WARPS + warp, q, lane, v] = split_terms_local[q * 4 + v]
+    for u in T.unroll(REGISTER_UNITS):
+        if u * WARPS + warp < n_units:
+            split_unit(weights_local, u * UNIT_WEIGHTS, terms_local, u * UNIT_TERMS)
+    T.cluster_wait()
+    T.pdl_sync()
+
+    # post: r'[j] = bf16(post[j] * x + sum_i comb[i, j] * r[i]), in place: all loads are under way
+    # together, and take no registers
+    for i0_item in T.serial(T.ceildiv(count * chunks, THREADS)):
+        item = i0_item * THREADS + tx
+        if item < count * chunks:
+            token = item // chunks
+            h = item % chunks * CHUNK
+            T.call_extern(
+                "handle",
+                "mhc::load_async8",
+                T.access_ptr(x_shared[token, h], "w"),
+                T.access_ptr(x[t0 + token, rank * size + h], "r"),
+            )
+            for i in T.unroll(HC_MULT):
+                T.call_extern(
+                    "handle",
+                    "mhc::load_async8",
+                    T.access_ptr(streams_shared[token, i * size + h], "w"),
+                    T.access_ptr(residual[t0 + token, i, rank * size + h], "r"),
+                )
+    if tx < count:
+        T.call_extern(
+            "handle",
+            "mhc::load_async16",
+            T.access_ptr(mixes_shared[tx, 0, 0], "w"),
+            T.access_ptr(post_layer_mix[t0 + tx, 0, 0], "r"),
+        )
+    elif tx < count * (HC_MULT + 1):
+        T.call_extern(
+            "handle",
+            "mhc::load_async16",
+            T.access_ptr(mixes_shared[(tx - count) // HC_MULT, 1 + (tx - count) % HC_MULT, 0], "w"),
+            T.access_ptr(comb_res_mix[t0 + (tx - count) // HC_MULT, (tx - count) % HC_MULT, 0], "r"),
+        )
+    T.call_extern("handle", "mhc::loads_wait")
+    T.sync_threads()
+    for i0_item in T.serial(T.ceildiv(count * chunks, THREADS)):
+        item = i0_item * THREADS + tx
+        if item < count * chunks:
+            token = item // chunks
+            h = item % chunks * CHUNK
+            for v in T.vectorized(CHUNK):
+                x_local[v] = x_shared[token, h + v]
+            for i in T.unroll(HC_MULT):
+                for v in T.vectorized(CHUNK):
+                    streams_local[i * CHUNK + v] = streams_shared[token, i * size + h + v]
+            for pair in T.unroll(HC_MULT // 2):
+                for i in T.unroll(HC_MULT + 1):
+                    for j in T.vectorized(2):
+                        mixes_local[i * 2 + j] = mixes_shared[token, i, pair * 2 + j]
+                for j in T.unroll(2):
+                    mix_stream(
+                        x_local, 0, streams_local, 0, mixes_local[j], mixes_local, 2 + j, 2,
+                        new_local, (pair * 2 + j) * CHUNK, CHUNK,
+                    )  # fmt: skip
+            for j in T.unroll(HC_MULT):
+                for v in T.vectorized(CHUNK):
+                    residual_out[t0 + token, j, rank * size + h + v] = new_local[j * CHUNK + v]
+                for v in T.vectorized(CHUNK):
+                    streams_shared[token, j * size + h + v] = new_local[j * CHUNK + v]
+    T.sync_threads()
+
+    # projection and sum of squares of this slice, 8 tokens at a time; the warps' sums added up and
+    # sent to the token's owner
+    for tile in T.serial(T.ceildiv(count, MMA_COLUMNS)):
+        token = T.min(tile * MMA_COLUMNS + lane // 4, count - 1)
+        for q in T.unroll(8):
+            sums_local[q] = 0.0
+        for u in T.unroll(REGISTER_UNITS):
+            if u * WARPS + warp < n_units:
+                add_unit(
+                    streams_shared, token, u * WARPS + warp, lane, hidden,
+                    terms_local, u * UNIT_TERMS, terms_shared, None, sums_local,
+                )  # fmt: skip
+        for u in T.unroll(-(-n_shared // WARPS)):
+            if u * WARPS + warp < n_shared:
+                add_unit(
+                    streams_shared, token, (u + REGISTER_UNITS) * WARPS + warp, lane, hidden,
+                    terms_local, 0, terms_shared, u * WARPS + warp, sums_local,
+                )  # fmt: skip
+        store_sums(sums_local, lane, warp, tile % 2, sums_shared)
+        T.sync_threads()
+        # two buffers: the next tile's sums are written to the other one, and the one after those
+        # only when all have passed the barrier behind these reads
+        if tx < SUMS * MMA_COLUMNS and tile * MMA_COLUMNS + tx % MMA_COLUMNS < count:
+            for w in T.unroll(WARPS):
+                slices_local[w] = sums_shared[tile % 2, w, tx // MMA_COLUMNS, tx % MMA_COLUMNS]
+            add_tree(slices_local)
+            T.call_extern(
+                "handle",
+                "mhc::send",
+                T.access_ptr(
+                    slices_shared[
+                        tile * MMA_COLUMNS // CLUSTER, rank, tx // MMA_COLUMNS
+                    ],
+                    "w",
+                ),
+                T.access_ptr(inbox_shared[tile * MMA_COLUMNS // CLUSTER], "w"),
+                (tile * MMA_COLUMNS + tx % MMA_COLUMNS) % CLUSTER,
+                slices_local[0],
+            )
+
+    if warp < COLLAPSE_WARPS:
+        # collapse: v = sum_j weight_j * r'_j, one warp a token
+        if norm and warp < count:
+            for r in T.unroll(reps):
+                if (r * WARP + lane) * VECTOR < size:
+                    for v in T.vectorized(VECTOR):
+                        gain_local[r * VECTOR + v] = gain[
+                            rank * size + (r * WARP + lane) * VECTOR + v
+                        ]
+        for i in T.unroll(ROUNDS):
+            if i * COLLAPSE_WARPS + warp < count:
+                token = i * COLLAPSE_WARPS + warp
+                T.call_extern(
+                    "handle",
+                    "mhc::inbox_wait",
+                    T.access_ptr(inbox_shared[WEIGHTS_INBOX + token], "r"),
+                )
+                for j in T.vectorized(HC_MULT):
+                    post_local[j] = weights_shared[token, j]
+                squares[0] = 0.0
+                for r in T.unroll(reps):
+                    if (r * WARP + lane) * VECTOR < size:
+                        for j in T.unroll(HC_MULT):
+                            for v in T.vectorized(VECTOR):
+                                collapse_local[j * VECTOR + v] = streams_shared[
+                                    token, j * size + (r * WARP + lane) * VECTOR + v
+                                ]
+                        for v in T.unroll(VECTOR):
+                            value = T.alloc_var("float32", init=0.0)
+                            value = post_local[0] * T.cast(collapse_local[v], "float32")
+                            for j in T.unroll(HC_MULT - 1):
+                                value = value + post_local[j + 1] * T.cast(
+                                    collapse_local[(j + 1) * VECTOR + v], "float32"
+                                )
+                            squares[0] = squares[0] + value * value
+                            value_local[(i * reps + r) * VECTOR + v] = T.cast(value, "bfloat16")
+                if norm:
+                    squares[0] = T.warp_reduce_sum(squares[0])
+                    if lane < CLUSTER:
+                        T.call_extern(
+                            "handle",
+                            "mhc::send",
+                            T.access_ptr(squares_shared[token, rank], "w"),
+                            T.access_ptr(inbox_shared[SQUARES_INBOX + token], "w"),
+                            lane,
+                            squares[0],
+                        )
+        # RMSNorm: y = bf16(bf16(v) * rsqrt(mean(v^2) + norm_eps) * g)
+        for i in T.unroll(ROUNDS):
+            if i * COLLAPSE_WARPS + warp < count:
+                token = i * COLLAPSE_WARPS + warp
+                if norm:
+                    T.call_extern(
+                        "handle",
+                        "mhc::inbox_wait",
+                        T.access_ptr(inbox_shared[SQUARES_INBOX + token], "r"),
+                    )
+                    for c in T.vectorized(CLUSTER):
+                        slices_local[c] = squares_shared[token, c]
+                    add_tree(slices_local)
+                    squares[0] = T.rsqrt(slices_local[0] * (1.0 / hidden) + norm_eps)
+                for r in T.unroll(reps):
+                    if (r * WARP + lane) * VECTOR < size:
+                        if norm:
+                            for v in T.unroll(VECTOR):
+                                value_local[(i * reps + r) * VECTOR + v] = T.cast(
+                                    T.cast(value_local[(i * reps + r) * VECTOR + v], "float32")
+                                    * squares[0]
+                                    * T.cast(gain_local[r * VECTOR + v], "float32"),
+                                    "bfloat16",
+                                )
+                        for v in T.vectorized(VECTOR):
+                            layer_input[
+                                t0 + token, rank * size + (r * WARP + lane) * VECTOR + v
+                            ] = value_local[(i * reps + r) * VECTOR + v]
+    elif rank < count:
+        # a uniform matrix where there is no second token: it needs no rounds
+        entry[0] = 1.0 / HC_MULT
+        for i in T.unroll(OWNED):
+            # the columns of the second token on the other lanes: combs are 16 of 32
+            column = (lane + i * (WARP // OWNED)) % WARP
+            token = i * CLUSTER + rank
+            if token < count:
+                scale_local[0] = 0.0
+                base_local[0] = 0.0
+                if column < MIXES:
+                    scale_local[0] = hc_scale[
+                        T.if_then_else(column < HC_MULT, 0, T.if_then_else(column < COMB, 1, 2))
+                    ]
+                    base_local[0] = hc_base[column]
+                # m = projection * rsqrt(mean square + rms_eps), one column a lane; scale and base
+                T.call_extern("handle", "mhc::inbox_wait", T.access_ptr(inbox_shared[i], "r"))
+                for c in T.unroll(CLUSTER):
+                    slices_local[c] = slices_shared[i, c, column]
+                add_tree(slices_local)
+                mix[0] = T.rsqrt(
+                    T.shfl_sync(slices_local[0], SQUARES - i * (WARP // OWNED))
+                    * (1.0 / (HC_MULT * hidden))
+                    + rms_eps
+                )
+                logit[0] = slices_local[0] * mix[0] * scale_local[0] + base_local[0]
+                # collapse weights: sigmoid(m) + hc_pre_eps, to everyone
+                sigmoid(logit[0], mix)
+                for j in T.unroll(HC_MULT):
+                    post_local[j] = (
+                        T.shfl_sync(mix[0], (j + i * (WARP // OWNED)) % WARP) + hc_pre_eps
+                    )
+                if lane < CLUSTER:
+                    T.call_extern(
+                        "handle",
+                        "mhc::send4",
+                        T.access_ptr(weights_shared[token, 0], "w"),
+                        T.access_ptr(inbox_shared[WEIGHTS_INBOX + token], "w"),
+                        lane,
+                        T.access_ptr(post_local[0], "r"),
+                    )
+                # post' = sigmoid(m) * hc_post_mult_value
+                if column >= HC_MULT and column < COMB:
+                    post_mix[t0 + token, column - HC_MULT, 0] = mix[0] * hc_post_mult_value
+                # comb' = Sinkhorn(softmax_rows(m)): each token in one half of the warp
+                softmax_row(logit, hc_sinkhorn_eps, mix)
+                if column >= COMB and column < MIXES:
+                    entry[0] = mix[0]
+        for q in T.unroll(HC_MULT * HC_MULT):
+            comb_local[q] = T.shfl_sync(
+                entry[0], (COMB + q + lane // (WARP // OWNED) * (WARP // OWNED)) % WARP
+            )
+        sinkhorn(comb_local, hc_sinkhorn_eps, sinkhorn_repeat)
+        token = lane // (WARP // OWNED) * CLUSTER + rank
+        if lane % (WARP // OWNED) == 0 and token < count:
+            for i in T.unroll(HC_MULT):
+                for j in T.vectorized(HC_MULT):
+                    comb_mix[t0 + token, i, j] = comb_local[i * HC_MULT + j]
+
+
+def fused_post_pre(hidden: int, *, norm: bool, pdl: bool):
+    """Build the fused_post_pre kernel.
+
+    Args:
+        hidden: H, a multiple of 256 up to 7168.
+        norm: whether the RMSNorm follows; adds the arguments norm_weight and norm_eps.
+        pdl: must be true: clusters and programmatic dependent launch come together (sm_90).
+
+    Returns:
+        The TileLang program: (x [n, H] bf16, residual [n, 4, H] bf16, post_layer_mix [n, 4, 1]
+        fp32, comb_res_mix [n, 4, 4] fp32, fn [24, 4 * H] fp32, hc_scale [3] fp32, hc_base [24]
+        fp32, norm_weight [H] bf16 if norm, residual_out [n, 4, H] bf16, post_mix [n, 4, 1] fp32,
+        comb_mix [n, 4, 4] fp32, layer_input [n, H] bf16, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
+        hc_post_mult_value fp32, sinkhorn_repeat int32, norm_eps fp32 if norm, group_tokens int32:
+        tokens of a cluster, at most GROUP_TOKENS; early int32: whether fn may be read before the
+        previous kernel has finished).
+    """
+    tokens = T.dynamic("tokens", "int32")
+
+    @T.prim_func
+    def mhc_fused_post_pre(
+        x: T.Tensor((tokens, hidden), "bfloat16"),
+        residual: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
+        post_layer_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
+        comb_res_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
+        fn: T.Tensor((MIXES, HC_MULT * hidden), "float32"),
+        hc_scale: T.Tensor((3,), "float32"),
+        hc_base: T.Tensor((MIXES,), "float32"),
+        residual_out: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
+        post_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
+        comb_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
+        layer_input: T.Tensor((tokens, hidden), "bfloat16"),
+        rms_eps: T.float32,
+        hc_pre_eps: T.float32,
+        hc_sinkhorn_eps: T.float32,
+        hc_post_mult_value: T.float32,
+        sinkhorn_repeat: T.int32,
+        group_tokens: T.int32,
+        early: T.int32,
+    ):
+        with T.Kernel(
+            T.ceildiv(tokens, group_tokens) * CLUSTER,
+            threads=THREADS,
+            cluster_dims=(CLUSTER, 1, 1),
+        ) as i_c:
+            boundary(
+                x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, None,
+                residual_out, post_mix, comb_mix, layer_input, rms_eps, hc_pre_eps,
+                hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, None, group_tokens, early,
+                tokens, i_c, hidden, False,
+            )  # fmt: skip
+
+    @T.prim_func
+    def mhc_fused_post_pre_norm(
+        x: T.Tensor((tokens, hidden), "bfloat16"),
+        residual: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
+        post_layer_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
+        comb_res_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
+        fn: T.Tensor((MIXES, HC_MULT * hidden), "float32"),
+        hc_scale: T.Tensor((3,), "float32"),
+        hc_base: T.Tensor((MIXES,), "float32"),
+        norm_weight: T.Tensor((hidden,), "bfloat16"),
+        residual_out: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
+        post_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
+        comb_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
+        layer_input: T.Tensor((tokens, hidden), "bfloat16"),
+        rms_eps: T.float32,
+        hc_pre_eps: T.float32,
+        hc_sinkhorn_eps: T.float32,
+        hc_post_mult_value: T.float32,
+        sinkhorn_repeat: T.int32,
+        norm_eps: T.float32,
+        group_tokens: T.int32,
+        early: T.int32,
+    ):
+        with T.Kernel(
+            T.ceildiv(tokens, group_tokens) * CLUSTER,
+            threads=THREADS,
+            cluster_dims=(CLUSTER, 1, 1),
+        ) as i_c:
+            boundary(
+                x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, norm_weight,
+                residual_out, post_mix, comb_mix, layer_input, rms_eps, hc_pre_eps,
+                hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_eps, group_tokens,
+                early, tokens, i_c, hidden, True,
+            )  # fmt: skip
+
+    return mhc_fused_post_pre_norm if norm else mhc_fused_post_pre
