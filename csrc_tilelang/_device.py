@@ -57,6 +57,58 @@ __device__ __forceinline__ float rcp(float x) {
   return y;
 }
 
+// An inbox is an mbarrier of one phase: it ends when `bytes` bytes have been sent to it. Open it in
+// one thread, then pass a cluster barrier before anyone sends.
+__device__ __forceinline__ void inbox_open(void* inbox, unsigned bytes) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(inbox));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
+               : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Waits until all bytes of this CTA's inbox have come and are visible.
+__device__ __forceinline__ void inbox_wait(void* inbox) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(inbox));
+  asm volatile("{\n"
+               ".reg .pred full;\n"
+               "again:\n"
+               "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 full, [%0], 0;\n"
+               "@!full bra again;\n"
+               "}" ::"r"(address)
+               : "memory");
+}
+
+// slot and inbox of CTA `rank` of the cluster, given by this CTA's own addresses: *slot = value, 4
+// bytes.
+__device__ __forceinline__ void send(void* slot, void* inbox, int rank, float value) {
+  unsigned to, box;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(to)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(slot))), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(box)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(inbox))), "r"(rank));
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];"
+               ::"r"(to), "f"(value), "r"(box)
+               : "memory");
+}
+
+// The same with 16 bytes.
+__device__ __forceinline__ void send4(void* slot, void* inbox, int rank, const float* values) {
+  unsigned to, box;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(to)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(slot))), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(box)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(inbox))), "r"(rank));
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+      ::"r"(to), "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(box)
+      : "memory");
+}
+
 }  // namespace mhc
 // mhc device functions: end
 """
