@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tilelang.language as T
 import torch
 from torch import Tensor
 
@@ -257,6 +258,7 @@ def sample(folder) -> Callable[..., Tensor]:
         *,
         given: Tensor | None = None,
         ctas: int = 1,
+        cluster: int = 1,
         waits: bool = False,
         **options: Any,
     ) -> Tensor:
@@ -272,6 +274,7 @@ def sample(folder) -> Callable[..., Tensor]:
             waits=waits,
             dynamic_shared=4 * 64,
             extents={"blockIdx.x": ctas, "threadIdx.x": 64},
+            cluster=cluster,
         )
         out = torch.full_like(given, torch.nan)
         counter = torch.zeros(1, dtype=torch.int32)
@@ -307,6 +310,45 @@ def test_what_no_kernel_may_do(sample, monkeypatch, name, message):
         sample(name, waits=name == "TOUCH_BEFORE_DEPENDENCY")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("CLUSTER_ARRIVE_TWICE", r"cluster barrier: a thread arrives twice without waiting"),
+        ("CLUSTER_WAIT_TWICE", r"cluster barrier: a thread waits without having arrived"),
+        ("CLUSTER_BARRIER_MISSED", r"deadlock: .* one waits for cluster barrier"),
+        ("CLUSTER_TOUCHES_BEFORE_DEPENDENCY", r"in: touched before cudaGridDependencySynchronize"),
+        ("OPEN_TWICE", r"inbox at byte 0 of static shared memory of .* CTA \d is opened twice"),
+        ("OPEN_OUTSIDE", r"inbox_open: the inbox is not in shared memory"),
+        ("WAIT_FOR_CLOSED", r"inbox_wait: the inbox at byte 8 of static .* is not open"),
+        ("SEND_TO_CLOSED", r"send: the inbox at byte 0 of static .* CTA 1 is not open"),
+        ("SEND_WITHOUT_BARRIER", r"no cluster barrier was passed since the inbox .* was opened"),
+        ("SEND_TOO_MUCH", r"send: the inbox at byte 8 .* expects 2 bytes and not 4 more"),
+        ("SEND_TOO_LITTLE", r"deadlock: .* the inbox at byte 8 of .*: 8 bytes are missing"),
+        ("SEND_TO_NOBODY", r"send: CTA 2 of a cluster of 2"),
+        ("SEND_TO_ENDED", r"send: the CTA of the inbox at .* CTA 1 has ended"),
+        ("SEND_TWICE", r"data race: a slot of the inbox at byte 8 .* is sent to twice"),
+        ("SLOT_TWICE", r"data race: a slot of the inbox at byte 0 .* is sent to twice"),
+        ("SLOT_OF_TWO", r"data race: a slot of the inbox at byte 0 .* CTA 0 is sent to twice"),
+        ("SEND_SLOT_OUTSIDE", r"send: the slot is not in shared memory"),
+        ("SEND_INBOX_OUTSIDE", r"send: the inbox is not in shared memory"),
+        ("SEND4_MISALIGNED", r"the slot at byte 8 of dynamic shared memory is not aligned to 16"),
+        ("NOBODY_WAITS", r"nobody waits for the inbox at byte 8 of static shared memory"),
+        ("INBOX_OVERWRITTEN", r"the inbox at byte 8 of static shared memory .* was overwritten"),
+    ],
+)
+@pytest.mark.parametrize("sanitize_threads", [False, True], ids=["fibers", "threads"])
+def test_what_no_cluster_may_do(sample, monkeypatch, name, message, sanitize_threads):
+    waits = name == "CLUSTER_TOUCHES_BEFORE_DEPENDENCY"
+    if sanitize_threads:
+        if waits:
+            pytest.skip("memory is closed to fibers only")
+        monkeypatch.setattr("emulation.harness.PATIENCE", 2)
+        if name == "CLUSTER_BARRIER_MISSED":
+            message = r"deadlock: cluster barrier 0 still waits for 1 of 128 threads"
+    with pytest.raises(EmulationError, match=message):
+        sample(name, ctas=2, cluster=2, waits=waits, sanitize_threads=sanitize_threads)
+
+
 def test_uninitialised_memory_is_poison(sample):
     assert sample("NOTHING").isnan().all()
     assert sample("READ_IN_FRONT")[0].isnan()
@@ -321,6 +363,43 @@ def test_memory_after_the_dependency(sample):
     # a weight, which no kernel writes
     early = sample("TOUCH_BEFORE_DEPENDENCY", waits=True, early=("in",))
     assert torch.equal(early, LANE.float())
+
+
+def test_ctas_of_a_cluster(sample):
+    assert torch.equal(sample("RANKS", ctas=4, cluster=2), LANE // 16 % 2 * 1.0)
+    # one cluster runs side by side; before its threads wait none may touch memory
+    assert torch.equal(sample("CLUSTER_WAITS", ctas=4, cluster=2, waits=True), LANE.float())
+    with pytest.raises(ValueError, match="whole clusters of 2 CTAs"):
+        sample("RANKS", ctas=3, cluster=2)
+    with pytest.raises(ValueError, match="at most 6000 OS threads, got 6400"):
+        sample("RANKS", ctas=100, cluster=100, sanitize_threads=True)
+
+
+@pytest.mark.parametrize("ctas", [2, 6])
+@pytest.mark.parametrize("resident", [1, 4])
+def test_what_ctas_send_each_other(sample, ctas, resident):
+    options = {"ctas": ctas, "cluster": 2, "resident": resident}
+    assert torch.equal(sample("SEND", **options), LANE.float())
+    assert torch.equal(sample("SEND4", **options), LANE + 100.0)
+    # not even what has been sent can be read before everything has
+    late = sample("SEND_LATE", **options)
+    assert late[LANE % 32 < 31].isnan().all()
+    assert late[LANE % 32 == 31].eq(0).all()
+
+
+def test_a_large_cluster(sample):
+    # as many threads as 16 CTAs of 544
+    assert torch.equal(sample("CLUSTER_SIZE", ctas=136, cluster=136), LANE * 0.0 + 8704)
+
+
+def test_lowered_cluster():
+    @T.prim_func
+    def program(y: T.Tensor((4,), "float32")):
+        with T.Kernel(4, threads=32, cluster_dims=(2, 1, 1)) as i:
+            if T.get_thread_binding() == 0:
+                y[i] = T.cast(T.block_rank_in_cluster(), "float32")
+
+    assert lower(program, ARCH, jit.pass_configs()).cluster == 2
 
 
 @pytest.mark.parametrize(
@@ -396,3 +475,43 @@ def test_what_orders_memory(sample, name, races):
             run()
     else:
         run()
+
+
+@pytest.mark.parametrize(
+    ("name", "races"),
+    [
+        ("CLUSTER_BARRIER", False),
+        ("CLUSTER_BARRIER_APART", False),
+        ("CLUSTER_BARRIER_RELAXED", True),
+        ("SEND", False),
+        ("SEND4", False),
+        ("SEND_LATE", True),
+        ("INBOX", False),
+        # the opening of an inbox has a fence of its own
+        ("INBOX_OPENED_RELAXED", False),
+        ("INBOX_OPENED_IN_TIME", False),
+        ("INBOX_OPENED_UNORDERED", True),
+        ("INBOX_WITHOUT_WAIT", True),
+        # an inbox orders what was sent to it, not what was sent to another one
+        ("INBOX_OTHER", True),
+        # nor what else the sender wrote
+        ("INBOX_OTHER_MEMORY", True),
+        ("INBOX_AFTER_READ", True),
+        ("SLOT_AGAIN", False),
+    ],
+)
+def test_what_orders_memory_in_a_cluster(sample, name, races):
+    options = {"ctas": 2, "cluster": 2}
+    out = sample(name, **options)
+    if name in ("INBOX", "INBOX_OPENED_RELAXED", "SLOT_AGAIN"):
+        assert out[:2].tolist() == [7.0, 7.0]
+    if name == "SLOT_AGAIN":
+        assert out[32:34].tolist() == [8.0, 8.0]
+    options["sanitize_threads"] = True
+    if races:
+        with pytest.raises(EmulationError, match="data race"):
+            sample(name, **options)
+    else:
+        # two clusters, one after the other and side by side; those of SEND write the same elements
+        for resident in (1, 2) if name.startswith("SEND") else (1, 4):
+            sample(name, **{**options, "ctas": 4, "resident": resident})
