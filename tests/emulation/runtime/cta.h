@@ -176,9 +176,9 @@ struct Dependency {
 inline Dependency dependency;
 
 // Runs `kernel` in every thread of the grid. With `close_global`, each cluster starts with global
-// memory closed (fibers and one resident cluster only): it opens when no thread can go on without having passed
-// cudaGridDependencySynchronize, so that a kernel which reads what its predecessor may still write
-// is caught.
+// memory closed (fibers and one resident cluster only): it opens when no thread can go on without
+// having passed cudaGridDependencySynchronize, so that a kernel which reads what its predecessor may
+// still write is caught.
 inline void run(const Grid& grid, const std::function<void()>& kernel, bool close_global) {
   const unsigned threads = grid.threads.count(), ctas = grid.ctas.count();
   if (ctas % grid.cluster != 0 || grid.resident % grid.cluster != 0)

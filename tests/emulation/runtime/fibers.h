@@ -135,7 +135,7 @@ inline void execute(unsigned workers, const std::function<void(unsigned, Thread&
 // expect the same number.
 class Barrier {
  public:
-  using Opening = unsigned;  // the how manieth
+  using Opening = unsigned;  // how many came before it
 
   Opening wait(unsigned expected, const char* name, unsigned id = 0) {
     const Opening opening = arrive(expected, name, id);
