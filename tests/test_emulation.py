@@ -323,7 +323,7 @@ def test_what_no_kernel_may_do(sample, monkeypatch, name, message):
         ("SEND_TO_CLOSED", r"send: the inbox at byte 0 of static .* CTA 1 is not open"),
         ("SEND_WITHOUT_BARRIER", r"no cluster barrier was passed since the inbox .* was opened"),
         ("SEND_TOO_MUCH", r"send: the inbox at byte 8 .* expects 2 bytes and not 4 more"),
-        ("SEND_TOO_LITTLE", r"deadlock: .* the inbox at byte 8 of .*: 8 bytes are missing"),
+        ("SEND_TOO_LITTLE", r"deadlock: .*inbox at byte 8 of .*: 8 bytes are missing"),
         ("SEND_TO_NOBODY", r"send: CTA 2 of a cluster of 2"),
         ("SEND_TO_ENDED", r"send: the CTA of the inbox at .* CTA 1 has ended"),
         ("SEND_TWICE", r"data race: a slot of the inbox at byte 8 .* is sent to twice"),

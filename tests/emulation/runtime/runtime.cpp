@@ -6,6 +6,7 @@
 // with one ARGUMENT a parameter, in order: `name=file` for a pointer to const, `name@file` for a
 // pointer whose memory is written back, `name:number` for a value. `name+file` is a pointer to const
 // that may be read before cudaGridDependencySynchronize.
+#include <atomic>
 #include <bit>
 #include <csignal>
 #include <cstdarg>
@@ -23,6 +24,9 @@ namespace emulation {
 constexpr int FAILURE = 3;  // exit status of everything that the emulation refuses
 
 void fail(const char* format, ...) {
+  // one thread speaks and ends the process; others that fail meanwhile must not
+  static std::atomic_flag taken = ATOMIC_FLAG_INIT;
+  while (taken.test_and_set(std::memory_order_relaxed)) pause();
   va_list arguments;
   va_start(arguments, format);
   std::fputs("emulation: ", stderr);
@@ -196,8 +200,8 @@ void send(const char* operation, void* slot, void* inbox, int rank, const void* 
   peer.mail.lock.lock();
   const std::string name = name_of(peer, inbox_place);
   const auto entry = peer.mail.inboxes.find(seal);
-  if (peer.ended()) fail("%s: the CTA of the %s has ended", operation, name.c_str());
   if (entry == peer.mail.inboxes.end()) fail("%s: the %s is not open", operation, name.c_str());
+  if (peer.ended()) fail("%s: the CTA of the %s has ended", operation, name.c_str());
   Inbox& box = entry->second;
   // no thread knows otherwise that another CTA's inbox is open
   if (self.waits <= box.arrivals)
