@@ -7,7 +7,7 @@ compute-sanitizer --tool racecheck --error-exitcode 9 python benchmarks/sanitize
 import torch
 
 import mhc_ops
-from mhc_ops import dispatch
+from mhc_ops import dispatch, support
 from mhc_ops.testing import assert_matches_oracle, make_inputs
 
 HIDDEN = 512
@@ -15,7 +15,8 @@ HIDDEN = 512
 
 def main() -> None:
     mhc_ops.prewarm([HIDDEN])
-    for start in dispatch.path_tokens(HIDDEN, 2048):
+    arch = support.arch(torch.device("cuda", 0))
+    for start in dispatch.path_tokens(HIDDEN, arch, 2048):
         for op in ("post", "pre", "fused_post_pre", "head"):
             for norm in (False,) if op == "post" else (False, True):
                 inputs = make_inputs(op, start + 2, HIDDEN, norm=norm, device="cuda")

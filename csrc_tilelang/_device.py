@@ -57,15 +57,13 @@ __device__ __forceinline__ void prefetch_l2_bulk(const void* address, unsigned b
 
 // Global to shared memory without registers: 8 or 16 bytes, there after loads_wait in this thread.
 __device__ __forceinline__ void load_async8(void* shared, const void* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(
-                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-               "l"(global)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;"
+               ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global)
                : "memory");
 }
 __device__ __forceinline__ void load_async16(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-               "l"(global)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+               ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global)
                : "memory");
 }
 __device__ __forceinline__ void loads_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
@@ -77,8 +75,8 @@ __device__ __forceinline__ float rcp(float x) {
   return y;
 }
 
-// An inbox is an mbarrier of one phase: it ends when `bytes` bytes have been sent to it. Open it in one
-// thread, then pass a cluster barrier before anyone sends.
+// An inbox is an mbarrier of one phase: it ends when `bytes` bytes have been sent to it. Open it in
+// one thread, then pass a cluster barrier before anyone sends.
 __device__ __forceinline__ void inbox_open(void* inbox, unsigned bytes) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(inbox));
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
@@ -109,8 +107,8 @@ __device__ __forceinline__ void send(void* slot, void* inbox, int rank, float va
   asm("mapa.shared::cluster.u32 %0, %1, %2;"
       : "=r"(box)
       : "r"(static_cast<unsigned>(__cvta_generic_to_shared(inbox))), "r"(rank));
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to),
-               "f"(value), "r"(box)
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];"
+               ::"r"(to), "f"(value), "r"(box)
                : "memory");
 }
 
@@ -124,8 +122,8 @@ __device__ __forceinline__ void send4(void* slot, void* inbox, int rank, const f
       : "=r"(box)
       : "r"(static_cast<unsigned>(__cvta_generic_to_shared(inbox))), "r"(rank));
   asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::
-          "r"(to), "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(box)
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+      ::"r"(to), "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(box)
       : "memory");
 }
 

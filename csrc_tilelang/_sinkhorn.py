@@ -1,4 +1,4 @@
-"""Sinkhorn of 4 x 4 matrices: the softmax on 16 lanes, the rounds in the registers of one thread."""
+"""Sinkhorn of 4 x 4 matrices: the softmax on 16 lanes, the rounds in one thread's registers."""
 
 import tilelang.language as T
 
@@ -24,7 +24,7 @@ def softmax_row(logit, eps, out):
 
 @T.macro
 def rescale(c, outer, inner, eps, others, scales, furthest):
-    """scale /= sum + eps, sum = scale * (c . others); the largest |sum + eps - 1| so far is kept."""
+    """scale /= sum + eps, sum = scale * (c . others); ``furthest``: the largest |sum + eps - 1|."""
     for i in T.unroll(HC_MULT):
         total = T.alloc_var("float32", init=0.0)
         total = (c[i * outer] * others[0] + c[i * outer + inner] * others[1]) + (
@@ -37,7 +37,7 @@ def rescale(c, outer, inner, eps, others, scales, furthest):
 
 @T.macro
 def rescale_near(c, outer, inner, eps, others, scales):
-    """``rescale`` for sums near 1: with r = 1 - (sum + eps), 1 / (1 - r) = (1 + r)(1 + r^2) to r^4."""
+    """``rescale`` near 1: with r = 1 - (sum + eps), 1 / (1 - r) = (1 + r)(1 + r^2) to r^4."""
     for i in T.unroll(HC_MULT):
         total = T.alloc_var("float32", init=0.0)
         rest = T.alloc_var("float32", init=0.0)
@@ -55,8 +55,8 @@ def sinkhorn(c, eps, repeat):
 
     The matrix is kept as u_i c_ij v_j, so that nothing is rounded in the entries and the error does
     not grow with the rounds. A round with reciprocals takes 158 cycles on Hopper, most of them
-    waiting for the special-function unit; once all sums are near 1, where they stay (a sum is a mean
-    of the reciprocals of those before it), products do the same in 70.
+    waiting for the special-function unit; once all sums are near 1, where they stay (a sum is a
+    mean of the reciprocals of those before it), 70 instructions do the same.
     """
     rows = T.alloc_local((HC_MULT,), "float32")
     columns = T.alloc_local((HC_MULT,), "float32")

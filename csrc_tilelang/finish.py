@@ -25,6 +25,7 @@ from ._collapse import (
 from ._device import DEVICE_SOURCE, HC_MULT, MIXES, PARTIAL_WIDTH, VECTOR, WARP
 from ._sinkhorn import COMB, sinkhorn, softmax_row
 
+
 @T.macro
 def finish_token(
     residual, partials, splits, hc_scale, hc_base, gain, post_mix, comb_mix, layer_input,

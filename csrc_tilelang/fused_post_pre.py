@@ -71,6 +71,8 @@ OPERANDS = (
 ALL_OPERANDS = tuple(range(len(OPERANDS)))
 ALL_STEPS = tuple(range(STEPS))
 ALL_PAIRS = (0, 1)
+WARP_TREE = tuple(WARPS >> i for i in range(1, WARPS.bit_length()))
+SLICE_TREE = tuple(CLUSTER >> i for i in range(1, CLUSTER.bit_length()))
 PLACES = tuple(  # of a row tile: (term, operand, half)
     tuple(
         (half[1], operand, i)
@@ -88,7 +90,7 @@ def slice_size(hidden: int) -> int:
 
 
 def units(hidden: int) -> int:
-    """Blocks of 32 columns that a CTA projects, all streams: unit u is block u // 4 of stream u % 4.
+    """Blocks of 32 columns that a CTA projects: unit u is block u // 4 of stream u % 4.
 
     The last block of a stream has only its first step where the slice is not a multiple of 32.
     """
@@ -109,7 +111,7 @@ def term(operand: int, half: int, step: int, pair: int) -> int:
 
 @T.macro
 def load_unit(fn, unit, rank, lane, hidden, weights_local, w0):
-    """This lane's weights of one unit: 3 rows, 2 steps, 4 columns; zeros past the end of the slice."""
+    """This lane's weights of a unit: 3 rows, 2 steps, 4 columns; zeros past the slice's end."""
     for step in T.unroll(STEPS):
         h = unit // HC_MULT * BLOCK + step * (BLOCK // STEPS) + lane % 4 * CHUNK
         for n in T.unroll(ROW_TILES):
@@ -173,7 +175,7 @@ def add_unit(
 ):
     """sums += fn . streams of one unit, for 8 tokens; ``token`` is that of this lane's column.
 
-    The terms are in registers from ``t0`` on, or in slot ``slot`` of shared memory if that is given.
+    The terms are in registers from ``t0`` on, or in ``slot`` of shared memory if that is given.
     Tensor cores truncate as they accumulate, so each unit and each term starts from zero and is
     added in fp32, rounded to nearest.
     """
@@ -241,9 +243,9 @@ def store_sums(sums_local, lane, warp, tile, sums_shared):
 
 
 @T.macro
-def add_tree(values_local):
-    """values_local[0] = the sum of 16 values, in an order that nothing changes."""
-    for half in (8, 4, 2, 1):
+def add_tree(values_local, halves):
+    """values_local[0] = the sum of 2 * halves[0] values, in an order that nothing changes."""
+    for half in halves:
         for i in T.unroll(half):
             values_local[i] = values_local[i] + values_local[i + half]
 
@@ -294,7 +296,7 @@ def boundary(
     mixes_local = T.alloc_local(((HC_MULT + 1) * 2,), "float32")
     comb_local = T.alloc_local((HC_MULT * HC_MULT,), "float32")
     sums_local = T.alloc_local((8,), "float32")
-    slices_local = T.alloc_local((CLUSTER,), "float32")
+    slices_local = T.alloc_local((max(WARPS, CLUSTER),), "float32")
     value_local = T.alloc_local((ROUNDS * reps * VECTOR,), "bfloat16")
     gain_local = T.alloc_local((reps * VECTOR,), "bfloat16")
     collapse_local = T.alloc_local((HC_MULT * VECTOR,), "bfloat16")
@@ -329,9 +331,10 @@ def boundary(
             T.access_ptr(fn[tx // HC_MULT, tx % HC_MULT * hidden + rank * size], "r"),
             size * 4,
         )
-    T.pdl_trigger()
     if early == 0:
         T.pdl_sync()
+    # the next kernel may start now, and read fn: if this one must not read early, neither may it
+    T.pdl_trigger()
     # all of it under way at once: what goes to shared memory without registers, over the place of
     # its terms
     for u in T.unroll(-(-n_shared // WARPS)):
@@ -394,7 +397,9 @@ def boundary(
             "handle",
             "mhc::load_async16",
             T.access_ptr(mixes_shared[(tx - count) // HC_MULT, 1 + (tx - count) % HC_MULT, 0], "w"),
-            T.access_ptr(comb_res_mix[t0 + (tx - count) // HC_MULT, (tx - count) % HC_MULT, 0], "r"),
+            T.access_ptr(
+                comb_res_mix[t0 + (tx - count) // HC_MULT, (tx - count) % HC_MULT, 0], "r"
+            ),
         )
     T.call_extern("handle", "mhc::loads_wait")
     T.sync_threads()
@@ -449,17 +454,17 @@ def boundary(
         if tx < SUMS * MMA_COLUMNS and tile * MMA_COLUMNS + tx % MMA_COLUMNS < count:
             for w in T.unroll(WARPS):
                 slices_local[w] = sums_shared[tile % 2, w, tx // MMA_COLUMNS, tx % MMA_COLUMNS]
-            add_tree(slices_local)
+            add_tree(slices_local, WARP_TREE)
             T.call_extern(
                 "handle",
                 "mhc::send",
                 T.access_ptr(
                     slices_shared[
-                        tile * MMA_COLUMNS // CLUSTER, rank, tx // MMA_COLUMNS
+                        (tile * MMA_COLUMNS + tx % MMA_COLUMNS) // CLUSTER, rank, tx // MMA_COLUMNS
                     ],
                     "w",
                 ),
-                T.access_ptr(inbox_shared[tile * MMA_COLUMNS // CLUSTER], "w"),
+                T.access_ptr(inbox_shared[(tile * MMA_COLUMNS + tx % MMA_COLUMNS) // CLUSTER], "w"),
                 (tile * MMA_COLUMNS + tx % MMA_COLUMNS) % CLUSTER,
                 slices_local[0],
             )
@@ -523,7 +528,7 @@ def boundary(
                     )
                     for c in T.vectorized(CLUSTER):
                         slices_local[c] = squares_shared[token, c]
-                    add_tree(slices_local)
+                    add_tree(slices_local, SLICE_TREE)
                     squares[0] = T.rsqrt(slices_local[0] * (1.0 / hidden) + norm_eps)
                 for r in T.unroll(reps):
                     if (r * WARP + lane) * VECTOR < size:
@@ -558,7 +563,7 @@ def boundary(
                 T.call_extern("handle", "mhc::inbox_wait", T.access_ptr(inbox_shared[i], "r"))
                 for c in T.unroll(CLUSTER):
                     slices_local[c] = slices_shared[i, c, column]
-                add_tree(slices_local)
+                add_tree(slices_local, SLICE_TREE)
                 mix[0] = T.rsqrt(
                     T.shfl_sync(slices_local[0], SQUARES - i * (WARP // OWNED))
                     * (1.0 / (HC_MULT * hidden))

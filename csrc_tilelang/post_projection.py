@@ -128,7 +128,8 @@ def post_projection(hidden: int, *, pdl: bool):
                 for half in T.unroll(2):
                     mix_stream(
                         x_local, half * VECTOR, streams_local, half * HC_MULT * VECTOR,
-                        post_local[half], comb_local, half * HC_MULT, 1, new_local, half * VECTOR, VECTOR,
+                        post_local[half], comb_local, half * HC_MULT, 1,
+                        new_local, half * VECTOR, VECTOR,
                     )  # fmt: skip
                     if t0 + half * MMA_HALF + row < tokens:
                         for v in T.vectorized(VECTOR):

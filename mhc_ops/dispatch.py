@@ -16,8 +16,20 @@ HIDDEN_MULTIPLE = 256  # 32 lanes of 8 bf16 elements: a warp's 16-byte loads
 MIXES = HC_MULT * (HC_MULT + 2)  # rows of fn: 4 pre, 4 post, 16 comb
 PARTIAL_WIDTH = 32  # floats of a partial row: 24 projections, the squares, padding to 128 bytes
 
-# fused_post_pre runs post_projection + finish up to so many tokens, and fewer at larger hidden
-# sizes, where tokens * hidden counts; post + projection + finish beyond.
+# fused_post_pre is one launch, the kernel of the same name, up to so many tokens and this hidden
+# size, where a GPU has clusters of 16 and shared memory for it; see ONE_LAUNCH_ARCHS.
+ONE_LAUNCH_MAX_TOKENS = 128
+ONE_LAUNCH_MAX_HIDDEN = 7168  # 224 KB of shared memory
+ONE_LAUNCH_ARCHS = frozenset({"sm_90a", "sm_100a", "sm_103a"})  # sm_120a: clusters of 8, 99 KB
+CLUSTER = 16  # CTAs of a cluster, each with a sixteenth of the hidden size
+CLUSTERS = 7  # that an H100 or H200 runs at once, one CTA on an SM
+GROUP_TOKENS = 19  # tokens of a cluster at most: 7 clusters take 128
+FEW_CLUSTERS = 3  # those of this kernel, the next one's and one to spare fit side by side
+FEW_CLUSTERS_TOKENS = 33  # up to which 3 were faster than more: 11 tokens a cluster
+MORE_GROUP_TOKENS = 16  # tokens of a cluster beyond: 4 of 16 took 8.0 us for 64, 7 of 10 8.8
+
+# Elsewhere fused_post_pre runs post_projection + finish up to so many tokens, and fewer at larger
+# hidden sizes, where tokens * hidden counts; post + projection + finish beyond.
 POST_PROJECTION_MAX_TOKENS = 96
 POST_PROJECTION_MAX_ELEMENTS = POST_PROJECTION_MAX_TOKENS * 4096
 
@@ -25,9 +37,6 @@ POST_PROJECTION_SLICE = 32  # hidden elements a CTA: 128 CTAs read fn at H = 409
 POST_PROJECTION_CTAS_PER_SM = 2  # beyond it tiles in turn beat more CTAs, which read fn again
 
 MMA_TOKENS = 16  # rows of one m16n8k16 tile
-
-CLUSTER = 16  # CTAs of a cluster of fused_post_pre: the most that Hopper has
-GROUP_TOKENS = 19  # tokens of a cluster at most: what shared memory holds at hidden 7168
 PROJECTION_BLOCK = 32  # columns of one step of a warp: 4 lanes of 8
 PROJECTION_WARPS = 4
 
@@ -89,8 +98,35 @@ def _ceildiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def takes_one_launch(tokens: int, hidden: int, arch: str) -> bool:
+    """Whether ``fused_post_pre`` runs the kernel of that name for this many tokens."""
+    return (
+        tokens <= ONE_LAUNCH_MAX_TOKENS
+        and hidden <= ONE_LAUNCH_MAX_HIDDEN
+        and arch in ONE_LAUNCH_ARCHS
+    )
+
+
+@functools.cache
+def fused_post_pre_key(hidden: int, arch: str, norm: bool) -> Key:
+    """The ``fused_post_pre`` kernel, with or without the RMSNorm."""
+    return Key("fused_post_pre", arch, hidden, (("norm", norm),))
+
+
+@functools.cache
+def group_tokens(tokens: int) -> int:
+    """Tokens of a cluster of the ``fused_post_pre`` kernel.
+
+    Few clusters leave room for the next kernel's, which read their weights meanwhile; more share
+    the work. All of them must run at once.
+    """
+    if tokens <= FEW_CLUSTERS_TOKENS:
+        return _ceildiv(tokens, FEW_CLUSTERS)
+    return _ceildiv(tokens, min(CLUSTERS, _ceildiv(tokens, MORE_GROUP_TOKENS)))
+
+
 def post_projection_max_tokens(hidden: int) -> int:
-    """Up to how many tokens ``fused_post_pre`` runs ``post_projection`` + ``finish``."""
+    """Up to how many tokens it runs ``post_projection`` + ``finish`` where it is no one launch."""
     return min(POST_PROJECTION_MAX_TOKENS, POST_PROJECTION_MAX_ELEMENTS // hidden)
 
 
@@ -174,9 +210,11 @@ def post_projection_plan(tokens: int, hidden: int, arch: str, sm_count: int) -> 
     return PostProjectionPlan(Key("post_projection", arch, hidden), slices, tiles)
 
 
-def path_tokens(hidden: int, max_tokens: int) -> tuple[int, ...]:
+def path_tokens(hidden: int, arch: str, max_tokens: int) -> tuple[int, ...]:
     """Token counts that reach every path of every op up to ``max_tokens``, one a path."""
-    starts = {1, post_projection_max_tokens(hidden) + 1}
+    one_launch = takes_one_launch(1, hidden, arch)
+    least = ONE_LAUNCH_MAX_TOKENS if one_launch else post_projection_max_tokens(hidden)
+    starts = {1, least + 1}
     starts.update(tile.max_tokens + 1 for tile in PROJECTION_TILES)
     return tuple(sorted(tokens for tokens in starts if tokens <= max_tokens))
 
@@ -193,7 +231,11 @@ def keys(hidden: int, arch: str, max_tokens: int) -> Iterator[Key]:
         The keys, each once.
     """
     yield post_key(hidden, arch)
-    yield post_projection_plan(1, hidden, arch, 1).key
+    if takes_one_launch(1, hidden, arch):
+        for norm in (False, True):
+            yield fused_post_pre_key(hidden, arch, norm)
+    else:
+        yield post_projection_plan(1, hidden, arch, 1).key
     for rows in (MIXES, HC_MULT):
         least = 1
         for tile in PROJECTION_TILES:

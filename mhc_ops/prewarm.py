@@ -42,7 +42,7 @@ def _load(hidden: int, max_tokens: int, device: torch.device) -> None:
     weight = torch.ones(hidden, dtype=torch.bfloat16, device=device)
     fn = torch.randn(mixes, n * hidden, device=device)
     scale, base = torch.ones(3, device=device), torch.zeros(mixes, device=device)
-    for tokens in dispatch.path_tokens(hidden, max_tokens):
+    for tokens in dispatch.path_tokens(hidden, support.arch(device), max_tokens):
         x = torch.randn(tokens, hidden, device=device).bfloat16()
         residual = torch.randn(tokens, n, hidden, device=device).bfloat16()
         post_mix = torch.ones(tokens, n, device=device)

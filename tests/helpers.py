@@ -158,6 +158,8 @@ def path(op: str, hidden: int, tokens: int) -> str:
         return "nothing"
     if op == "post":
         return "post"
+    if op == "fused_post_pre" and dispatch.takes_one_launch(tokens, hidden, "sm_90a"):
+        return "fused_post_pre"
     if op == "fused_post_pre" and dispatch.takes_post_projection(tokens, hidden):
         plan = dispatch.post_projection_plan(tokens, hidden, "sm_90a", 132)
         return f"{kernel_name(plan.key)}+finish"
@@ -172,7 +174,8 @@ def path(op: str, hidden: int, tokens: int) -> str:
 
 def bounds(hidden: int) -> set[int]:
     """Token counts on both sides of every bound of dispatch: every path at its ends."""
-    return {t for start in dispatch.path_tokens(hidden, 5000) for t in (start - 1, start)} - {0}
+    starts = dispatch.path_tokens(hidden, "sm_90a", 5000)
+    return {t for start in starts for t in (start - 1, start)} - {0}
 
 
 def sizes(op: str, hidden: Iterable[int], *tokens: int, at_bounds: bool = False) -> list[Any]:

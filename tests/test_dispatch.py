@@ -75,9 +75,11 @@ def test_path_tokens_reach_every_path(hidden):
 
     def path(tokens):
         return (
-            dispatch.takes_post_projection(tokens, hidden),
+            dispatch.takes_one_launch(tokens, hidden, ARCH),
+            dispatch.takes_post_projection(tokens, hidden)
+            and not dispatch.takes_one_launch(tokens, hidden, ARCH),
             dispatch.projection_plan(tokens, hidden, dispatch.MIXES, ARCH, SMS).key,
         )
 
-    chosen = dispatch.path_tokens(hidden, max_tokens)
+    chosen = dispatch.path_tokens(hidden, ARCH, max_tokens)
     assert {path(tokens) for tokens in chosen} == {path(t) for t in range(1, max_tokens + 1)}

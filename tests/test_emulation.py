@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tilelang.language as T
 import torch
 from torch import Tensor
 
@@ -68,14 +69,17 @@ class Device:
     def __init__(self, monkeypatch, kernel: Callable[[dispatch.Key], Kernel]) -> None:
         self.launched: set[dispatch.Key] = set()
         self.sms = 4
+        self.arch = ARCH
 
         def launch(key: dispatch.Key, device: torch.device, *args: Any) -> None:
             run = kernel(key)
+            if key.kernel == "fused_post_pre" and args[-1]:
+                run.early = ("fn",)
             self.launched.add(key)
             run(*args)
 
         monkeypatch.setattr(jit, "launch", launch)
-        monkeypatch.setattr(support, "arch", lambda device: ARCH)
+        monkeypatch.setattr(support, "arch", lambda device: self.arch)
         monkeypatch.setattr(support, "sm_count", lambda device: self.sms)
         monkeypatch.setattr(support, "require", lambda op, device: None)
 
@@ -98,12 +102,13 @@ def device(monkeypatch, folder, lowered) -> Device:
 # ------------------------------------------------------------------------------- kernels and ops
 
 
-@pytest.mark.parametrize("hidden", [256, HIDDEN])
-def test_every_kernel_matches_the_oracle(device, hidden):
-    for tokens in dispatch.path_tokens(hidden, MAX_TOKENS):
+@pytest.mark.parametrize(("hidden", "arch"), [(256, ARCH), (HIDDEN, ARCH), (HIDDEN, "sm_80")])
+def test_every_kernel_matches_the_oracle(device, hidden, arch):
+    device.arch = arch
+    for tokens in dispatch.path_tokens(hidden, arch, MAX_TOKENS):
         for op, norm in CASES:
             device.check(op, make_inputs(op, tokens, hidden, norm=norm, seed=tokens))
-    assert device.launched == set(dispatch.keys(hidden, ARCH, MAX_TOKENS))
+    assert device.launched == set(dispatch.keys(hidden, arch, MAX_TOKENS))
 
 
 @pytest.mark.parametrize(("op", "norm"), CASES)
@@ -170,17 +175,65 @@ def test_nan_stays_in_its_token(device, op):
 # ------------------------------------------------------------------------------ ThreadSanitizer
 
 
-def test_no_races(monkeypatch, folder, lowered):
+@pytest.mark.parametrize("arch", [ARCH, "sm_80"])
+def test_no_races(monkeypatch, folder, lowered, arch):
     def kernel(key: dispatch.Key) -> Kernel:
-        first = key not in device.launched
+        # a cluster of 16 has more threads than ThreadSanitizer can hold: see below
+        first = key not in device.launched and key.kernel != "fused_post_pre"
         # two CTAs side by side: they must not write the same elements
         return Kernel(lowered(key), folder, sanitize_threads=first, resident=1 + first)
 
     device = Device(monkeypatch, kernel)
-    for tokens in dispatch.path_tokens(256, MAX_TOKENS):
+    device.arch = arch
+    for tokens in dispatch.path_tokens(256, arch, MAX_TOKENS):
         for op, norm in CASES:
             device.check(op, make_inputs(op, tokens + 16, 256, norm=norm))
-    assert device.launched == set(dispatch.keys(256, ARCH, MAX_TOKENS))
+    assert device.launched == set(dispatch.keys(256, arch, MAX_TOKENS))
+
+
+@pytest.fixture
+def small_clusters(monkeypatch):
+    """fused_post_pre with clusters of 2, which ThreadSanitizer can run two of side by side."""
+    module = importlib.import_module("mhc_ops.csrc_tilelang.fused_post_pre")
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "CLUSTER", 2)
+        patch.setattr(dispatch, "GROUP_TOKENS", 4)
+        importlib.reload(module)
+        yield
+    importlib.reload(module)
+
+
+def small_cluster_kernel(hidden: int, norm: bool) -> Lowered:
+    key = dispatch.fused_post_pre_key(hidden, ARCH, norm)
+    return lower(jit.program(key), key.arch, jit.pass_configs())
+
+
+@pytest.mark.parametrize(("hidden", "norm"), [(256, False), (HIDDEN, True)])
+def test_no_races_in_clusters(monkeypatch, folder, small_clusters, hidden, norm):
+    """With the terms of fn in registers alone, and in shared memory as well."""
+    lowered = small_cluster_kernel(hidden, norm)
+    device = Device(
+        monkeypatch, lambda key: Kernel(lowered, folder, sanitize_threads=True, resident=4)
+    )
+    device.check("fused_post_pre", make_inputs("fused_post_pre", 11, hidden, norm=norm))
+
+
+WAIT = re.compile(r"^ *(__syncthreads\(\)|mhc::inbox_wait\(.*\));\n", re.M)
+
+
+def test_each_wait_of_a_cluster_is_needed(monkeypatch, folder, small_clusters):
+    lowered = small_cluster_kernel(256, True)
+    waits = list(WAIT.finditer(lowered.source))
+    assert len(waits) == 6
+    for wait in waits:
+        start, end = wait.span()
+        broken = dataclasses.replace(lowered, source=lowered.source[:start] + lowered.source[end:])
+        device = Device(
+            monkeypatch,
+            lambda key, broken=broken: Kernel(broken, folder, sanitize_threads=True),
+        )
+        with pytest.raises(EmulationError, match=r"data race|waited for"):
+            device.run("fused_post_pre", make_inputs("fused_post_pre", 11, 256, norm=True))
 
 
 TOKENS = 20  # two token tiles
@@ -195,7 +248,7 @@ def without_barrier(lowered: Lowered, i: int) -> Lowered:
 @pytest.mark.parametrize(
     ("op", "key", "barriers"),
     [
-        ("fused_post_pre", dispatch.post_projection_plan(TOKENS, HIDDEN, ARCH, 1).key, 2),
+        ("fused_post_pre", dispatch.post_projection_plan(TOKENS, HIDDEN, "sm_80", 1).key, 2),
         ("pre", dispatch.projection_plan(TOKENS, HIDDEN, dispatch.MIXES, ARCH, 1).key, 1),
         ("pre", dispatch.finish_key(HIDDEN, ARCH, True), 2),
         ("head", dispatch.head_key(HIDDEN, ARCH, True), 2),
@@ -215,6 +268,7 @@ def test_each_barrier_is_needed(monkeypatch, folder, lowered, op, key, barriers)
 
         device = Device(monkeypatch, kernel)
         device.sms = 1  # both token tiles in turn: one may run into the next
+        device.arch = key.arch
         with pytest.raises(EmulationError, match="data race"):
             device.run(op, inputs)
         assert key in device.launched
@@ -257,6 +311,7 @@ def sample(folder) -> Callable[..., Tensor]:
         *,
         given: Tensor | None = None,
         ctas: int = 1,
+        cluster: int = 1,
         waits: bool = False,
         **options: Any,
     ) -> Tensor:
@@ -272,6 +327,7 @@ def sample(folder) -> Callable[..., Tensor]:
             waits=waits,
             dynamic_shared=4 * 64,
             extents={"blockIdx.x": ctas, "threadIdx.x": 64},
+            cluster=cluster,
         )
         out = torch.full_like(given, torch.nan)
         counter = torch.zeros(1, dtype=torch.int32)
@@ -307,6 +363,47 @@ def test_what_no_kernel_may_do(sample, monkeypatch, name, message):
         sample(name, waits=name == "TOUCH_BEFORE_DEPENDENCY")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("CLUSTER_ARRIVE_TWICE", r"cluster barrier: a thread arrives twice without waiting"),
+        ("CLUSTER_WAIT_TWICE", r"cluster barrier: a thread waits without having arrived"),
+        ("CLUSTER_BARRIER_MISSED", r"deadlock: .* one waits for cluster barrier"),
+        ("CLUSTER_TOUCHES_BEFORE_DEPENDENCY", r"in: touched before cudaGridDependencySynchronize"),
+        ("OPEN_TWICE", r"inbox at byte 0 of static shared memory of .* CTA \d is opened twice"),
+        ("OPEN_OUTSIDE", r"inbox_open: the inbox is not in shared memory"),
+        ("WAIT_FOR_CLOSED", r"inbox_wait: the inbox at byte 8 of static .* is not open"),
+        ("SEND_TO_CLOSED", r"send: the inbox at byte 0 of static .* CTA 1 is not open"),
+        ("SEND_WITHOUT_BARRIER", r"no cluster barrier was passed since the inbox .* was opened"),
+        ("SEND_TOO_MUCH", r"send: the inbox at byte 8 .* expects 2 bytes and not 4 more"),
+        ("SEND_TOO_LITTLE", r"deadlock: .*inbox at byte 8 of .*: 8 bytes are missing"),
+        ("SEND_TO_NOBODY", r"send: CTA 2 of a cluster of 2"),
+        ("SEND_TO_ENDED", r"send: the CTA of the inbox at .* CTA 1 has ended"),
+        ("SEND_TWICE", r"data race: a slot of the inbox at byte 8 .* is sent to twice"),
+        ("SLOT_TWICE", r"data race: a slot of the inbox at byte 0 .* is sent to twice"),
+        ("SLOT_OF_TWO", r"data race: a slot of the inbox at byte 0 .* CTA 0 is sent to twice"),
+        ("SEND_SLOT_OUTSIDE", r"send: the slot is not in shared memory"),
+        ("SEND_INBOX_OUTSIDE", r"send: the inbox is not in shared memory"),
+        ("SEND4_MISALIGNED", r"the slot at byte 8 of dynamic shared memory is not aligned to 16"),
+        ("NOBODY_WAITS", r"nobody waits for the inbox at byte 8 of static shared memory"),
+        ("INBOX_OVERWRITTEN", r"the inbox at byte 8 of static shared memory .* was overwritten"),
+    ],
+)
+@pytest.mark.parametrize("sanitize_threads", [False, True], ids=["fibers", "threads"])
+def test_what_no_cluster_may_do(sample, monkeypatch, name, message, sanitize_threads):
+    waits = name == "CLUSTER_TOUCHES_BEFORE_DEPENDENCY"
+    if sanitize_threads:
+        if waits:
+            pytest.skip("memory is closed to fibers only")
+        monkeypatch.setattr("emulation.harness.PATIENCE", 2)
+        if name == "CLUSTER_BARRIER_MISSED":
+            message = r"deadlock: cluster barrier 0 still waits for 1 of 128 threads"
+        if name == "SEND_TO_ENDED":  # or is about to end: refused all the same
+            message += r"|nobody waits for the inbox"
+    with pytest.raises(EmulationError, match=message):
+        sample(name, ctas=2, cluster=2, waits=waits, sanitize_threads=sanitize_threads)
+
+
 def test_uninitialised_memory_is_poison(sample):
     assert sample("NOTHING").isnan().all()
     assert sample("READ_IN_FRONT")[0].isnan()
@@ -321,6 +418,43 @@ def test_memory_after_the_dependency(sample):
     # a weight, which no kernel writes
     early = sample("TOUCH_BEFORE_DEPENDENCY", waits=True, early=("in",))
     assert torch.equal(early, LANE.float())
+
+
+def test_ctas_of_a_cluster(sample):
+    assert torch.equal(sample("RANKS", ctas=4, cluster=2), LANE // 16 % 2 * 1.0)
+    # one cluster runs side by side; before its threads wait none may touch memory
+    assert torch.equal(sample("CLUSTER_WAITS", ctas=4, cluster=2, waits=True), LANE.float())
+    with pytest.raises(ValueError, match="whole clusters of 2 CTAs"):
+        sample("RANKS", ctas=3, cluster=2)
+    with pytest.raises(ValueError, match="at most 6000 OS threads, got 6400"):
+        sample("RANKS", ctas=100, cluster=100, sanitize_threads=True)
+
+
+@pytest.mark.parametrize("ctas", [2, 6])
+@pytest.mark.parametrize("resident", [1, 4])
+def test_what_ctas_send_each_other(sample, ctas, resident):
+    options = {"ctas": ctas, "cluster": 2, "resident": resident}
+    assert torch.equal(sample("SEND", **options), LANE.float())
+    assert torch.equal(sample("SEND4", **options), LANE + 100.0)
+    # not even what has been sent can be read before everything has
+    late = sample("SEND_LATE", **options)
+    assert late[LANE % 32 < 31].isnan().all()
+    assert late[LANE % 32 == 31].eq(0).all()
+
+
+def test_a_large_cluster(sample):
+    # as many threads as 16 CTAs of 544
+    assert torch.equal(sample("CLUSTER_SIZE", ctas=136, cluster=136), LANE * 0.0 + 8704)
+
+
+def test_lowered_cluster():
+    @T.prim_func
+    def program(y: T.Tensor((4,), "float32")):
+        with T.Kernel(4, threads=32, cluster_dims=(2, 1, 1)) as i:
+            if T.get_thread_binding() == 0:
+                y[i] = T.cast(T.block_rank_in_cluster(), "float32")
+
+    assert lower(program, ARCH, jit.pass_configs()).cluster == 2
 
 
 @pytest.mark.parametrize(
@@ -396,3 +530,43 @@ def test_what_orders_memory(sample, name, races):
             run()
     else:
         run()
+
+
+@pytest.mark.parametrize(
+    ("name", "races"),
+    [
+        ("CLUSTER_BARRIER", False),
+        ("CLUSTER_BARRIER_APART", False),
+        ("CLUSTER_BARRIER_RELAXED", True),
+        ("SEND", False),
+        ("SEND4", False),
+        ("SEND_LATE", True),
+        ("INBOX", False),
+        # the opening of an inbox has a fence of its own
+        ("INBOX_OPENED_RELAXED", False),
+        ("INBOX_OPENED_IN_TIME", False),
+        ("INBOX_OPENED_UNORDERED", True),
+        ("INBOX_WITHOUT_WAIT", True),
+        # an inbox orders what was sent to it, not what was sent to another one
+        ("INBOX_OTHER", True),
+        # nor what else the sender wrote
+        ("INBOX_OTHER_MEMORY", True),
+        ("INBOX_AFTER_READ", True),
+        ("SLOT_AGAIN", False),
+    ],
+)
+def test_what_orders_memory_in_a_cluster(sample, name, races):
+    options = {"ctas": 2, "cluster": 2}
+    out = sample(name, **options)
+    if name in ("INBOX", "INBOX_OPENED_RELAXED", "SLOT_AGAIN"):
+        assert out[:2].tolist() == [7.0, 7.0]
+    if name == "SLOT_AGAIN":
+        assert out[32:34].tolist() == [8.0, 8.0]
+    options["sanitize_threads"] = True
+    if races:
+        with pytest.raises(EmulationError, match="data race"):
+            sample(name, **options)
+    else:
+        # two clusters, one after the other and side by side; those of SEND write the same elements
+        for resident in (1, 2) if name.startswith("SEND") else (1, 4):
+            sample(name, **{**options, "ctas": 4, "resident": resident})

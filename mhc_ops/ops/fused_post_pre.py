@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,83 @@ def _fake(
 
 
 # CUDA
+# Weights that an earlier call has read: id to (reference, version).
+_read: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+
+def may_read_early(fn: Tensor) -> bool:
+    """Whether the kernel may read ``fn`` before the kernel in front of it has finished.
+
+    It may when this very tensor was given to an earlier call and nothing has written it since:
+    then the kernel that wrote it had finished before that call read it. A call that may not reads
+    late, and lets its successor start only then. A tensor without a version counter, one that was
+    made in inference mode, is always read late.
+    """
+    if fn.is_inference():
+        return False
+    version = fn._version
+    entry = _read.get(id(fn))
+    if entry is not None and entry[0]() is fn and entry[1] == version:
+        return True
+    key = id(fn)
+
+    def forget(reference: weakref.ref[Tensor]) -> None:
+        entry = _read.get(key)
+        if entry is not None and entry[0] is reference:
+            del _read[key]
+
+    _read[key] = (weakref.ref(fn, forget), version)
+    return False
+
+
+def launch_fused(
+    x: Tensor,
+    streams: Tensor,
+    post_layer_mix: Tensor,
+    comb_res_mix: Tensor,
+    fn: Tensor,
+    hc_scale: Tensor,
+    hc_base: Tensor,
+    rms_eps: float,
+    hc_pre_eps: float,
+    hc_sinkhorn_eps: float,
+    hc_post_mult_value: float,
+    sinkhorn_repeat: int,
+    norm_weight: Tensor | None,
+    norm_eps: float | None,
+    streams_out: Tensor,
+    outputs: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """The whole op as one launch of the ``fused_post_pre`` kernel, which writes the outputs."""
+    tokens, hc_mult, hidden = streams.shape
+    post_mix, comb_mix, layer_input = outputs
+    fn = fn.contiguous()
+    jit.launch(
+        dispatch.fused_post_pre_key(hidden, support.arch(streams.device), norm_weight is not None),
+        streams.device,
+        x.reshape(tokens, hidden).contiguous(),
+        streams,
+        post_layer_mix.reshape(tokens, hc_mult, 1).contiguous(),
+        comb_res_mix.reshape(tokens, hc_mult, hc_mult).contiguous(),
+        fn,
+        hc_scale.contiguous(),
+        hc_base.contiguous(),
+        *(() if norm_weight is None else (norm_weight.to(streams.dtype),)),
+        streams_out,
+        post_mix.view(tokens, hc_mult, 1),
+        comb_mix.view(tokens, hc_mult, hc_mult),
+        layer_input.view(tokens, hidden),
+        rms_eps,
+        hc_pre_eps,
+        hc_sinkhorn_eps,
+        hc_post_mult_value,
+        sinkhorn_repeat,
+        *(() if norm_weight is None else (norm_eps,)),
+        dispatch.group_tokens(tokens),
+        int(may_read_early(fn)),
+    )
+
+
 def launch_post_projection(
     x: Tensor,
     streams: Tensor,
@@ -124,7 +202,15 @@ def _cuda(
     streams = residual.flatten(0, -3)
     if not streams.numel():
         return (residual.new_empty(residual.shape), *outputs)
-    if dispatch.takes_post_projection(streams.shape[0], streams.shape[2]):
+    tokens, _, hidden = streams.shape
+    if dispatch.takes_one_launch(tokens, hidden, support.arch(residual.device)):
+        residual_out = residual.new_empty(residual.shape)
+        launch_fused(
+            x, streams.contiguous(), post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, rms_eps,
+            hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps,
+            residual_out.view(streams.shape), outputs,
+        )  # fmt: skip
+    elif dispatch.takes_post_projection(tokens, hidden):
         residual_out = residual.new_empty(residual.shape)
         streams_out = residual_out.view(streams.shape)
         partials = launch_post_projection(

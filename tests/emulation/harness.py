@@ -7,6 +7,7 @@ Every run is a process of its own: a fault, a deadlock or a race ends that proce
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -42,6 +43,8 @@ FIBER_FLAGS = (
 )  # fmt: skip
 THREAD_FLAGS = ("-O1", "-DEMULATION_THREADS", "-fsanitize=thread", "-pthread")
 TIMEOUT = 120  # seconds a run
+PATIENCE = 60  # seconds before an OS thread that waits reports a deadlock
+MAX_OS_THREADS = 6000  # ThreadSanitizer holds 8128, couriers of inboxes among them
 
 
 class EmulationError(RuntimeError):
@@ -122,7 +125,7 @@ class Kernel:
         lowered: what to run.
         folder: where programs and arguments are kept; the same for a whole session.
         sanitize_threads: run every CUDA thread as an OS thread under ThreadSanitizer.
-        resident: CTAs that run side by side.
+        resident: CTAs that run side by side, rounded up to whole clusters.
         early: parameters that may be read before the previous kernel has finished.
     """
 
@@ -139,7 +142,7 @@ class Kernel:
         self._folder = folder
         self._sanitize_threads = sanitize_threads
         self._resident = resident
-        self._early = early
+        self.early = early
         flags = THREAD_FLAGS if sanitize_threads else FIBER_FLAGS
         self._program = _build(lowered.source, flags, folder)
         self._signature = [
@@ -155,7 +158,8 @@ class Kernel:
                 numbers. Tensors that the kernel writes are changed in place.
 
         Raises:
-            ValueError: arguments that do not fit the program, or an empty grid.
+            ValueError: arguments that do not fit the program, a grid that is empty or not of whole
+                clusters, or more CUDA threads side by side than ThreadSanitizer can hold.
             EmulationError: the kernel failed.
         """
         values = self._bind(args)
@@ -163,8 +167,18 @@ class Kernel:
         block = self._lowered.dim3("threadIdx", values)
         if 0 in grid:
             raise ValueError(f"expected a grid with CTAs, got {grid}")
-        # global memory is closed to one CTA at a time, which ends before the next begins
-        waits = self._lowered.waits and not self._sanitize_threads and self._resident == 1
+        cluster = self._lowered.cluster
+        if grid[0] % cluster:
+            raise ValueError(f"expected a grid of whole clusters of {cluster} CTAs, got {grid}")
+        resident = min(-(-self._resident // cluster) * cluster, math.prod(grid))
+        threads = resident * math.prod(block)
+        if self._sanitize_threads and threads > MAX_OS_THREADS:
+            raise ValueError(
+                f"expected at most {MAX_OS_THREADS} OS threads, got {threads}: lower the kernel "
+                "with fewer threads or a smaller cluster"
+            )
+        # global memory is closed to one cluster at a time, which ends before the next begins
+        waits = self._lowered.waits and not self._sanitize_threads and resident == cluster
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             words, written = [], []
             for name, is_pointer, is_const in self._signature:
@@ -176,15 +190,17 @@ class Kernel:
                 file.write_bytes(value.view(torch.uint8).numpy().tobytes())
                 if not is_const:
                     written.append((value, file))
-                kind = ("+" if name in self._early else "=") if is_const else "@"
+                kind = ("+" if name in self.early else "=") if is_const else "@"
                 words.append(f"{name}{kind}{file}")
             command = [
                 str(self._program),
                 "grid={},{},{}".format(*grid),
                 "block={},{},{}".format(*block),
                 f"shared={self._lowered.dynamic_shared}",
-                f"resident={self._resident}",
+                f"cluster={cluster}",
+                f"resident={resident}",
                 f"pdl={waits:d}",
+                f"patience={PATIENCE}",
                 *words,
             ]
             self._execute(command)

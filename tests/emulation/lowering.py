@@ -35,6 +35,7 @@ class Lowered:
         waits: whether the kernel calls cudaGridDependencySynchronize.
         dynamic_shared: bytes of dynamic shared memory.
         extents: ``blockIdx.x`` ... ``threadIdx.z`` to an expression of scalars and dynamic sizes.
+        cluster: CTAs of a cluster, along x.
     """
 
     source: str
@@ -42,6 +43,7 @@ class Lowered:
     waits: bool
     dynamic_shared: int
     extents: Mapping[str, Any]
+    cluster: int = 1
 
     def dim3(self, axis: str, values: Mapping[str, int]) -> tuple[int, int, int]:
         """Extent of ``blockIdx`` or ``threadIdx`` for these scalars and dynamic sizes."""
@@ -84,10 +86,14 @@ def lower(program: Any, arch: str, pass_configs: Mapping[Any, Any]) -> Lowered:
     with tvm.transform.PassContext(opt_level=3, config=config), target:
         artifact = tilelang.lower(program, target=target)
     (function,) = artifact.device_mod.functions.values()
+    cluster, *others = (int(n) for n in function.attrs.get("cluster_dims", (1, 1, 1)))
+    if others != [1, 1]:
+        raise ValueError(f"expected clusters along x, got {(cluster, *others)}")
     return Lowered(
         source=artifact.kernel_source,
         parameters=tuple(parameters),
         waits="cudaGridDependencySynchronize()" in artifact.kernel_source,
         dynamic_shared=int(function.attrs.get("dyn_shared_memory_buf", 0)),
         extents=dict(function.attrs["thread_extent"]),
+        cluster=cluster,
     )

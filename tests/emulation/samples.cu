@@ -18,6 +18,25 @@ enum Sample {
   SHUFFLE_WITHOUT_LANE,
   SHUFFLE_FROM_OUTSIDE,
   ENDLESS_WAIT,
+  // refused, of a cluster
+  CLUSTER_ARRIVE_TWICE,
+  CLUSTER_WAIT_TWICE,
+  CLUSTER_BARRIER_MISSED,
+  OPEN_TWICE,
+  OPEN_OUTSIDE,
+  WAIT_FOR_CLOSED,
+  SEND_TO_CLOSED,
+  SEND_WITHOUT_BARRIER,
+  SEND_TOO_MUCH,
+  SEND_TOO_LITTLE,
+  SEND_TO_NOBODY,
+  SEND_TO_ENDED,
+  SEND_TWICE,
+  SEND_SLOT_OUTSIDE,
+  SEND_INBOX_OUTSIDE,
+  SEND4_MISALIGNED,
+  NOBODY_WAITS,
+  INBOX_OVERWRITTEN,
   // poison
   NOTHING,
   READ_IN_FRONT,
@@ -26,6 +45,8 @@ enum Sample {
   // dependency
   AFTER_DEPENDENCY,
   ONE_THREAD_WAITS,
+  CLUSTER_WAITS,
+  CLUSTER_TOUCHES_BEFORE_DEPENDENCY,
   // arithmetic
   SHUFFLE_XOR,
   SHUFFLE_XOR_OF_8,
@@ -36,6 +57,12 @@ enum Sample {
   REDUCE,
   MMA,
   SPLIT3,
+  // of a cluster
+  RANKS,
+  CLUSTER_SIZE,
+  SEND,
+  SEND4,
+  SEND_LATE,
   // order of memory, in one CTA
   BY_SYNCTHREADS,
   BY_SYNCWARP,
@@ -49,16 +76,35 @@ enum Sample {
   RELEASE,
   RELAXED,
   RELEASE_WITHOUT_RESULT,
+  // order of memory, between two CTAs of a cluster
+  CLUSTER_BARRIER,
+  CLUSTER_BARRIER_APART,
+  CLUSTER_BARRIER_RELAXED,
+  INBOX,
+  INBOX_OPENED_RELAXED,
+  INBOX_WITHOUT_WAIT,
+  INBOX_OTHER,
+  INBOX_OTHER_MEMORY,
+  INBOX_AFTER_READ,
+  INBOX_OPENED_IN_TIME,
+  INBOX_OPENED_UNORDERED,
+  SLOT_TWICE,
+  SLOT_OF_TWO,
+  SLOT_AGAIN,
 };
 
 extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, const float* in, int* counter, int sample) {
   extern __shared__ __align__(1024) float shared[];
   __shared__ __align__(16) float sums[64];
+  __shared__ __align__(16) uint64_t inboxes[4];
   float local[4];
   float acc[4];
   uint terms[3];
   const int t = ((int)threadIdx.x);
   const uint full = (uint)4294967295;
+  const int rank = tl::block_rank_in_cluster();
+  const int peer = 1 - rank;
+  const int cta = ((int)blockIdx.x);
   switch (sample) {
     case WRITE_BEHIND: out[t + 1] = in[t]; break;
     case WRITE_IN_FRONT: out[t - 1] = in[t]; break;
@@ -173,6 +219,187 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
         }
         out[1] = out[0];
       }
+      break;
+
+    case CLUSTER_ARRIVE_TWICE:
+      tl::cluster_arrive();
+      tl::cluster_arrive();
+      break;
+    case CLUSTER_WAIT_TWICE:
+      tl::cluster_sync();
+      tl::cluster_wait();
+      break;
+    case CLUSTER_BARRIER_MISSED:
+      if (rank == 0 || t != 5) tl::cluster_sync();
+      break;
+    case OPEN_TWICE:
+      if (t < 2) mhc::inbox_open((&(inboxes[0])), 4);
+      break;
+    case OPEN_OUTSIDE: mhc::inbox_open((&(out[0])), 4); break;
+    case WAIT_FOR_CLOSED: mhc::inbox_wait((&(inboxes[1]))); break;
+    case SEND_TO_CLOSED:
+      if (t == 0 && rank == 0) mhc::inbox_open((&(inboxes[0])), 4);
+      tl::cluster_sync();
+      if (t == 0) mhc::send((&(shared[0])), (&(inboxes[0])), peer, 1.0f);
+      break;
+    case SEND_WITHOUT_BARRIER:
+      tl::cluster_sync();
+      if (t == 0) mhc::inbox_open((&(inboxes[0])), 4);
+      __syncthreads();
+      if (t == 1) mhc::send((&(shared[0])), (&(inboxes[0])), rank, 1.0f);
+      break;
+    case SEND_TOO_MUCH:
+    case SEND_TOO_LITTLE:
+    case SEND_TO_NOBODY:
+    case SEND_TWICE:
+    case SEND_SLOT_OUTSIDE:
+    case SEND_INBOX_OUTSIDE:
+    case SEND4_MISALIGNED:
+    case NOBODY_WAITS:
+    case INBOX_OVERWRITTEN: {
+      const int bytes = sample == SEND_TOO_MUCH ? 6 : sample == NOBODY_WAITS || sample == INBOX_OVERWRITTEN ? 4 : 16;
+      if (t == 0) mhc::inbox_open((&(inboxes[1])), bytes);
+      tl::cluster_sync();
+      if (sample == INBOX_OVERWRITTEN && t == 0) inboxes[1] = 0;
+      tl::cluster_sync();
+      if (t == 0) {
+        for (int i = 0; i < 4; ++i) acc[i] = 1.0f;
+        const int to = sample == SEND_TO_NOBODY ? 2 : peer;
+        float* slot = sample == SEND_SLOT_OUTSIDE ? local : shared;
+        void* inbox = sample == SEND_INBOX_OUTSIDE ? (void*)(&(counter[0])) : (void*)(&(inboxes[1]));
+        if (sample == SEND4_MISALIGNED) mhc::send4((&(slot[2])), inbox, to, acc);
+        if (sample != SEND4_MISALIGNED) mhc::send((&(slot[0])), inbox, to, 1.0f);
+        if (sample != NOBODY_WAITS) mhc::send((&(slot[sample == SEND_TWICE ? 0 : 1])), inbox, to, 2.0f);
+      }
+      if (sample == SEND_TOO_LITTLE) mhc::inbox_wait((&(inboxes[1])));
+      if (sample == NOBODY_WAITS) tl::cluster_sync();
+      break;
+    }
+    case SEND_TO_ENDED:
+      if (t == 0) mhc::inbox_open((&(inboxes[0])), 8);
+      tl::cluster_sync();
+      if (rank == 0) {
+        for (int i = 0; i < 9; ++i) __syncthreads();
+        if (t == 0) mhc::send((&(shared[0])), (&(inboxes[0])), peer, 1.0f);
+      }
+      break;
+
+    case CLUSTER_WAITS:
+      tl::cluster_arrive();
+      if (t == 0 && rank == 1) cudaGridDependencySynchronize();
+      tl::cluster_wait();
+      tl::cluster_sync();
+      if (rank == 1) out[t] = in[t];
+      break;
+    case CLUSTER_TOUCHES_BEFORE_DEPENDENCY:
+      if (rank == 0) cudaGridDependencySynchronize();
+      if (rank == 1) out[t] = in[t];
+      break;
+
+    case RANKS:
+      if (t < 16) out[cta * 16 + t] = float(rank);
+      break;
+    case CLUSTER_SIZE:
+      AtomicAdd((&(counter[0])), 1);
+      for (int i = 0; i < 9; ++i) tl::cluster_sync();
+      if (rank == 0) out[t] = float(counter[0]);
+      break;
+    case SEND:
+    case SEND_LATE:
+      // to both CTAs; CTA r fills half r of the slots, two of them late or not
+      if (t == 0) mhc::inbox_open((&(inboxes[2])), 256);
+      shared[t] = 0.0f;
+      tl::cluster_sync();
+      if (t < 32) mhc::send((&(shared[rank * 32 + t])), (&(inboxes[2])), 0, in[rank * 32 + t]);
+      if (t < (sample == SEND ? 32 : 31)) mhc::send((&(shared[rank * 32 + t])), (&(inboxes[2])), 1, in[rank * 32 + t]);
+      tl::cluster_sync();
+      if (sample == SEND) mhc::inbox_wait((&(inboxes[2])));
+      if (rank == 1) out[t] = shared[t];
+      tl::cluster_sync();
+      if (sample == SEND_LATE && t == 31) mhc::send((&(shared[rank * 32 + t])), (&(inboxes[2])), 1, in[rank * 32 + t]);
+      mhc::inbox_wait((&(inboxes[2])));
+      break;
+    case SEND4:
+      if (t == 0) mhc::inbox_open((&(inboxes[3])), 256);
+      tl::cluster_sync();
+      if (t < 16) {
+        for (int i = 0; i < 4; ++i) acc[i] = in[t * 4 + i] + float(rank) * 100.0f;
+        mhc::send4((&(sums[t * 4])), (&(inboxes[3])), peer, acc);
+      }
+      mhc::inbox_wait((&(inboxes[3])));
+      if (rank == 0) out[t] = sums[t];
+      break;
+
+    case CLUSTER_BARRIER:
+    case CLUSTER_BARRIER_APART:
+    case CLUSTER_BARRIER_RELAXED:
+      // CTA 0 writes global memory, CTA 1 reads it
+      if (rank == 0 && t == 0) out[cta] = in[7];
+      if (sample == CLUSTER_BARRIER) tl::cluster_sync();
+      if (sample == CLUSTER_BARRIER_APART) tl::cluster_arrive();
+      if (sample == CLUSTER_BARRIER_RELAXED) tl::cluster_arrive_relaxed();
+      if (sample != CLUSTER_BARRIER) tl::cluster_wait();
+      if (rank == 1 && t == 40) out[cta] = out[cta - 1];
+      break;
+    case INBOX:
+    case INBOX_OPENED_RELAXED:
+    case INBOX_WITHOUT_WAIT:
+    case INBOX_OTHER:
+    case INBOX_OTHER_MEMORY:
+    case INBOX_AFTER_READ:
+      // each CTA sends a number to two inboxes of the other one
+      if (t < 2) mhc::inbox_open((&(inboxes[t])), 4);
+      if (sample == INBOX_OPENED_RELAXED) {
+        tl::cluster_arrive_relaxed();
+        tl::cluster_wait();
+      }
+      if (sample != INBOX_OPENED_RELAXED) tl::cluster_sync();
+      if (sample == INBOX_AFTER_READ && t == 33) out[32 + cta] = shared[0];
+      if (t == 0) {
+        if (sample == INBOX_OTHER_MEMORY) out[32 + cta] = in[1];
+        mhc::send((&(shared[0])), (&(inboxes[0])), peer, in[7]);
+        mhc::send((&(shared[1])), (&(inboxes[1])), peer, in[8]);
+      }
+      if (t == 32) {
+        if (sample != INBOX_WITHOUT_WAIT && sample != INBOX_OTHER) mhc::inbox_wait((&(inboxes[0])));
+        if (sample == INBOX_OTHER) mhc::inbox_wait((&(inboxes[1])));
+        if (sample == INBOX_OTHER_MEMORY) out[cta] = out[32 + (cta ^ 1)];
+        if (sample != INBOX_OTHER_MEMORY) out[cta] = shared[0];
+      }
+      if (t == 1) {
+        mhc::inbox_wait((&(inboxes[0])));
+        mhc::inbox_wait((&(inboxes[1])));
+      }
+      break;
+    case INBOX_OPENED_IN_TIME:
+    case INBOX_OPENED_UNORDERED:
+      // an inbox of no bytes, opened in one warp for another
+      if (t == 0) {
+        mhc::inbox_open((&(inboxes[0])), 0);
+        AtomicAddRet((&(counter[0])), 1, 0);
+      }
+      if (sample == INBOX_OPENED_IN_TIME) __syncthreads();
+      if (t == 32) {
+        while (AtomicLoad((&(counter[0])), 0) < 2) {
+        }
+        mhc::inbox_wait((&(inboxes[0])));
+      }
+      break;
+    case SLOT_TWICE:
+    case SLOT_OF_TWO:
+    case SLOT_AGAIN:
+      // a slot that is sent to again: by the same CTA, by both, after all have read it
+      if (t < 2) mhc::inbox_open((&(inboxes[t])), sample == SLOT_AGAIN ? 4 : 8);
+      tl::cluster_sync();
+      if (t == 0 && sample != SLOT_OF_TWO) mhc::send((&(shared[0])), (&(inboxes[0])), peer, in[7]);
+      if (t == 0 && sample == SLOT_TWICE) mhc::send((&(shared[0])), (&(inboxes[0])), peer, in[8]);
+      if (t == 0 && sample == SLOT_OF_TWO) mhc::send((&(shared[0])), (&(inboxes[0])), 0, in[8]);
+      mhc::inbox_wait((&(inboxes[0])));
+      if (t == 2) out[cta] = shared[0];
+      tl::cluster_sync();
+      if (t == 33) mhc::send((&(shared[0])), (&(inboxes[1])), peer, in[8]);
+      mhc::inbox_wait((&(inboxes[1])));
+      if (t == 3) out[32 + cta] = shared[0];
       break;
   }
 }

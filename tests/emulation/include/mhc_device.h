@@ -40,6 +40,31 @@ __device__ __forceinline__ void split3(float lo, float hi, unsigned* out) {
 
 __device__ __forceinline__ void prefetch_l2(const void* address) {}
 
+__device__ __forceinline__ void prefetch_l2_bulk(const void* address, unsigned bytes) {}
+
+__device__ __forceinline__ void load_async8(void* shared, const void* global) {
+  std::memcpy(shared, global, 8);
+}
+__device__ __forceinline__ void load_async16(void* shared, const void* global) {
+  std::memcpy(shared, global, 16);
+}
+__device__ __forceinline__ void loads_wait() {}
+
 __device__ __forceinline__ float rcp(float x) { return 1.0f / x; }
+
+// A slot is poisoned when something is sent to it, and gets its value when the inbox is full.
+__device__ __forceinline__ void inbox_open(void* inbox, unsigned bytes) {
+  emulation::open_inbox(inbox, bytes);
+}
+
+__device__ __forceinline__ void inbox_wait(void* inbox) { emulation::wait_for_inbox(inbox); }
+
+__device__ __forceinline__ void send(void* slot, void* inbox, int rank, float value) {
+  emulation::send("send", slot, inbox, rank, &value, sizeof(value));
+}
+
+__device__ __forceinline__ void send4(void* slot, void* inbox, int rank, const float* values) {
+  emulation::send("send4", slot, inbox, rank, values, 4 * sizeof(*values));
+}
 
 }  // namespace mhc

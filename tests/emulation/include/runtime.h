@@ -53,6 +53,16 @@ void wait_for_warp(unsigned mask);
 // for one of each lane.
 void exchange(unsigned mask, const void* value, size_t bytes, void* values);
 
+// The barrier of all threads of a cluster; whether the arrival orders what was done before it.
+void arrive_at_cluster(bool orders);
+void wait_for_cluster();
+unsigned rank_in_cluster();
+
+// See mhc_device.h. The slot and the inbox of CTA `rank` are given by this CTA's own addresses.
+void open_inbox(void* inbox, unsigned bytes);
+void wait_for_inbox(void* inbox);
+void send(const char* operation, void* slot, void* inbox, int rank, const void* data, size_t bytes);
+
 void wait_for_dependency();
 
 // Lets other threads run: called in loops that wait for a value in memory.

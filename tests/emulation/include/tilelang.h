@@ -1,5 +1,5 @@
-// TileLang's device templates (tl_templates/cuda: common.h, reduce.h, atomic.h), as far as kernels
-// use them. Reductions add in the same order as on the GPU.
+// TileLang's device templates (tl_templates/cuda: common.h, cluster.h, reduce.h, atomic.h), as far as
+// kernels use them. Reductions add in the same order as on the GPU.
 #pragma once
 
 #include "cuda.h"
@@ -12,6 +12,15 @@ inline void __sync_thread_partial(int barrier, int threads) {
 inline void __named_barrier_arrive(int barrier, int threads) {
   emulation::arrive_at_barrier(barrier, threads);
 }
+
+inline void cluster_arrive() { emulation::arrive_at_cluster(true); }
+inline void cluster_arrive_relaxed() { emulation::arrive_at_cluster(false); }
+inline void cluster_wait() { emulation::wait_for_cluster(); }
+inline void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+inline int block_rank_in_cluster() { return emulation::rank_in_cluster(); }
 
 struct SumOp {
   template <class T>

@@ -1,21 +1,19 @@
-// CTAs and grids on top of fibers.h or threads.h.
+// CTAs, clusters and grids on top of fibers.h or threads.h.
 //
 // `resident` CTAs run side by side and may wait for one another; the others follow, each on the
-// threads of one that has ended.
+// threads of one that has ended. The CTAs of a cluster start together, and their shared memory lasts
+// until all of them have ended.
 #pragma once
 
 #include <array>
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
+#include <string>
 #include <vector>
 
-#include "memory.h"
-#ifdef EMULATION_THREADS
-#include "threads.h"
-#else
-#include "fibers.h"
-#endif
+#include "inbox.h"
 
 namespace emulation {
 
@@ -23,6 +21,7 @@ struct Grid {
   Dim3 ctas, threads;
   size_t dynamic_shared = 0;  // bytes
   unsigned resident = 1;
+  unsigned cluster = 1;  // CTAs of a cluster; of `ctas.x` and of `resident` a divisor
 };
 
 // What the lanes of one mask hand each other. Two sets of slots: a lane that has read the last
@@ -40,31 +39,113 @@ struct Warp {
   std::map<unsigned, Barrier> syncs;
 };
 
+// A place in shared memory, the same in every CTA of a cluster.
+struct Place {
+  const void* declaration;  // of a static array; null in dynamic shared memory
+  size_t extent;            // bytes of the array
+  size_t offset;
+
+  std::string text() const {
+    return "byte " + std::to_string(offset) + " of " + (declaration ? "static" : "dynamic") +
+           " shared memory";
+  }
+};
+
+// A thread at the cluster barrier. Only that thread touches it.
+struct Member {
+  unsigned arrivals = 0, waits = 0;
+  Barrier::Opening next;
+  std::vector<Barrier::Opening> passed;  // the start of the cluster among them
+};
+
+struct Cluster;
+
 struct Cta {
   static constexpr unsigned NAMES = 16;  // barriers 0 to 15
 
-  explicit Cta(const Grid& grid)
-      : grid(grid), dynamic_shared(grid.dynamic_shared),
-        warps((grid.threads.count() + WARP - 1) / WARP) {}
+  Cta(const Grid& grid, Cluster& cluster, unsigned rank)
+      : grid(grid), cluster(cluster), rank(rank), dynamic_shared(grid.dynamic_shared),
+        warps((grid.threads.count() + WARP - 1) / WARP), members(grid.threads.count()) {}
 
   // Shared memory holds nothing when a CTA starts.
   void start() {
     dynamic_shared.poison();
     for (auto& [declaration, memory] : static_shared) memory.poison();
   }
-  void end() const {
+  // A thread has returned from the kernel.
+  void leave() {
+    Unobserved bookkeeping;
+    mail.lock.lock();
+    ++returned;
+    mail.lock.unlock();
+  }
+  bool ended() const { return returned == grid.threads.count(); }
+  void end() {
     bool intact = dynamic_shared.intact();
     for (auto& [declaration, memory] : static_shared) intact = intact && memory.intact();
     if (!intact) fail("a write out of the bounds of shared memory");
+    // what came before the end of the CTA came so by luck
+    Unobserved bookkeeping;
+    for (auto& [address, inbox] : mail.inboxes)
+      if (!inbox.messages.empty() && !inbox.awaited)
+        fail("nobody waits for the %s: what is sent there may come after the CTA has ended",
+             inbox.name.c_str());
+    mail.slots.clear();
+    mail.inboxes.clear();
+    returned = 0;
+  }
+
+  GuardedMemory& static_array(const void* declaration, size_t bytes) {
+    lock.lock();
+    GuardedMemory& memory = static_shared.try_emplace(declaration, bytes).first->second;
+    lock.unlock();
+    return memory;
+  }
+
+  // Where in shared memory so many bytes at an address are.
+  std::optional<Place> find(const void* address, size_t bytes) {
+    const auto* first = static_cast<const unsigned char*>(address);
+    const auto offset = [&](const GuardedMemory& memory) { return size_t(first - memory.data()); };
+    const auto holds = [&](const GuardedMemory& memory) {
+      return memory.holds(first) && memory.holds(first + bytes - 1);
+    };
+    if (holds(dynamic_shared))
+      return Place{nullptr, dynamic_shared.size(), offset(dynamic_shared)};
+    std::optional<Place> place;
+    lock.lock();
+    for (auto& [declaration, memory] : static_shared)
+      if (holds(memory)) place = Place{declaration, memory.size(), offset(memory)};
+    lock.unlock();
+    return place;
+  }
+  unsigned char* at(const Place& place) {
+    if (place.declaration == nullptr) return dynamic_shared.data() + place.offset;
+    return static_array(place.declaration, place.extent).data() + place.offset;
   }
 
   const Grid& grid;
+  Cluster& cluster;
+  const unsigned rank;  // in the cluster
   GuardedMemory dynamic_shared;
   std::vector<Warp> warps;
   std::array<Barrier, NAMES> barriers;
-  Barrier turn;  // between one CTA and the next on the same threads
   Lock lock;
   std::map<const void*, GuardedMemory> static_shared;  // by declaration
+  std::vector<Member> members;
+  Mail mail;
+  unsigned returned = 0;  // threads that have
+};
+
+struct Cluster {
+  explicit Cluster(const Grid& grid) : threads(grid.cluster * grid.threads.count()) {
+    for (unsigned rank = 0; rank < grid.cluster; ++rank)
+      ctas.push_back(std::make_unique<Cta>(grid, *this, rank));
+  }
+
+  const unsigned threads;
+  std::vector<std::unique_ptr<Cta>> ctas;
+  Barrier barrier;
+  Barrier turn;  // between one cluster and the next on the same threads
 };
 
 // Whether global memory may be touched: see close_global in run().
@@ -94,20 +175,24 @@ struct Dependency {
 
 inline Dependency dependency;
 
-// Runs `kernel` in every thread of the grid. With `close_global`, each CTA starts with global memory
-// closed (fibers and one resident CTA only): it opens when no thread can go on without having passed
-// cudaGridDependencySynchronize, so that a kernel which reads what its predecessor may still write
-// is caught.
+// Runs `kernel` in every thread of the grid. With `close_global`, each cluster starts with global
+// memory closed (fibers and one resident cluster only): it opens when no thread can go on without
+// having passed cudaGridDependencySynchronize, so that a kernel which reads what its predecessor may
+// still write is caught.
 inline void run(const Grid& grid, const std::function<void()>& kernel, bool close_global) {
   const unsigned threads = grid.threads.count(), ctas = grid.ctas.count();
-  std::vector<std::unique_ptr<Cta>> resident;
-  for (unsigned slot = 0; slot < grid.resident; ++slot) resident.push_back(std::make_unique<Cta>(grid));
+  if (ctas % grid.cluster != 0 || grid.resident % grid.cluster != 0)
+    fail("%u CTAs, %u of them resident, in clusters of %u", ctas, grid.resident, grid.cluster);
+  std::vector<std::unique_ptr<Cluster>> resident;
+  for (unsigned slot = 0; slot < grid.resident; slot += grid.cluster)
+    resident.push_back(std::make_unique<Cluster>(grid));
 #ifndef EMULATION_THREADS
   scheduler.when_stuck = [] { return dependency.release(); };
 #endif
   execute(grid.resident * threads, [&](unsigned worker, Thread& thread) {
     const unsigned slot = worker / threads;
-    Cta& cta = *resident[slot];
+    Cluster& cluster = *resident[slot / grid.cluster];
+    Cta& cta = *cluster.ctas[slot % grid.cluster];
     thread.linear = worker % threads;
     thread.index = grid.threads.at(thread.linear);
     thread.cta = &cta;
@@ -115,11 +200,13 @@ inline void run(const Grid& grid, const std::function<void()>& kernel, bool clos
       thread.cta_index = grid.ctas.at(c);
       if (thread.linear == 0) {
         cta.start();
-        if (close_global) dependency.set(dependency.open = false);
+        if (close_global && cta.rank == 0) dependency.set(dependency.open = false);
       }
-      cta.turn.wait(threads, "start of CTA", c);
+      const auto start = cluster.turn.wait(cluster.threads, "start of CTA", c - cta.rank);
+      cta.members[thread.linear] = {.next = start, .passed = {start}};
       kernel();
-      cta.turn.wait(threads, "end of CTA", c);
+      cta.leave();
+      cluster.turn.wait(cluster.threads, "end of CTA", c - cta.rank);
       if (thread.linear == 0) cta.end();
     }
   });

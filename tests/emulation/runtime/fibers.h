@@ -5,6 +5,7 @@
 #pragma once
 
 #include <csetjmp>
+#include <cstring>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -37,8 +38,9 @@ struct Fiber : Thread {
   std::jmp_buf registers;
   ucontext_t start;
   Stack stack;
-  const char* waits_for = nullptr;  // name of the barrier, while it waits
+  const char* waits_for = nullptr;  // name of the barrier or gate, while it waits
   unsigned barrier = 0;
+  const unsigned* missing = nullptr;  // bytes that keep the gate closed
 };
 
 class Scheduler {
@@ -83,6 +85,13 @@ class Scheduler {
   static void enter();
 
   [[noreturn]] void report_deadlock(const std::vector<std::unique_ptr<Fiber>>& fibers) {
+    // those that wait for bytes first: the others wait for them
+    for (auto& fiber : fibers)
+      if (fiber->missing != nullptr) {
+        running = fiber.get();
+        fail("deadlock: %u threads wait and none can run; one waits for the %s: %u bytes are missing",
+             live_, fiber->waits_for, *fiber->missing);
+      }
     for (auto& fiber : fibers)
       if (fiber->waits_for != nullptr) {
         running = fiber.get();
@@ -116,6 +125,8 @@ void yield() {
   scheduler.suspend();
 }
 
+inline void be_patient(unsigned) {}  // nobody waits here: a deadlock is seen at once
+
 inline void execute(unsigned workers, const std::function<void(unsigned, Thread&)>& body) {
   scheduler.execute(workers, body);
 }
@@ -124,8 +135,29 @@ inline void execute(unsigned workers, const std::function<void(unsigned, Thread&
 // expect the same number.
 class Barrier {
  public:
-  void wait(unsigned expected, const char* name, unsigned id = 0) {
-    if (come(expected, name, id)) return;
+  using Opening = unsigned;  // how many came before it
+
+  Opening wait(unsigned expected, const char* name, unsigned id = 0) {
+    const Opening opening = arrive(expected, name, id);
+    await(opening, name, id);
+    return opening;
+  }
+  // Returns the opening to await; whether the arrival orders memory is for threads.h.
+  Opening arrive(unsigned expected, const char* name, unsigned id = 0, bool = true) {
+    if (arrived_ != 0 && expected != expected_)
+      fail("%s %u: expects %u threads here and %u elsewhere", name, id, expected, expected_);
+    expected_ = expected;
+    const Opening opening = openings_;
+    if (++arrived_ == expected) {
+      arrived_ = 0;
+      ++openings_;
+      for (Fiber* fiber : waiting_) scheduler.ready(fiber);
+      waiting_.clear();
+    }
+    return opening;
+  }
+  void await(Opening opening, const char* name, unsigned id = 0) {
+    if (opening != openings_) return;
     Fiber* fiber = scheduler.current();
     fiber->waits_for = name;
     fiber->barrier = id;
@@ -133,21 +165,36 @@ class Barrier {
     scheduler.suspend();
     fiber->waits_for = nullptr;
   }
-  void arrive(unsigned expected, const char* name, unsigned id = 0) { come(expected, name, id); }
 
  private:
-  bool come(unsigned expected, const char* name, unsigned id) {
-    if (arrived_ != 0 && expected != expected_)
-      fail("%s %u: expects %u threads here and %u elsewhere", name, id, expected, expected_);
-    expected_ = expected;
-    if (++arrived_ < expected) return false;
-    arrived_ = 0;
+  unsigned arrived_ = 0, expected_ = 0;
+  Opening openings_ = 0;
+  std::vector<Fiber*> waiting_;
+};
+
+// Closed until it is opened, once.
+class Gate {
+ public:
+  // `missing`: the bytes that keep it closed, for the message about a deadlock.
+  void wait(const char* name, const unsigned& missing) {
+    if (open_) return;
+    Fiber* fiber = scheduler.current();
+    fiber->waits_for = name;
+    fiber->missing = &missing;
+    waiting_.push_back(fiber);
+    scheduler.suspend();
+    fiber->waits_for = nullptr;
+    fiber->missing = nullptr;
+  }
+  void open() {
+    open_ = true;
     for (Fiber* fiber : waiting_) scheduler.ready(fiber);
     waiting_.clear();
-    return true;
   }
+  void order() const {}
 
-  unsigned arrived_ = 0, expected_ = 0;
+ private:
+  bool open_ = false;
   std::vector<Fiber*> waiting_;
 };
 
@@ -159,6 +206,14 @@ struct Lock {
 struct Unobserved {
   Unobserved() {}
   ~Unobserved() {}
+};
+class Courier {
+ public:
+  template <class Action>
+  void run(const std::vector<Barrier::Opening>&, Action action) {
+    action();
+  }
+  static void write(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
 };
 
 }  // namespace emulation

@@ -1,11 +1,12 @@
 // The runtime of an emulated kernel: it reads the arguments from files, runs the grid and writes the
 // results.
 //
-//   kernel grid=4,3,1 block=128,1,1 shared=10240 resident=1 pdl=1 ARGUMENT...
+//   kernel grid=4,3,1 block=128,1,1 shared=10240 cluster=1 resident=1 pdl=1 patience=60 ARGUMENT...
 //
 // with one ARGUMENT a parameter, in order: `name=file` for a pointer to const, `name@file` for a
 // pointer whose memory is written back, `name:number` for a value. `name+file` is a pointer to const
 // that may be read before cudaGridDependencySynchronize.
+#include <atomic>
 #include <bit>
 #include <csignal>
 #include <cstdarg>
@@ -23,6 +24,9 @@ namespace emulation {
 constexpr int FAILURE = 3;  // exit status of everything that the emulation refuses
 
 void fail(const char* format, ...) {
+  // one thread speaks and ends the process; others that fail meanwhile must not
+  static std::atomic_flag taken = ATOMIC_FLAG_INIT;
+  while (taken.test_and_set(std::memory_order_relaxed)) pause();
   va_list arguments;
   va_start(arguments, format);
   std::fputs("emulation: ", stderr);
@@ -46,11 +50,7 @@ void* dynamic_shared() { return running->cta->dynamic_shared.data(); }
 
 void* static_shared(const void* declaration, size_t bytes) {
   Unobserved bookkeeping;
-  Cta& cta = *running->cta;
-  cta.lock.lock();
-  void* data = cta.static_shared.try_emplace(declaration, bytes).first->second.data();
-  cta.lock.unlock();
-  return data;
+  return running->cta->static_array(declaration, bytes).data();
 }
 
 void wait_at_barrier(unsigned barrier, unsigned threads) {
@@ -88,6 +88,130 @@ void exchange(unsigned mask, const void* value, size_t bytes, void* values) {
   exchange.all.wait(std::popcount(mask), "exchange of warp", running->warp());
   for (unsigned other = 0; other < WARP; ++other)
     std::memcpy(static_cast<unsigned char*>(values) + other * bytes, slots[other], bytes);
+}
+
+unsigned rank_in_cluster() { return running->cta->rank; }
+
+// No thread reads or writes the member of another.
+static Member& member() { return running->cta->members[running->linear]; }
+
+void arrive_at_cluster(bool orders) {
+  Cluster& cluster = running->cta->cluster;
+  Member& self = member();
+  if (self.arrivals++ != self.waits)
+    fail("cluster barrier: a thread arrives twice without waiting between");
+  self.next = cluster.barrier.arrive(cluster.threads, "cluster barrier", 0, orders);
+}
+
+void wait_for_cluster() {
+  Member& self = member();
+  if (self.waits++ == self.arrivals)
+    fail("cluster barrier: a thread waits without having arrived");
+  running->cta->cluster.barrier.await(self.next, "cluster barrier");
+  self.passed.push_back(self.next);
+}
+
+// Finds a place in the CTA's own shared memory.
+static Place place_of(const char* operation, const char* what, const void* address, size_t bytes,
+                      size_t alignment) {
+  Unobserved bookkeeping;
+  const std::optional<Place> place = running->cta->find(address, bytes);
+  if (!place) fail("%s: the %s is not in shared memory", operation, what);
+  if (place->offset % alignment != 0)
+    fail("%s: the %s at %s is not aligned to %zu bytes", operation, what, place->text().c_str(),
+         alignment);
+  return *place;
+}
+
+static std::string name_of(const Cta& cta, const Place& place) {
+  return "inbox at " + place.text() + " of the cluster's CTA " + std::to_string(cta.rank);
+}
+
+// The seal goes into shared memory like the mbarrier: who writes there without knowing of the inbox is
+// noticed, by ThreadSanitizer too.
+static void check_seal(const Inbox& inbox, uint64_t seal) {
+  if (seal != Inbox::SEAL) fail("the %s was overwritten", inbox.name.c_str());
+}
+
+void open_inbox(void* address, unsigned bytes) {
+  const char* const operation = "inbox_open";
+  const Place place = place_of(operation, "inbox", address, Inbox::BYTES, Inbox::BYTES);
+  Cta& cta = *running->cta;
+  const Member& self = member();
+  {
+    Unobserved bookkeeping;
+    const std::string name = name_of(cta, place);
+    if (bytes > Inbox::MOST_BYTES) fail("%s: %u bytes, too many for an mbarrier", operation, bytes);
+    cta.mail.lock.lock();
+    const auto [entry, is_new] = cta.mail.inboxes.try_emplace(address, name, bytes, self.arrivals);
+    if (!is_new) fail("%s: the %s is opened twice", operation, name.c_str());
+    Inbox& inbox = entry->second;
+    inbox.courier.run(self.passed, [] {});
+    if (bytes == 0) inbox.full.open();
+    cta.mail.lock.unlock();
+  }
+  __atomic_store_n(static_cast<uint64_t*>(address), Inbox::SEAL, __ATOMIC_RELAXED);
+}
+
+void wait_for_inbox(void* address) {
+  const char* const operation = "inbox_wait";
+  const Place place = place_of(operation, "inbox", address, Inbox::BYTES, Inbox::BYTES);
+  Cta& cta = *running->cta;
+  Inbox* inbox;
+  {
+    Unobserved bookkeeping;
+    cta.mail.lock.lock();
+    const auto entry = cta.mail.inboxes.find(address);
+    if (entry == cta.mail.inboxes.end())
+      fail("%s: the %s is not open", operation, name_of(cta, place).c_str());
+    inbox = &entry->second;
+    cta.mail.lock.unlock();
+  }
+  // The opening is fenced for the next cluster barrier, be it relaxed. Without one between it must be
+  // ordered as all memory is, which ThreadSanitizer checks by the plain read.
+  uint64_t* seal = static_cast<uint64_t*>(address);
+  const bool fenced = member().waits > inbox->arrivals;
+  check_seal(*inbox, fenced ? __atomic_load_n(seal, __ATOMIC_RELAXED) : *seal);
+  inbox->full.wait(inbox->name.c_str(), inbox->missing);
+  Unobserved bookkeeping;
+  cta.mail.lock.lock();
+  inbox->awaited = true;
+  cta.mail.lock.unlock();
+}
+
+void send(const char* operation, void* slot, void* inbox, int rank, const void* data, size_t bytes) {
+  const Place slot_place = place_of(operation, "slot", slot, bytes, bytes);
+  const Place inbox_place = place_of(operation, "inbox", inbox, Inbox::BYTES, Inbox::BYTES);
+  Cluster& cluster = running->cta->cluster;
+  if (rank < 0 || rank >= int(cluster.ctas.size()))
+    fail("%s: CTA %d of a cluster of %zu", operation, rank, cluster.ctas.size());
+  Cta& peer = *cluster.ctas[rank];
+  const Member& self = member();
+  Message message;
+  uint64_t* seal;
+  {
+    Unobserved bookkeeping;
+    message = {peer.at(slot_place), unsigned(bytes), {}};
+    std::memcpy(message.data, data, bytes);
+    seal = reinterpret_cast<uint64_t*>(peer.at(inbox_place));
+  }
+  const uint64_t sealed = __atomic_load_n(seal, __ATOMIC_RELAXED);
+  Unobserved bookkeeping;
+  peer.mail.lock.lock();
+  const std::string name = name_of(peer, inbox_place);
+  const auto entry = peer.mail.inboxes.find(seal);
+  if (entry == peer.mail.inboxes.end()) fail("%s: the %s is not open", operation, name.c_str());
+  if (peer.ended()) fail("%s: the CTA of the %s has ended", operation, name.c_str());
+  Inbox& box = entry->second;
+  // no thread knows otherwise that another CTA's inbox is open
+  if (self.waits <= box.arrivals)
+    fail("%s: no cluster barrier was passed since the %s was opened", operation, name.c_str());
+  check_seal(box, sealed);
+  if (bytes > box.missing)
+    fail("%s: the %s expects %u bytes and not %zu more", operation, name.c_str(), box.missing, bytes);
+  peer.mail.claim(message, box);
+  box.take(message, self.passed);
+  peer.mail.lock.unlock();
 }
 
 void wait_for_dependency() { dependency.wait(); }
@@ -189,7 +313,7 @@ static Dim3 parse_dim3(const std::string& text) {
 }
 
 int launch(int count, char** words, unsigned parameters, void (*kernel)()) {
-  constexpr int OPTIONS = 5;
+  constexpr int OPTIONS = 7;
   if (count != 1 + OPTIONS + int(parameters))
     fail("the kernel takes %u arguments, got %d", parameters, count - 1 - OPTIONS);
   const auto option = [&](int i) { return std::string(std::strchr(words[i], '=') + 1); };
@@ -197,8 +321,10 @@ int launch(int count, char** words, unsigned parameters, void (*kernel)()) {
   grid.ctas = parse_dim3(option(1));
   grid.threads = parse_dim3(option(2));
   grid.dynamic_shared = std::stoul(option(3));
-  grid.resident = std::stoul(option(4));
-  const bool close_global = option(5) == "1";
+  grid.cluster = std::stoul(option(4));
+  grid.resident = std::stoul(option(5));
+  const bool close_global = option(6) == "1";
+  be_patient(std::stoul(option(7)));
   for (int i = 1 + OPTIONS; i < count; ++i) arguments.emplace_back(words[i]);
   for (const Argument& argument : arguments) argument.protect(true);
   dependency.set = [](bool open) {
