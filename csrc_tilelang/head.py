@@ -19,7 +19,7 @@ from ._collapse import (
     sigmoid,
     store_values,
 )
-from ._device import HC_MULT, PARTIAL_WIDTH, VECTOR, WARP
+from ._device import DEVICE_SOURCE, HC_MULT, PARTIAL_WIDTH, VECTOR, WARP
 
 
 @T.macro
@@ -28,6 +28,7 @@ def head_token(
     i_t, hidden, norm, pdl,
 ):  # fmt: skip
     """The whole of one token; ``gain`` and ``norm_eps`` are read when ``norm`` is true."""
+    T.import_source(DEVICE_SOURCE)
     T.annotate_min_blocks_per_sm(ctas_per_sm(hidden))
     threads = collapse_threads(hidden)
     reps = repetitions(hidden)

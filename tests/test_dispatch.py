@@ -48,11 +48,27 @@ def test_every_plan_is_among_the_enumerated_keys(tokens, hidden, rows):
     keys = list(dispatch.keys(hidden, ARCH, tokens))
     assert len(keys) == len(set(keys))
     assert dispatch.projection_plan(tokens, hidden, rows, ARCH, SMS).key in keys
-    assert dispatch.post_projection_plan(tokens, hidden, ARCH, SMS).key in keys
+    one_launch = dispatch.takes_one_launch(1, hidden, ARCH)
+    assert (dispatch.post_projection_plan(tokens, hidden, ARCH, SMS).key in keys) != one_launch
     assert dispatch.post_key(hidden, ARCH) in keys
     for norm in (False, True):
+        assert (dispatch.fused_post_pre_key(hidden, ARCH, norm) in keys) == one_launch
         assert dispatch.finish_key(hidden, ARCH, norm) in keys
         assert dispatch.head_key(hidden, ARCH, norm) in keys
+
+
+@pytest.mark.parametrize("tokens", range(1, dispatch.ONE_LAUNCH_MAX_TOKENS + 1))
+def test_groups_of_one_launch_fit(tokens):
+    group = dispatch.group_tokens(tokens)
+    assert 1 <= group <= dispatch.GROUP_TOKENS
+    assert -(-tokens // group) <= dispatch.CLUSTERS
+
+
+def test_one_launch_is_for_clusters_of_16():
+    for arch, served in (("sm_90a", True), ("sm_100a", True), ("sm_120a", False), ("sm_80", False)):
+        assert dispatch.takes_one_launch(1, 4096, arch) == served
+    assert not dispatch.takes_one_launch(129, 4096, ARCH)
+    assert not dispatch.takes_one_launch(1, 7424, ARCH)
 
 
 @pytest.mark.parametrize("hidden", [256, 4096, 5120, 7168])
