@@ -52,6 +52,8 @@ UNIT_TERMS = UNIT_WEIGHTS * SPLIT_TERMS // 2  # and packed pairs of their terms
 REGISTER_UNITS = 2  # of them in registers: 72 of 128
 PAD = 16  # bf16 elements: the rows of 4 tokens on different banks
 SUMS = SQUARES + 1  # what is summed up for a token: 24 projections, the squares
+TILE_THREADS = 256  # that add up 8 tokens' sums, 200 of them
+TOKEN_TILES = -(-GROUP_TOKENS // MMA_COLUMNS)
 OWNED = -(-GROUP_TOKENS // CLUSTER)  # tokens of a group that a CTA owns at most
 ROUNDS = -(-GROUP_TOKENS // COLLAPSE_WARPS)  # tokens that a warp collapses at most
 WEIGHTS_INBOX = OWNED  # inboxes: sums of an owned token, then weights, then squares, of each token
@@ -261,7 +263,8 @@ def boundary(
     size = slice_size(hidden)
     n_units = units(hidden)
     n_shared = shared_units(hidden)
-    chunks = size // CHUNK  # of a token, in the post step
+    # threads of a token in the post step: a power of two, for indices without divisions
+    row = 1 << (size // CHUNK - 1).bit_length()
     reps = -(-size // (VECTOR * WARP))  # 16-byte vectors of a lane, in the collapse
     rank = i_c % CLUSTER
     t0 = T.alloc_var("int32", init=i_c // CLUSTER * group_tokens)
@@ -277,8 +280,9 @@ def boundary(
 
     streams_shared = T.alloc_shared((GROUP_TOKENS, HC_MULT * size + PAD), "bfloat16")
     terms_shared = T.alloc_shared((max(1, n_shared), UNIT_TERMS // 4, WARP, 4), "uint32")
-    x_shared = T.alloc_shared((GROUP_TOKENS, size), "bfloat16")
-    sums_shared = T.alloc_shared((2, WARPS, SUMS, MMA_COLUMNS), "float32")
+    sums_shared = T.alloc_shared((TOKEN_TILES, WARPS, SUMS, MMA_COLUMNS), "float32")
+    # in the place of the sums, which come when all have read theirs of it
+    x_shared = T.view(sums_shared, (TOKEN_TILES * WARPS * SUMS * MMA_COLUMNS * 2,), "bfloat16")
     mixes_shared = T.alloc_shared((GROUP_TOKENS, HC_MULT + 1, HC_MULT), "float32")
     slices_shared = T.alloc_shared((OWNED, CLUSTER, WARP), "float32")
     weights_shared = T.alloc_shared((GROUP_TOKENS, HC_MULT), "float32")
@@ -367,15 +371,14 @@ def boundary(
 
     # post: r'[j] = bf16(post[j] * x + sum_i comb[i, j] * r[i]), in place: all loads are under way
     # together, and take no registers
-    for i0_item in T.serial(T.ceildiv(count * chunks, THREADS)):
-        item = i0_item * THREADS + tx
-        if item < count * chunks:
-            token = item // chunks
-            h = item % chunks * CHUNK
+    for i0_t in T.serial(T.ceildiv(count, THREADS // row)):
+        token = i0_t * (THREADS // row) + tx // row
+        h = tx % row * CHUNK
+        if token < count and h < size:
             T.call_extern(
                 "handle",
                 "mhc::load_async8",
-                T.access_ptr(x_shared[token, h], "w"),
+                T.access_ptr(x_shared[token * size + h], "w"),
                 T.access_ptr(x[t0 + token, rank * size + h], "r"),
             )
             for i in T.unroll(HC_MULT):
@@ -403,13 +406,12 @@ def boundary(
         )
     T.call_extern("handle", "mhc::loads_wait")
     T.sync_threads()
-    for i0_item in T.serial(T.ceildiv(count * chunks, THREADS)):
-        item = i0_item * THREADS + tx
-        if item < count * chunks:
-            token = item // chunks
-            h = item % chunks * CHUNK
+    for i0_t in T.serial(T.ceildiv(count, THREADS // row)):
+        token = i0_t * (THREADS // row) + tx // row
+        h = tx % row * CHUNK
+        if token < count and h < size:
             for v in T.vectorized(CHUNK):
-                x_local[v] = x_shared[token, h + v]
+                x_local[v] = x_shared[token * size + h + v]
             for i in T.unroll(HC_MULT):
                 for v in T.vectorized(CHUNK):
                     streams_local[i * CHUNK + v] = streams_shared[token, i * size + h + v]
@@ -429,8 +431,7 @@ def boundary(
                     streams_shared[token, j * size + h + v] = new_local[j * CHUNK + v]
     T.sync_threads()
 
-    # projection and sum of squares of this slice, 8 tokens at a time; the warps' sums added up and
-    # sent to the token's owner
+    # projection and sum of squares of this slice, 8 tokens at a time
     for tile in T.serial(T.ceildiv(count, MMA_COLUMNS)):
         token = T.min(tile * MMA_COLUMNS + lane // 4, count - 1)
         for q in T.unroll(8):
@@ -447,25 +448,24 @@ def boundary(
                     streams_shared, token, (u + REGISTER_UNITS) * WARPS + warp, lane, hidden,
                     terms_local, 0, terms_shared, u * WARPS + warp, sums_local,
                 )  # fmt: skip
-        store_sums(sums_local, lane, warp, tile % 2, sums_shared)
-        T.sync_threads()
-        # two buffers: the next tile's sums are written to the other one, and the one after those
-        # only when all have passed the barrier behind these reads
-        if tx < SUMS * MMA_COLUMNS and tile * MMA_COLUMNS + tx % MMA_COLUMNS < count:
+        store_sums(sums_local, lane, warp, tile, sums_shared)
+    T.sync_threads()
+
+    # the warps' sums added up, and sent to the token's owner
+    for i0_tile in T.serial(T.ceildiv(count, THREADS // TILE_THREADS * MMA_COLUMNS)):
+        tile = i0_tile * (THREADS // TILE_THREADS) + tx // TILE_THREADS
+        column = tx % TILE_THREADS // MMA_COLUMNS
+        token = tile * MMA_COLUMNS + tx % MMA_COLUMNS
+        if token < count and column < SUMS:
             for w in T.unroll(WARPS):
-                slices_local[w] = sums_shared[tile % 2, w, tx // MMA_COLUMNS, tx % MMA_COLUMNS]
+                slices_local[w] = sums_shared[tile, w, column, tx % MMA_COLUMNS]
             add_tree(slices_local, WARP_TREE)
             T.call_extern(
                 "handle",
                 "mhc::send",
-                T.access_ptr(
-                    slices_shared[
-                        (tile * MMA_COLUMNS + tx % MMA_COLUMNS) // CLUSTER, rank, tx // MMA_COLUMNS
-                    ],
-                    "w",
-                ),
-                T.access_ptr(inbox_shared[(tile * MMA_COLUMNS + tx % MMA_COLUMNS) // CLUSTER], "w"),
-                (tile * MMA_COLUMNS + tx % MMA_COLUMNS) % CLUSTER,
+                T.access_ptr(slices_shared[token // CLUSTER, rank, column], "w"),
+                T.access_ptr(inbox_shared[token // CLUSTER], "w"),
+                token % CLUSTER,
                 slices_local[0],
             )
 
