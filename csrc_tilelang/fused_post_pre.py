@@ -311,19 +311,22 @@ def boundary(
     mix = T.alloc_local((1,), "float32")
     entry = T.alloc_local((1,), "float32")
 
-    # the inboxes are open before anyone can send: the cluster barrier lies between. A few a warp:
-    # the lanes of a warp open theirs one after another
-    if lane < -(-INBOXES // WARPS) and lane * WARPS + warp < INBOXES:
-        T.call_extern(
-            "handle",
-            "mhc::inbox_open",
-            T.access_ptr(inbox_shared[lane * WARPS + warp], "w"),
-            T.if_then_else(
-                lane * WARPS + warp < WEIGHTS_INBOX,
-                CLUSTER * SUMS * 4,
-                T.if_then_else(lane * WARPS + warp < SQUARES_INBOX, HC_MULT * 4, CLUSTER * 4),
-            ),
-        )
+    # the inboxes are open before anyone can send: the cluster barrier lies between
+    if lane == 0:
+        for i0_inbox in T.unroll(-(-INBOXES // WARPS)):
+            if i0_inbox * WARPS + warp < INBOXES:
+                T.call_extern(
+                    "handle",
+                    "mhc::inbox_open",
+                    T.access_ptr(inbox_shared[i0_inbox * WARPS + warp], "w"),
+                    T.if_then_else(
+                        i0_inbox * WARPS + warp < WEIGHTS_INBOX,
+                        CLUSTER * SUMS * 4,
+                        T.if_then_else(
+                            i0_inbox * WARPS + warp < SQUARES_INBOX, HC_MULT * 4, CLUSTER * 4
+                        ),
+                    ),
+                )
     T.cluster_arrive()
 
     # fn, split: weights, so on their way to L2 while the previous kernel runs, and read then too
