@@ -52,7 +52,7 @@ UNIT_TERMS = UNIT_WEIGHTS * SPLIT_TERMS // 2  # and packed pairs of their terms
 REGISTER_UNITS = 2  # of them in registers: 72 of 128
 PAD = 16  # bf16 elements: the rows of 4 tokens on different banks
 SUMS = SQUARES + 1  # what is summed up for a token: 24 projections, the squares
-TILE_THREADS = 256  # that add up 8 tokens' sums, 200 of them
+SUMS_PITCH = 28  # floats from token to token: the lanes' sums on different banks
 TOKEN_TILES = -(-GROUP_TOKENS // MMA_COLUMNS)
 OWNED = -(-GROUP_TOKENS // CLUSTER)  # tokens of a group that a CTA owns at most
 ROUNDS = -(-GROUP_TOKENS // COLLAPSE_WARPS)  # tokens that a warp collapses at most
@@ -111,13 +111,19 @@ def term(operand: int, half: int, step: int, pair: int) -> int:
     return index if operand < 4 else 4 * STEPS * 4 + step * 2 + pair
 
 
+def only_whole_blocks(hidden: int) -> bool:
+    """Whether no lane has to look for the end of the slice."""
+    return slice_size(hidden) % BLOCK == 0 and units(hidden) >= REGISTER_UNITS * WARPS
+
+
 @T.macro
 def load_unit(fn, unit, rank, lane, hidden, weights_local, w0):
     """This lane's weights of a unit: 3 rows, 2 steps, 4 columns; zeros past the slice's end."""
     for step in T.unroll(STEPS):
         h = unit // HC_MULT * BLOCK + step * (BLOCK // STEPS) + lane % 4 * CHUNK
+        inside = True if only_whole_blocks(hidden) else h < slice_size(hidden)
         for n in T.unroll(ROW_TILES):
-            if h < slice_size(hidden):
+            if inside:
                 for v in T.vectorized(CHUNK):
                     weights_local[w0 + (n * STEPS + step) * CHUNK + v] = fn[
                         n * MMA_COLUMNS + lane // 4,
@@ -130,26 +136,31 @@ def load_unit(fn, unit, rank, lane, hidden, weights_local, w0):
 
 @T.macro
 def copy_unit(fn, unit, rank, lane, hidden, terms_shared, slot):
-    """:func:`load_unit` to this lane's place in shared memory, there after ``loads_wait``."""
-    for step in T.unroll(STEPS):
-        h = unit // HC_MULT * BLOCK + step * (BLOCK // STEPS) + lane % 4 * CHUNK
-        for n in T.unroll(ROW_TILES):
-            if h < slice_size(hidden):
-                T.call_extern(
-                    "handle",
-                    "mhc::load_async16",
-                    T.access_ptr(terms_shared[slot, n * STEPS + step, lane, 0], "w"),
-                    T.access_ptr(
-                        fn[
-                            n * MMA_COLUMNS + lane // 4,
-                            unit % HC_MULT * hidden + rank * slice_size(hidden) + h,
-                        ],
-                        "r",
-                    ),
-                )
-            else:
-                for v in T.vectorized(4):
-                    terms_shared[slot, n * STEPS + step, lane, v] = T.uint32(0)
+    """:func:`load_unit` to the lanes' places in shared memory, there after ``loads_wait``.
+
+    A warp copies 4 rows of 128 bytes at a time, so a lane copies for others of its warp.
+    """
+    h = unit // HC_MULT * BLOCK + lane % 8 * CHUNK
+    inside = True if only_whole_blocks(hidden) else h < slice_size(hidden)
+    for q in T.unroll(UNIT_WEIGHTS // 4):
+        vector = q // 2 * STEPS + lane % 8 // 4
+        reader = q % 2 * 16 + lane // 8 * 4 + lane % 4
+        if inside:
+            T.call_extern(
+                "handle",
+                "mhc::load_async16",
+                T.access_ptr(terms_shared[slot, vector, reader, 0], "w"),
+                T.access_ptr(
+                    fn[
+                        q * 4 + lane // 8,
+                        unit % HC_MULT * hidden + rank * slice_size(hidden) + h,
+                    ],
+                    "r",
+                ),
+            )
+        else:
+            for v in T.vectorized(4):
+                terms_shared[slot, vector, reader, v] = T.uint32(0)
 
 
 @T.macro
@@ -189,7 +200,8 @@ def add_unit(
         part[q] = 0.0
     for step in T.unroll(STEPS):
         h = unit // HC_MULT * BLOCK + step * (BLOCK // STEPS) + lane % 4 * CHUNK
-        if h < slice_size(hidden):
+        inside = True if only_whole_blocks(hidden) else h < slice_size(hidden)
+        if inside:
             for v in T.vectorized(CHUNK):
                 values_local[step * CHUNK + v] = streams_shared[
                     token, unit % HC_MULT * slice_size(hidden) + h + v
@@ -234,12 +246,12 @@ def add_unit(
 def store_sums(sums_local, lane, warp, tile, sums_shared):
     """A warp's sums of 8 tokens: the rows of fn, then the squares."""
     for n in T.unroll(ROW_TILES):
-        for v in T.vectorized(2):
-            sums_shared[tile, warp, n * MMA_COLUMNS + lane // 4, lane % 4 * 2 + v] = sums_local[
+        for v in T.unroll(2):
+            sums_shared[tile, warp, lane % 4 * 2 + v, n * MMA_COLUMNS + lane // 4] = sums_local[
                 n * 2 + v
             ]
     if lane // 8 == lane % 4:
-        sums_shared[tile, warp, SQUARES, lane // 4] = T.if_then_else(
+        sums_shared[tile, warp, lane // 4, SQUARES] = T.if_then_else(
             lane // 4 % 2 == 0, sums_local[6], sums_local[7]
         )
 
@@ -261,7 +273,6 @@ def boundary(
     """One CTA; ``gain`` and ``norm_eps`` are read when ``norm`` is true."""
     T.import_source(DEVICE_SOURCE)
     size = slice_size(hidden)
-    n_units = units(hidden)
     n_shared = shared_units(hidden)
     # threads of a token in the post step: a power of two, for indices without divisions
     row = 1 << (size // CHUNK - 1).bit_length()
@@ -280,9 +291,11 @@ def boundary(
 
     streams_shared = T.alloc_shared((GROUP_TOKENS, HC_MULT * size + PAD), "bfloat16")
     terms_shared = T.alloc_shared((max(1, n_shared), UNIT_TERMS // 4, WARP, 4), "uint32")
-    sums_shared = T.alloc_shared((TOKEN_TILES, WARPS, SUMS, MMA_COLUMNS), "float32")
+    sums_shared = T.alloc_shared((TOKEN_TILES, WARPS, MMA_COLUMNS, SUMS_PITCH), "float32")
     # in the place of the sums, which come when all have read theirs of it
-    x_shared = T.view(sums_shared, (TOKEN_TILES * WARPS * SUMS * MMA_COLUMNS * 2,), "bfloat16")
+    x_shared = T.view(
+        sums_shared, (TOKEN_TILES * WARPS * MMA_COLUMNS * SUMS_PITCH * 2,), "bfloat16"
+    )
     mixes_shared = T.alloc_shared((GROUP_TOKENS, HC_MULT + 1, HC_MULT), "float32")
     slices_shared = T.alloc_shared((OWNED, CLUSTER, WARP), "float32")
     weights_shared = T.alloc_shared((GROUP_TOKENS, HC_MULT), "float32")
@@ -331,7 +344,7 @@ def boundary(
 
     # fn, split: weights, so on their way to L2 while the previous kernel runs, and read then too
     # where the host knows that it does not write them
-    if tx < MIXES * HC_MULT:
+    if tx < MIXES * HC_MULT and i_c < CLUSTER:
         T.call_extern(
             "handle",
             "mhc::prefetch_l2_bulk",
@@ -351,10 +364,10 @@ def boundary(
                 terms_shared, u * WARPS + warp,
             )  # fmt: skip
     for u in T.unroll(REGISTER_UNITS):
-        if u * WARPS + warp < n_units:
-            load_unit(fn, u * WARPS + warp, rank, lane, hidden, weights_local, u * UNIT_WEIGHTS)
+        load_unit(fn, u * WARPS + warp, rank, lane, hidden, weights_local, u * UNIT_WEIGHTS)
     if n_shared > 0:
         T.call_extern("handle", "mhc::loads_wait")
+        T.sync_warp()
         for u in T.unroll(-(-n_shared // WARPS)):
             if u * WARPS + warp < n_shared:
                 for q in T.unroll(UNIT_WEIGHTS // 4):
@@ -367,27 +380,26 @@ def boundary(
                     for v in T.vectorized(4):
                         terms_shared[u * WARPS + warp, q, lane, v] = split_terms_local[q * 4 + v]
     for u in T.unroll(REGISTER_UNITS):
-        if u * WARPS + warp < n_units:
-            split_unit(weights_local, u * UNIT_WEIGHTS, terms_local, u * UNIT_TERMS)
+        split_unit(weights_local, u * UNIT_WEIGHTS, terms_local, u * UNIT_TERMS)
     T.cluster_wait()
     T.pdl_sync()
 
     # post: r'[j] = bf16(post[j] * x + sum_i comb[i, j] * r[i]), in place: all loads are under way
     # together, and take no registers
-    for i0_t in T.serial(T.ceildiv(count, THREADS // row)):
-        token = i0_t * (THREADS // row) + tx // row
-        h = tx % row * CHUNK
+    for i0_t in T.serial(T.ceildiv(count, THREADS // row * 2)):
+        token = i0_t * (THREADS // row * 2) + tx // (row // 2)
+        h = tx % (row // 2) * VECTOR
         if token < count and h < size:
             T.call_extern(
                 "handle",
-                "mhc::load_async8",
+                "mhc::load_async16",
                 T.access_ptr(x_shared[token * size + h], "w"),
                 T.access_ptr(x[t0 + token, rank * size + h], "r"),
             )
             for i in T.unroll(HC_MULT):
                 T.call_extern(
                     "handle",
-                    "mhc::load_async8",
+                    "mhc::load_async16",
                     T.access_ptr(streams_shared[token, i * size + h], "w"),
                     T.access_ptr(residual[t0 + token, i, rank * size + h], "r"),
                 )
@@ -440,11 +452,10 @@ def boundary(
         for q in T.unroll(8):
             sums_local[q] = 0.0
         for u in T.unroll(REGISTER_UNITS):
-            if u * WARPS + warp < n_units:
-                add_unit(
-                    streams_shared, token, u * WARPS + warp, lane, hidden,
-                    terms_local, u * UNIT_TERMS, terms_shared, None, sums_local,
-                )  # fmt: skip
+            add_unit(
+                streams_shared, token, u * WARPS + warp, lane, hidden,
+                terms_local, u * UNIT_TERMS, terms_shared, None, sums_local,
+            )  # fmt: skip
         for u in T.unroll(-(-n_shared // WARPS)):
             if u * WARPS + warp < n_shared:
                 add_unit(
@@ -454,19 +465,17 @@ def boundary(
         store_sums(sums_local, lane, warp, tile, sums_shared)
     T.sync_threads()
 
-    # the warps' sums added up, and sent to the token's owner
-    for i0_tile in T.serial(T.ceildiv(count, THREADS // TILE_THREADS * MMA_COLUMNS)):
-        tile = i0_tile * (THREADS // TILE_THREADS) + tx // TILE_THREADS
-        column = tx % TILE_THREADS // MMA_COLUMNS
-        token = tile * MMA_COLUMNS + tx % MMA_COLUMNS
-        if token < count and column < SUMS:
+    # the warps' sums added up, one warp a token and one lane a sum, and sent to the token's owner
+    for i0_t in T.serial(T.ceildiv(count, WARPS)):
+        token = i0_t * WARPS + warp
+        if token < count and lane < SUMS:
             for w in T.unroll(WARPS):
-                slices_local[w] = sums_shared[tile, w, column, tx % MMA_COLUMNS]
+                slices_local[w] = sums_shared[token // MMA_COLUMNS, w, token % MMA_COLUMNS, lane]
             add_tree(slices_local, WARP_TREE)
             T.call_extern(
                 "handle",
                 "mhc::send",
-                T.access_ptr(slices_shared[token // CLUSTER, rank, column], "w"),
+                T.access_ptr(slices_shared[token // CLUSTER, rank, lane], "w"),
                 T.access_ptr(inbox_shared[token // CLUSTER], "w"),
                 token % CLUSTER,
                 slices_local[0],

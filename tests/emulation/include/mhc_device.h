@@ -42,9 +42,6 @@ __device__ __forceinline__ void prefetch_l2(const void* address) {}
 
 __device__ __forceinline__ void prefetch_l2_bulk(const void* address, unsigned bytes) {}
 
-__device__ __forceinline__ void load_async8(void* shared, const void* global) {
-  std::memcpy(shared, global, 8);
-}
 __device__ __forceinline__ void load_async16(void* shared, const void* global) {
   std::memcpy(shared, global, 16);
 }
