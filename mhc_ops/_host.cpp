@@ -263,13 +263,13 @@ Tensor empty(const Tensor& like, IntArrayRef leading, std::initializer_list<int6
       /*pin_memory=*/false, /*memory_format=*/std::nullopt);
 }
 
-// Plain strided tensors of one backend, with nothing between autograd and the backend's kernel: no
-// dispatch mode, subclass, functionalization, functorch, conjugate or negative view.
+// Plain strided tensors of one backend, and nothing left to do before its kernel: no dispatch mode,
+// subclass, functionalization, functorch, conjugate or negative view.
 bool is_plain(DispatchKeySet keys) {
   constexpr DispatchKeySet cuda{DispatchKey::CUDA, DispatchKey::BackendSelect,
-                                DispatchKey::ADInplaceOrView, DispatchKey::AutogradCUDA};
+                                DispatchKey::ADInplaceOrView};
   constexpr DispatchKeySet cpu{DispatchKey::CPU, DispatchKey::BackendSelect,
-                               DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU};
+                               DispatchKey::ADInplaceOrView};
   // raw: operators on the sets themselves leave the bits of the backends alone
   return (keys.raw_repr() & ~cuda.raw_repr()) == 0 || (keys.raw_repr() & ~cpu.raw_repr()) == 0;
 }
@@ -380,20 +380,22 @@ bool needs_grad(const Stack& stack) {
   });
 }
 
+// The key set that a kernel is given may hold the kernel's own key and those above it: under the
+// Python dispatcher (tracing with symbolic sizes) it does.
+
 void autograd(const c10::OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
-  if (needs_grad(*stack) || !take(keys, stack)) {
-    // the Python kernel of all autograd keys still serves those that have none of their own here:
-    // AutogradOther is one, and the key set's highest once the backend's own is taken out
-    op.redispatchBoxed(
-        keys.remove(DispatchKey::AutogradFunctionality) | DispatchKeySet(DispatchKey::AutogradOther),
-        stack);
+  const DispatchKeySet below = keys & c10::after_autograd_keyset;
+  if (needs_grad(*stack) || !take(below, stack)) {
+    // the Python kernel of all autograd keys still serves those that have none of their own here
+    op.redispatchBoxed(below | DispatchKeySet(DispatchKey::AutogradOther), stack);
   }
 }
 
 void backend_select(const c10::OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
-  if (!take(keys, stack)) {
-    op.redispatchBoxed(
-        keys & DispatchKeySet(DispatchKeySet::FULL_AFTER, DispatchKey::BackendSelect), stack);
+  const DispatchKeySet below =
+      keys & DispatchKeySet(DispatchKeySet::FULL_AFTER, DispatchKey::BackendSelect);
+  if (!take(below, stack)) {
+    op.redispatchBoxed(below, stack);
   }
 }
 
