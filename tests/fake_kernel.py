@@ -83,8 +83,10 @@ class FakeKernel:
 
     def _call(self, _self: Any, arguments: Any, count: int, _result: Any) -> int:
         try:
-            self.calls.append([_decode(arguments[i]) for i in range(count)])
-            self._run(*self.calls[-1])
+            call: list[Any] = []
+            self.calls.append(call)  # also where what follows fails
+            call += [_decode(arguments[i]) for i in range(count)]
+            self._run(*call)
         except Exception as error:
             self._library.TVMFFIErrorSetRaisedFromCStr(
                 type(error).__name__.encode(), str(error).encode()

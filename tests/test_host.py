@@ -18,6 +18,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -467,10 +468,12 @@ def test_autocast(kernel):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_code_takes_the_native_way(kernel, fresh_dynamo, backend):
     counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(mhc_ops.fused_post_pre, backend=counter, fullgraph=True, dynamic=True)
+    compiled = torch.compile(mhc_ops.fused_post_pre, backend=counter, fullgraph=True)
     with torch.no_grad():
         for tokens in (2, 3, 5, MOST):
             inputs = inputs_of(tokens)
+            for name in INPUTS[:4]:
+                mark_unbacked(inputs[name], 0)
             outputs = dict(zip(OUT, compiled(**inputs), strict=True))
             assert_equal(outputs, python(inputs))
     assert len(kernel.calls) == 4
