@@ -188,8 +188,10 @@ class Call {
                   device_.device_id);
     }
     void* previous = nullptr;
-    TVMFFIEnvSetStream(device_.device_type, device_.device_id, stream, &previous);
-    TVMFFIAny result{};
+    TORCH_CHECK(
+        TVMFFIEnvSetStream(device_.device_type, device_.device_id, stream, &previous) == 0,
+        "mhc::fused_post_pre: ", raised());
+    TVMFFIAny result{};  // None, which is what kernels return
     const int status = TVMFFIFunctionCall(function, arguments_.data(), count_, &result);
     TVMFFIEnvSetStream(device_.device_type, device_.device_id, previous, nullptr);
     TORCH_CHECK(status == 0, "mhc::fused_post_pre: ", raised());

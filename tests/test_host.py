@@ -188,6 +188,7 @@ OFF = [
     ),
     *(changed(name, "shape", lambda v: torch.cat([v, v])) for name in (*INPUTS, "norm_weight")),
     *(changed(name, "dims", lambda v: v[None]) for name in (*INPUTS, "norm_weight")),
+    *(changed(name, "more_dims", lambda v: v[..., None]) for name in (*INPUTS, "norm_weight")),
     *(changed(name, "strided", lambda v, n=name: stride_out(n, v)) for name in INPUTS),
     changed("norm_weight", "strided", lambda v: torch.stack([v, v], 1)[:, 0]),
     *(changed(name, "misaligned", misaligned) for name in (*INPUTS[:5], "norm_weight")),
@@ -752,6 +753,16 @@ def test_gpu_other_current_device():
     assert ways == 1
     assert_equal(got, want[1])
     assert_equal({k: v.cpu() for k, v in got.items()}, {k: v.cpu() for k, v in want[0].items()})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", [*INPUTS, "norm_weight"])
+def test_gpu_tensors_of_two_devices(name):
+    inputs = make_inputs(OP, 3, HIDDEN, device="cuda:0", norm=True)
+    call(OP, inputs)
+    with pytest.raises(ValueError, match="expected"):
+        call(OP, inputs | {name: inputs[name].to("cuda:1")})
 
 
 @pytest.mark.gpu
