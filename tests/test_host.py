@@ -151,6 +151,17 @@ def test_it_gives_the_kernel_what_the_python_kernel_gives(kernel, norm, squeezed
     assert len(module._GROUP_TOKENS) == dispatch.ONE_LAUNCH_MAX_TOKENS
 
 
+def test_outputs_are_filled_where_torch_is_asked_to(library):
+    """``torch.use_deterministic_algorithms`` fills what ``torch.empty`` gives."""
+    host.remember(CPU, HIDDEN, True, FakeKernel(), group_tokens())
+    torch.use_deterministic_algorithms(True)
+    try:
+        outputs = call(OP, inputs_of())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(out.isnan().all() for out in outputs.values())
+
+
 def test_scale_and_base_may_lie_anywhere(kernel):
     """The kernel reads them number by number; engines keep them packed in one tensor."""
     inputs = inputs_of()

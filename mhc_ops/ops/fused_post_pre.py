@@ -14,7 +14,8 @@ from .post import launch_post
 from .pre import empty_outputs, launch_finish, launch_pre
 
 
-# checks: _checks.check_post, then _checks.check_mixing
+# checks: _checks.check_post, then _checks.check_mixing; mhc_ops/_host.cpp serves a call without
+# them where it is sure that they pass
 def _check(
     x: Tensor,
     residual: Tensor,
