@@ -8,5 +8,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["mhc_ops", "mhc_ops.*"]), "mhc_ops.csrc_tilelang"],
     package_dir={"mhc_ops.csrc_tilelang": "csrc_tilelang"},
-    package_data={"mhc_ops": ["py.typed"]},
+    package_data={"mhc_ops": ["py.typed", "_host.cpp"]},
 )

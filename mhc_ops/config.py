@@ -8,11 +8,14 @@
 
 Fusing needs all three. The switches steer the model wiring (``mhc_ops.nn`` and what stands on
 it), never a direct call of an op. They are read when a model is wired, not at import.
+
+What is compiled lies in TileLang's cache folder, which ``TILELANG_CACHE_DIR`` moves.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 PREFIX = "MHC_OPS_"
@@ -69,3 +72,8 @@ def switches() -> Switches:
         ValueError: a variable is neither on (1, true, yes, on) nor off (0, false, no, off).
     """
     return Switches(*(_switch(name) for name in DEFAULTS))
+
+
+def cache_folder() -> Path:
+    """TileLang's cache folder, where the package keeps what it compiles itself as well."""
+    return Path(os.environ.get("TILELANG_CACHE_DIR") or Path.home() / ".tilelang" / "cache")

@@ -16,8 +16,9 @@ HIDDEN_MULTIPLE = 256  # 32 lanes of 8 bf16 elements: a warp's 16-byte loads
 MIXES = HC_MULT * (HC_MULT + 2)  # rows of fn: 4 pre, 4 post, 16 comb
 PARTIAL_WIDTH = 32  # floats of a partial row: 24 projections, the squares, padding to 128 bytes
 
-# fused_post_pre is one launch, the kernel of the same name, up to so many tokens and this hidden
+# fused_post_pre is one launch, of the kernel of the same name, up to so many tokens and this hidden
 # size, where a GPU has clusters of 16 and shared memory for it; see ONE_LAUNCH_ARCHS.
+ONE_LAUNCH = "fused_post_pre"
 ONE_LAUNCH_MAX_TOKENS = 128
 ONE_LAUNCH_MAX_HIDDEN = 7168  # 224 KB of shared memory
 ONE_LAUNCH_ARCHS = frozenset({"sm_90a", "sm_100a", "sm_103a"})  # sm_120a: clusters of 8, 99 KB
@@ -110,7 +111,7 @@ def takes_one_launch(tokens: int, hidden: int, arch: str) -> bool:
 @functools.cache
 def fused_post_pre_key(hidden: int, arch: str, norm: bool) -> Key:
     """The ``fused_post_pre`` kernel, with or without the RMSNorm."""
-    return Key("fused_post_pre", arch, hidden, (("norm", norm),))
+    return Key(ONE_LAUNCH, arch, hidden, (("norm", norm),))
 
 
 @functools.cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -16,8 +15,6 @@ from typing import Any
 import torch
 
 from . import __version__, config, support
-
-TILELANG_DEFAULT_CACHE = os.path.expanduser("~/.tilelang/cache")
 
 
 def installed_version(package: str) -> str | None:
@@ -111,7 +108,7 @@ def collect() -> dict[str, Any]:
             "driver": driver,
         },
         "devices": _devices(),
-        "cache_folder": os.environ.get("TILELANG_CACHE_DIR", TILELANG_DEFAULT_CACHE),
+        "cache_folder": str(config.cache_folder()),
         "switches": dict(zip(config.DEFAULTS, config.switches(), strict=True)),
     }
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mhc_ops
+from mhc_ops import host
 
 # What the GPU tests use: compiled side by side before the first of many, not one by one in them.
 HIDDEN_SIZES = (256, 512, 768, 2816, 4096, 5120, 7168)
@@ -26,6 +27,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def _kernels(request):
+    # every test with the native kernels in front, as after the first one-launch kernel on a GPU
+    host.load()
     gpu_tests = [item for item in request.session.items if item.get_closest_marker("gpu")]
     if len(gpu_tests) > MANY and mhc_ops.is_supported("cuda")[0]:
         mhc_ops.prewarm(hidden=HIDDEN_SIZES, device="cuda")

@@ -101,7 +101,7 @@ def environment(wheel, tmp_path_factory):
 def test_wheel_holds_every_source_file(wheel):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
-    want = {"mhc_ops/py.typed"}
+    want = {"mhc_ops/py.typed", "mhc_ops/_host.cpp"}
     for package, folder in (("mhc_ops", "mhc_ops"), ("mhc_ops/csrc_tilelang", "csrc_tilelang")):
         for path in (ROOT / folder).rglob("*.py"):
             want.add(f"{package}/{path.relative_to(ROOT / folder).as_posix()}")
@@ -158,6 +158,15 @@ def test_kernel_sources_are_files(environment, tmp_path):
     assert found.resolve() == (site / "mhc_ops" / "csrc_tilelang" / "__init__.py").resolve()
     for kernel in (ROOT / "csrc_tilelang").glob("*.py"):
         assert (found.parent / kernel.name).read_text() == kernel.read_text()
+
+
+def test_the_native_library_is_built_from_the_wheel(environment, tmp_path):
+    """Its source is found; that it builds where there is a compiler is ``test_host.py``'s."""
+    interpreter, site = environment
+    find = "from mhc_ops import host; print(host.SOURCE)"
+    found = Path(python(interpreter, "-c", find, cwd=tmp_path).strip())
+    assert found.resolve() == (site / "mhc_ops" / "_host.cpp").resolve()
+    assert found.read_text() == (ROOT / "mhc_ops" / "_host.cpp").read_text()
 
 
 def test_command_line_from_the_wheel(environment, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mhc_ops
-from mhc_ops import dispatch, jit, support
+from mhc_ops import dispatch, host, jit, support
 from mhc_ops.testing import make_inputs
 
 
@@ -61,3 +61,18 @@ def test_nothing_compiles_or_loads_afterwards(monkeypatch, max_tokens):
                 inputs = make_inputs(op, tokens, hidden, norm=norm, device=report.device)
                 getattr(torch.ops.mhc, op).default(**inputs)
     torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_calls_of_one_launch_are_native_afterwards():
+    """Whatever their number of tokens, from the first one on."""
+    hidden = 512
+    report = mhc_ops.prewarm([hidden], max_tokens=8)
+    if not dispatch.takes_one_launch(1, hidden, support.arch(report.device)):
+        pytest.skip("this GPU has no one-launch kernel")
+    before = host.calls()
+    for tokens in (1, 8, 33, 128):
+        for norm in (False, True):
+            inputs = make_inputs("fused_post_pre", tokens, hidden, norm=norm, device=report.device)
+            torch.ops.mhc.fused_post_pre.default(**inputs)
+    assert host.calls() - before == 8

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import dispatch, jit, reference, support
+from .. import dispatch, host, jit, reference, support
 from .._checks import check_mixing, check_post
 from .._library import register
 from .post import launch_post
 from .pre import empty_outputs, launch_finish, launch_pre
 
 
-# checks: _checks.check_post, then _checks.check_mixing
+# checks: _checks.check_post, then _checks.check_mixing; mhc_ops/_host.cpp serves a call without
+# them where it is sure that they pass
 def _check(
     x: Tensor,
     residual: Tensor,
@@ -66,33 +66,10 @@ def _fake(
 
 
 # CUDA
-# Weights that an earlier call has read: id to (reference, version).
-_read: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-
-
-def may_read_early(fn: Tensor) -> bool:
-    """Whether the kernel may read ``fn`` before the kernel in front of it has finished.
-
-    It may when this very tensor was given to an earlier call and nothing has written it since:
-    then the kernel that wrote it had finished before that call read it. A call that may not reads
-    late, and lets its successor start only then. A tensor without a version counter, one that was
-    made in inference mode, is always read late.
-    """
-    if fn.is_inference():
-        return False
-    version = fn._version
-    entry = _read.get(id(fn))
-    if entry is not None and entry[0]() is fn and entry[1] == version:
-        return True
-    key = id(fn)
-
-    def forget(reference: weakref.ref[Tensor]) -> None:
-        entry = _read.get(key)
-        if entry is not None and entry[0] is reference:
-            del _read[key]
-
-    _read[key] = (weakref.ref(fn, forget), version)
-    return False
+# for the native way of the calls that follow, whatever their number of tokens
+_GROUP_TOKENS = tuple(
+    dispatch.group_tokens(tokens) for tokens in range(1, dispatch.ONE_LAUNCH_MAX_TOKENS + 1)
+)
 
 
 def launch_fused(
@@ -113,12 +90,18 @@ def launch_fused(
     streams_out: Tensor,
     outputs: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """The whole op as one launch of the ``fused_post_pre`` kernel, which writes the outputs."""
+    """The whole op as one launch of the ``fused_post_pre`` kernel, which writes the outputs.
+
+    ``mhc_ops/_host.cpp`` does the same for the calls that follow.
+    """
     tokens, hc_mult, hidden = streams.shape
     post_mix, comb_mix, layer_input = outputs
     fn = fn.contiguous()
+    norm = norm_weight is not None
+    key = dispatch.fused_post_pre_key(hidden, support.arch(streams.device), norm)
+    entry_point = jit.entry_point(key, streams.device)  # first: the table of what was read is there
     jit.launch(
-        dispatch.fused_post_pre_key(hidden, support.arch(streams.device), norm_weight is not None),
+        key,
         streams.device,
         x.reshape(tokens, hidden).contiguous(),
         streams,
@@ -139,8 +122,9 @@ def launch_fused(
         sinkhorn_repeat,
         *(() if norm_weight is None else (norm_eps,)),
         dispatch.group_tokens(tokens),
-        int(may_read_early(fn)),
+        int(host.may_read_early(fn)),
     )
+    host.remember(streams.device, hidden, norm, entry_point, _GROUP_TOKENS)
 
 
 def launch_post_projection(
