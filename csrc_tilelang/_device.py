@@ -55,8 +55,8 @@ __device__ __forceinline__ void prefetch_l2_bulk(const void* address, unsigned b
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
 }
 
-// Global to shared memory without registers: 16 bytes, there after loads_wait in this thread. Through
-// L1: a multiprocessor keeps less under way past it (.cg), and 128 tokens at H = 7168 took 1.3 us more.
+// Global to shared memory without registers: 16 bytes, there after loads_wait in this thread. Not
+// past L1 (.cg): with that, fused_post_pre took 1.3 us more for 128 tokens at H = 7168.
 __device__ __forceinline__ void load_async16(void* shared, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16;"
                ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global)

@@ -7,7 +7,7 @@ from ._device import HC_MULT
 COMB = 2 * HC_MULT  # first column of the comb logits
 ROWS, COLUMNS = HC_MULT, 1  # strides of the matrix: from row to row, from column to column
 NEAR = 2.0**-3  # where the eighth power, which rescale_near drops, is half a unit in the last place
-LINEAR = 2.0**-12  # where the second power, which rescale_linearly drops, adds up to less than 3e-7
+LINEAR = 2.0**-12  # where the second powers that rescale_linearly drops add up to less than 3e-7
 ALL = tuple(range(HC_MULT))
 
 
@@ -108,8 +108,8 @@ def sinkhorn(c, eps, repeat):
     The matrix is kept as u_i c_ij v_j, so that nothing is rounded in the entries and the error does
     not grow with the rounds. A round with reciprocals takes 150 cycles on Hopper, most of them
     waiting for the special-function unit. Once the column sums are near 1, so are all that follow:
-    a sum is a mean of the reciprocals of those before it. Then 90 instructions do the same, and soon
-    after 16. Nothing is left out: a matrix that converges slowly takes the long way.
+    a sum is a mean of the reciprocals of those before it. Then 88 instructions do the same, and
+    soon after 20. No round is left out: a matrix that converges slowly takes the long way.
     """
     rows = T.alloc_local((HC_MULT,), "float32")
     columns = T.alloc_local((HC_MULT,), "float32")

@@ -26,8 +26,8 @@ CLUSTER = 16  # CTAs of a cluster, each with a sixteenth of the hidden size
 CLUSTERS = 7  # that an H100 or H200 runs at once, one CTA on an SM
 GROUP_TOKENS = 19  # tokens of a cluster at most: 7 clusters take 128
 FEW_CLUSTERS = 3  # those of this kernel, the next one's and one to spare fit side by side
-FEW_CLUSTERS_TOKENS = 33  # up to which 3 were faster than more: 11 tokens a cluster
-MORE_GROUP_TOKENS = 16  # tokens of a cluster beyond: 4 of 16 took 8.0 us for 64, 7 of 10 8.8
+FEW_CLUSTERS_TOKENS = 48  # up to which they are faster: 6.4 us for 48 at H = 4096, 4 clusters 7.1
+MORE_GROUP_TOKENS = 16  # tokens of a cluster beyond: 4 of 16 took 7.6 us for 64, 7 of 10 8.3
 
 # Elsewhere fused_post_pre runs post_projection + finish up to so many tokens, and fewer at larger
 # hidden sizes, where tokens * hidden counts; post + projection + finish beyond.

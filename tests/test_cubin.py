@@ -23,11 +23,6 @@ MAX_TOKENS = 8192
 CASES = [("sm_90a", hidden) for hidden in (256, 4096, 7168)]
 CASES += [(arch, 4096) for arch in ("sm_80", "sm_100a", "sm_120a")]
 
-# fused_post_pre keeps 72 registers of weights a thread. Beyond 4096 the rest of them lies in shared
-# memory, and ptxas spills two words. With 22 words, more than the L1 left beside it holds, the
-# projection took twice as long.
-SPILLS = {("fused_post_pre", 7168): 16}
-
 WAIT = "cudaGridDependencySynchronize()"
 PDL = (WAIT, "cudaTriggerProgrammaticLaunchCompletion()", "griddepcontrol")
 USAGE = re.compile(
@@ -89,10 +84,7 @@ def test_every_kernel_compiles(arch, hidden, tmp_path):
         assert len(usage) == 1, f"{key}: expected the usage of one kernel in {report!r}"
         if arch == "sm_90a":
             # no stack frame either: every local array lies in registers
-            stack, *spills = (int(number) for number in usage[0])
-            most = SPILLS.get((key.kernel, hidden), 0)
-            assert stack <= most, f"{key}: stack, spill stores, spill loads: {usage}"
-            assert most or not any(spills), f"{key}: stack, spill stores, spill loads: {usage}"
+            assert usage[0] == ("0", "0", "0"), f"{key}: stack, spill stores, spill loads"
 
 
 @pytest.mark.parametrize(("arch", "hidden"), [case for case in CASES if case[1] == 4096])
