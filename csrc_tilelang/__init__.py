@@ -4,9 +4,15 @@ One kernel to a file; ``_device`` holds the device functions and the constants, 
 ``_collapse`` the steps that several kernels share. Installed as ``mhc_ops.csrc_tilelang``.
 
 Programmatic dependent launch. Every kernel waits for its predecessor (``T.pdl_sync``) before it
-reads or writes anything, and lets its successor start (``T.pdl_trigger``) only after that. So when
-a kernel begins, all but its immediate predecessor have finished, and what it does before the wait
-is a prefetch hint on weights, which reads nothing. Memory that torch's allocator hands from one
-kernel to the next in stream order is therefore safe, and so is a weight that the predecessor has
-just written.
+writes anything in global memory, and before it reads anything but ``fn``; what the others do before
+the wait is a prefetch hint on weights, which reads nothing. They let their successor start
+(``T.pdl_trigger``) only after the wait. Memory that torch's allocator hands from one kernel to the
+next in stream order is therefore safe, and so is a weight that the predecessor has just written.
+
+``fused_post_pre`` goes further. Told so (``early``), it reads ``fn`` before the wait and lets its
+successor start at once, so a successor may begin while two kernels before it still run; its own wait
+is then for the nearer one, which has waited for the other. The host tells it so only when an earlier
+call has read this very ``fn`` and nothing has written it since (``mhc_ops.host.may_read_early``):
+whatever wrote it has then finished. Not told so, it does as the others do, which ends such a chain:
+the kernel after one that had to read late cannot start before the wait either.
 """
