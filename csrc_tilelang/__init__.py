@@ -10,9 +10,8 @@ the wait is a prefetch hint on weights, which reads nothing. They let their succ
 next in stream order is therefore safe, and so is a weight that the predecessor has just written.
 
 ``fused_post_pre`` goes further. Told so (``early``), it reads ``fn`` before the wait and lets its
-successor start at once, so a successor may begin while two kernels before it still run; its own wait
-is then for the nearer one, which has waited for the other. The host tells it so only when an earlier
-call has read this very ``fn`` and nothing has written it since (``mhc_ops.host.may_read_early``):
-whatever wrote it has then finished. Not told so, it does as the others do, which ends such a chain:
-the kernel after one that had to read late cannot start before the wait either.
+successor start at once. So a successor may begin while two kernels before it still run; its own
+wait is then for the nearer one, which has waited for the other. The host tells it so only when an
+earlier call has read this very ``fn`` and nothing has written it since (``may_read_early`` of
+``mhc_ops.host``): whatever wrote it has then finished. Not told so, it does as the others do.
 """

@@ -22,7 +22,7 @@ from torch import Tensor
 from emulation import EmulationError, Kernel, Lowered, lower, missing
 from emulation.lowering import Parameter
 from helpers import assert_equal
-from mhc_ops import dispatch, host, jit, support
+from mhc_ops import dispatch, host, jit, reference, support
 from mhc_ops.csrc_tilelang._device import DEVICE_SOURCE
 from mhc_ops.testing import (
     KINDS,
@@ -137,6 +137,39 @@ def test_hard_inputs(device, kind):
 @pytest.mark.parametrize("repeat", [1, 2])
 def test_few_rounds_of_sinkhorn(device, repeat):
     device.check("pre", make_inputs("pre", 2, 256, sinkhorn_repeat=repeat))
+
+
+def hard_logits() -> dict[str, Tensor]:
+    """Logits of combs, among them those that converge slowly, late or not at all."""
+    random = torch.Generator().manual_seed(0)
+    below = torch.ones(4, 4).tril(-1)
+    logits = {
+        "uniform": torch.zeros(4, 4),
+        "permutation": 12 * torch.eye(4).roll(1, 1),
+        "noisy_permutation": 12 * torch.eye(4).roll(1, 1) + torch.randn(4, 4, generator=random),
+        "dominant_row": torch.tensor([20.0, 0, 0, 0]).repeat(4, 1) * torch.eye(4)[0].view(4, 1),
+        "dominant_column": torch.tensor([20.0, 0, 0, 0]).repeat(4, 1),
+        "thirty_of_either_sign": 60 * torch.randint(2, (4, 4), generator=random) - 30.0,
+    }
+    logits |= {f"below_{size}": -float(size) * below for size in (3, 5, 7, 9)}
+    for spread in (1, 2, 4, 10):
+        for i in range(2):
+            logits[f"spread_{spread}_{i}"] = spread * torch.randn(4, 4, generator=random)
+    return logits
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+def test_no_round_of_sinkhorn_is_missed(device, eps):
+    """Within 1e-6 of float64 whichever way the rounds are made; streams of zeros: exact logits."""
+    inputs = make_inputs("pre", 1, 256) | {"hc_sinkhorn_eps": eps}
+    inputs["residual"].zero_()
+    for kind, logits in hard_logits().items():
+        inputs["hc_base"][8:] = logits.flatten()
+        for repeat in (1, 3, 9, 20):
+            inputs["sinkhorn_repeat"] = repeat
+            comb = device.run("pre", inputs)["comb_mix"][0].double()
+            error = (comb - reference.sinkhorn(logits.double(), eps, repeat)).abs().max()
+            assert error < 1e-6, f"{kind}, {repeat} rounds: off by {error:.1e}"
 
 
 def test_fused_streams_are_those_of_post(device):
@@ -295,7 +328,7 @@ def test_every_device_function_has_a_twin():
 def test_source_is_the_one_that_ships(monkeypatch, lowered):
     key = dispatch.finish_key(256, ARCH, True)
     monkeypatch.setattr(jit, "_compiled", {})
-    monkeypatch.setattr(jit, "_entry_point", lambda kernel: kernel.get_kernel_source())
+    monkeypatch.setattr(jit, "_main", lambda kernel: kernel.get_kernel_source())
     assert jit.compile_key(key) == lowered(key).source
 
 
