@@ -285,8 +285,8 @@ def boundary(
     warp = tx // WARP
     if n_shared == 0:
         # from lane 0, so that the compiler knows it to be the same in all lanes: a fifth fewer
-        # instructions. Not where a loop over units of shared memory follows: it then merges their
-        # loads into one block and spills 336 bytes in place of 40
+        # instructions. Not where a loop over units of shared memory follows: it then merged their
+        # loads into one block and spilled 336 bytes
         warp = T.alloc_var("int32", init=T.shfl_sync(tx // WARP, 0))
 
     streams_shared = T.alloc_shared((GROUP_TOKENS, HC_MULT * size + PAD), "bfloat16")
