@@ -106,7 +106,7 @@ def sinkhorn(c, eps, repeat):
     """C /= column sums + eps, then (repeat - 1) times row sums + eps and column sums + eps.
 
     The matrix is kept as u_i c_ij v_j, so that nothing is rounded in the entries and the error does
-    not grow with the rounds. A round with reciprocals takes 150 cycles on Hopper, most of them
+    not grow with the rounds. A round with reciprocals took 158 cycles on Hopper, most of them
     waiting for the special-function unit. Once the column sums are near 1, so are all that follow:
     a sum is a mean of the reciprocals of those before it. Then 88 instructions do the same, and
     soon after 20. No round is left out: a matrix that converges slowly takes the long way.
