@@ -1,12 +1,77 @@
 """Packages: ``mhc_ops`` as it lies, ``csrc_tilelang`` under the name ``mhc_ops.csrc_tilelang``.
 
+With ``MHC_OPS_AOT_ARCHS=sm_90a,sm_100a`` set, kernels for these architectures are compiled into the
+wheel, for the hidden sizes of ``MHC_OPS_AOT_HIDDEN`` (those of ``python -m mhc_ops build`` without
+it). That needs torch and TileLang, so ``--no-build-isolation``, nvcc and a C++ compiler.
+
 Everything else stands in pyproject.toml, which has no way to map one package to another folder.
 """
 
+import os
+import shutil
+import subprocess
+import sys
+
 from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
+from setuptools.errors import SetupError
+
+ARCHS = os.environ.get("MHC_OPS_AOT_ARCHS")
+HIDDEN = os.environ.get("MHC_OPS_AOT_HIDDEN")
+
+
+class BuildWithKernels(build_py):
+    """Compiles kernels with the package that has just been put together."""
+
+    def run(self):
+        super().run()
+        packaged = os.path.join(os.path.abspath(self.build_lib), "mhc_ops", "packaged")
+        shutil.rmtree(packaged, ignore_errors=True)  # of an earlier build in the same folder
+        if not ARCHS:
+            return
+        home = os.path.abspath(self.build_lib)
+        command = [sys.executable, "-m", "mhc_ops", "build", "--arch", ARCHS]
+        command += ["--hidden", HIDDEN] if HIDDEN else []
+        command += ["--output", packaged]
+        # from that folder: neither the checkout nor an installed mhc_ops comes first
+        done = subprocess.run(command, cwd=home, env=os.environ | {"PYTHONPATH": home})
+        if done.returncode:
+            raise SetupError(f"MHC_OPS_AOT_ARCHS={ARCHS}: the kernels were not built, see above")
+
+
+class EditableWithoutKernels(editable_wheel):
+    """It takes the sources from where they are, and nothing compiled belongs there."""
+
+    def run(self):
+        if ARCHS:
+            raise SetupError(
+                "MHC_OPS_AOT_ARCHS: an editable install carries no kernels; use "
+                f"'python -m mhc_ops build --arch {ARCHS} -o DIR' and MHC_OPS_KERNELS=DIR"
+            )
+        super().run()
+
+
+class WheelWithKernels(bdist_wheel):
+    """Kernels are for a platform, but for any Python: they use none."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.root_is_pure = not ARCHS
+
+    def get_tag(self):
+        platform = super().get_tag()[2]
+        return "py3", "none", platform
+
 
 setup(
     packages=[*find_packages(include=["mhc_ops", "mhc_ops.*"]), "mhc_ops.csrc_tilelang"],
     package_dir={"mhc_ops.csrc_tilelang": "csrc_tilelang"},
     package_data={"mhc_ops": ["py.typed", "_host.cpp"]},
+    cmdclass={
+        "build_py": BuildWithKernels,
+        "bdist_wheel": WheelWithKernels,
+        "editable_wheel": EditableWithoutKernels,
+    },
 )

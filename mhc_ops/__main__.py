@@ -13,6 +13,10 @@ from . import __version__
 COMMANDS = {
     "info": ("info", "versions, devices and whether they are supported, cache folder, switches"),
     "prewarm": ("prewarm", "compile and load the kernels of the given hidden sizes"),
+    "build": (
+        "build",
+        "compile kernels ahead of time, for machines without a compiler",
+    ),
     "bench": ("bench", "time one boundary on the GPU and record it"),
     "demo": ("demo", "a small DeepSeek-V4 model, stock against mhc-ops, on the CPU or a GPU"),
 }

@@ -171,7 +171,7 @@ def small_model(seed: int, device: str, pairs: int = 2) -> Any:
 @contextlib.contextmanager
 def switches(values: dict[str, str]) -> Iterator[None]:
     """The switches of the model wiring: those given, the others at their defaults."""
-    before = {name: os.environ.pop(name, None) for name in config.DEFAULTS}
+    before = {name: os.environ.pop(name, None) for name in config.WIRING}
     os.environ.update(values)
     try:
         yield

@@ -1,8 +1,9 @@
 """The native short way of ``mhc::fused_post_pre``: its library, its plans, and early reading.
 
-``_host.cpp`` says what it does and how a call gets there. It is built with the host's C++ compiler
-when the first one-launch kernel is compiled, which takes as long, and kept beside the kernels in
-TileLang's cache folder. Where there is no compiler, every call takes the Python kernels instead.
+``_host.cpp`` says what it does and how a call gets there. Where it was not built ahead with the
+kernels, it is built with the host's C++ compiler when the first one-launch kernel is compiled,
+which takes as long, and kept beside the kernels in TileLang's cache folder. Where there is no
+compiler, every call takes the Python kernels instead.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import config
+from . import config, store
 
 logger = logging.getLogger("mhc_ops")
 
+NAME = "host"  # among kernels that are built ahead
 SOURCE = Path(__file__).with_name("_host.cpp")
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden")
 BUILD_SECONDS = 600  # 13 s on two busy cores
@@ -38,18 +40,22 @@ _library: ctypes.CDLL | None = None
 _plans: dict[tuple[torch.device, int, bool], tuple[Any, Sequence[int]]] = {}
 
 
+def _built_with(tvm_ffi_version: str) -> dict[str, str]:
+    """What the library depends on; it uses no Python, so any Python's."""
+    return {
+        "torch": torch.__version__,
+        "torch_commit": str(torch.version.git_version),
+        "tvm_ffi": tvm_ffi_version,
+        "machine": platform.machine(),
+        "flags": " ".join(FLAGS),
+        "host_source": hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16],
+    }
+
+
 def _library_path(tvm_ffi_version: str) -> Path:
-    """Where the library lies for this torch and tvm-ffi; it uses no Python, so any Python's."""
-    parts = (
-        torch.__version__,
-        torch.version.git_version,
-        tvm_ffi_version,
-        platform.machine(),
-        *FLAGS,
-        SOURCE.read_text(),
-    )
-    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
-    return config.cache_folder() / "mhc_ops" / f"host-{digest[:16]}.so"
+    """Where the library lies in the cache for this torch and tvm-ffi."""
+    digest = store.digest(_built_with(tvm_ffi_version))
+    return config.own_cache_folder() / f"host-{digest}.so"
 
 
 def _command(target: Path, tvm_ffi_include: str, tvm_ffi_library: str) -> list[str]:
@@ -76,30 +82,51 @@ def _command(target: Path, tvm_ffi_include: str, tvm_ffi_library: str) -> list[s
 
 
 def _build(target: Path, tvm_ffi: Any) -> None:
-    """Build the library; processes that do so at once each put a whole file in its place."""
     start = time.perf_counter()
     logger.info("building %s", target.name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        built = Path(folder) / target.name
-        subprocess.run(
-            _command(built, tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_libtvm_ffi()),
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=BUILD_SECONDS,
-        )
-        os.replace(built, target)
+    subprocess.run(
+        _command(target, tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_libtvm_ffi()),
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=BUILD_SECONDS,
+    )
     logger.info("built %s in %.1f s", target.name, time.perf_counter() - start)
+
+
+def build_ahead(folder: Path) -> None:
+    """Build the library into a folder of kernels that are built ahead.
+
+    Args:
+        folder: where to put it; exists.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it cannot be built or written.
+    """
+    import tvm_ffi
+
+    store.save(folder, NAME, _built_with(tvm_ffi.__version__), lambda path: _build(path, tvm_ffi))
+
+
+def _cached(tvm_ffi: Any) -> Path:
+    """The library in the cache, built where it is not there yet."""
+    path = _library_path(tvm_ffi.__version__)
+    config.require_trusted(path.parent)
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # processes that do so at once each put a whole file in its place
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            built = Path(folder) / path.name
+            _build(built, tvm_ffi)
+            os.replace(built, path)
+    return path
 
 
 def _load() -> ctypes.CDLL:
     import tvm_ffi  # late: it comes with TileLang, which the package does not import
 
-    path = _library_path(tvm_ffi.__version__)
-    if not path.exists():
-        _build(path, tvm_ffi)
-    library = ctypes.CDLL(str(path))
+    ahead = store.find(config.kernels_folder(), NAME, _built_with(tvm_ffi.__version__))
+    library = ctypes.CDLL(str(ahead or _cached(tvm_ffi)))
     library.mhc_remember.argtypes = (
         ctypes.c_int32,
         ctypes.c_int32,
@@ -132,7 +159,7 @@ def load() -> bool:
             _tried = True
             try:
                 _library = _load()
-            except (OSError, subprocess.SubprocessError) as error:
+            except (OSError, RuntimeError, subprocess.SubprocessError) as error:
                 reason = (getattr(error, "stderr", None) or str(error)).strip()
                 logger.warning(
                     "no native host path, calls of fused_post_pre take longer on the host and "

@@ -109,7 +109,7 @@ def collect() -> dict[str, Any]:
         },
         "devices": _devices(),
         "cache_folder": str(config.cache_folder()),
-        "switches": dict(zip(config.DEFAULTS, config.switches(), strict=True)),
+        "switches": {name: config.switch(name) for name in config.DEFAULTS},
     }
 
 

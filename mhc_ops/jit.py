@@ -1,21 +1,25 @@
-"""Kernel key to compiled kernel: one compile a key however many threads ask, then a dict lookup.
+"""Kernel key to compiled kernel: built ahead, from the cache, or compiled; then a dict lookup.
 
-Importing TileLang takes seconds, so it happens at the first compile, not with the package.
+However many threads and processes ask for a key at once, it is compiled once. Importing TileLang
+takes seconds, so it happens at the first compile: a kernel that is there already needs none.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import host
+from . import config, host, store
 from .dispatch import ONE_LAUNCH, Key
 
 logger = logging.getLogger("mhc_ops")
@@ -43,7 +47,7 @@ logging.getLogger("tilelang.jit.kernel").addFilter(_is_not_ours)
 
 
 @contextmanager
-def _quiet_tilelang() -> Iterator[None]:
+def quiet_tilelang() -> Iterator[None]:
     """TileLang logs two INFO lines a kernel; ours replace them, in this thread alone."""
     _thread.compiling = True
     try:
@@ -85,39 +89,128 @@ def _main(kernel: Any) -> Callable[..., Any]:
     return module.main
 
 
-def compile_key(key: Key) -> Callable[..., Any]:
-    """Compile a kernel, or read it from TileLang's cache; needs no GPU.
+def build_commands(key: Key) -> str:
+    """What a user types to have a kernel built ahead and used."""
+    return (
+        f"python -m mhc_ops build --arch {key.arch} --hidden {key.hidden} -o DIR, "
+        "then MHC_OPS_KERNELS=DIR"
+    )
+
+
+def _name(key: Key) -> str:
+    return f"kernel {key.kernel} for hidden size {key.hidden} on {key.arch}"
+
+
+def _advice(error: BaseException) -> str:
+    """What helps against a failed compile, by what went wrong first."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return (
+                f"make room in {config.cache_folder()} and in the folder for temporary files, or "
+                "let TILELANG_CACHE_DIR and TMPDIR name others"
+            )
+        if isinstance(cause, OSError) and cause.filename is not None:
+            return "let TILELANG_CACHE_DIR name a folder that this process can write"
+        cause = cause.__cause__ or cause.__context__
+    from tilelang.contrib.nvcc import get_nvcc_compiler
+
+    try:
+        found = shutil.which(get_nvcc_compiler())
+    except RuntimeError:
+        found = None
+    if found is None:
+        return "there is no nvcc: install the CUDA toolkit and let CUDA_HOME name it"
+    return f"nvcc is {found}; TILELANG_VERBOSE=1 shows what it says"
+
+
+def _failure(key: Key, error: Exception) -> RuntimeError:
+    return RuntimeError(
+        f"mhc: {_name(key)} cannot be compiled: {type(error).__name__}: {error}\n"
+        f"{_advice(error)}; or build it on another machine: {build_commands(key)}"
+    )
+
+
+def compile_kernel(key: Key) -> Any:
+    """Compile a kernel with TileLang, or read it from TileLang's own cache; needs no GPU.
 
     Args:
         key: what to compile, for whichever architecture it names.
 
     Returns:
+        TileLang's compiled kernel.
+
+    Raises:
+        RuntimeError: it cannot be compiled, with the reason and what to do.
+    """
+    try:
+        import tilelang  # makes its cache folder
+    except OSError as error:
+        raise _failure(key, error) from error
+    source = program(key)
+    try:
+        with quiet_tilelang():
+            return tilelang.compile(
+                source, target={"kind": "cuda", "arch": key.arch}, pass_configs=pass_configs()
+            )
+    except Exception as error:
+        raise _failure(key, error) from error
+
+
+def _compile(key: Key, folder: Path) -> Callable[..., Any]:
+    start = time.perf_counter()
+    logger.info("compiling %s", key)
+    kernel = compile_kernel(key)
+    try:
+        with quiet_tilelang():
+            store.save_kernel(folder, key, kernel)
+    except (OSError, RuntimeError) as error:
+        logger.warning("%s cannot be kept for other processes: %s", _name(key), error)
+    logger.info("compiled %s in %.1f s", key, time.perf_counter() - start)
+    return _main(kernel)
+
+
+def _obtain(key: Key) -> Callable[..., Any]:
+    ahead = store.load_kernel(config.kernels_folder(), key)
+    if ahead is not None:
+        return ahead
+    folder = store.cached_folder()
+    cached = store.load_kernel(folder, key)
+    if cached is not None:
+        return cached
+    if config.switch("MHC_OPS_DISABLE_JIT"):
+        raise RuntimeError(
+            f"mhc: {_name(key)} is neither built ahead, in {config.kernels_folder()}, nor cached, "
+            f"in {folder}, and MHC_OPS_DISABLE_JIT is set; build it: {build_commands(key)}"
+        )
+    with store.lock(folder, store.file_name(key)):
+        # another process may have compiled it while this one waited
+        return store.load_kernel(folder, key) or _compile(key, folder)
+
+
+def compile_key(key: Key) -> Callable[..., Any]:
+    """Take a kernel that was built ahead, or from the cache, or compile it; needs no GPU.
+
+    Args:
+        key: the kernel, for whichever architecture it names.
+
+    Returns:
         Its host function, which takes the arguments of the TileLang program in order and launches
         on the current stream of their device.
+
+    Raises:
+        RuntimeError: it cannot be compiled, or ``MHC_OPS_DISABLE_JIT`` is set, or others can write
+            a folder that it would be loaded from; each with what to do.
     """
     with _locks_lock:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:
-        compiled = _compiled.get(key)
-        if compiled is not None:
-            return compiled
-        start = time.perf_counter()
-        logger.info("compiling %s", key)
-        import tilelang
-
-        with _quiet_tilelang():
-            compiled = _main(
-                tilelang.compile(
-                    program(key),
-                    target={"kind": "cuda", "arch": key.arch},
-                    pass_configs=pass_configs(),
-                )
-            )
-        if key.kernel == ONE_LAUNCH:
-            host.load()  # here, where it takes no longer than what goes on anyway
-        _compiled[key] = compiled
-        logger.info("compiled %s in %.1f s", key, time.perf_counter() - start)
-        return compiled
+        if key not in _compiled:
+            compiled = _obtain(key)
+            if key.kernel == ONE_LAUNCH:
+                host.load()  # here, where it takes no longer than what goes on anyway
+            _compiled[key] = compiled
+        return _compiled[key]
 
 
 def _prepare(key: Key, device: torch.device) -> Callable[..., Any]:

@@ -6,9 +6,9 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -17,6 +17,9 @@ from .ops.fused_post_pre import fused_post_pre
 from .ops.head import head
 from .ops.post import post
 from .ops.pre import pre
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 DEFAULT_HIDDEN = (4096, 7168)  # V4-Flash and V4-Pro
 DEFAULT_MAX_TOKENS = 8192
@@ -27,7 +30,7 @@ class PrewarmReport(NamedTuple):
 
     Attributes:
         device: the device that is warm now.
-        kernels: the kernels that were compiled, or found in the cache, and loaded.
+        kernels: the kernels, each built ahead, from the cache or compiled, and now loaded.
         seconds: how long it took.
     """
 
@@ -58,6 +61,54 @@ def _load(hidden: int, max_tokens: int, device: torch.device) -> None:
     torch.cuda.synchronize(device)
 
 
+def check_sizes(caller: str, hidden: Sequence[int], max_tokens: int) -> None:
+    """Refuse sizes that the kernels cannot serve, in the caller's name."""
+    if not hidden:
+        raise ValueError(f"{caller}: expected at least one hidden size, got none")
+    for size in hidden:
+        if size < 1 or size % dispatch.HIDDEN_MULTIPLE:
+            raise ValueError(
+                f"{caller}: expected hidden sizes that are multiples of "
+                f"{dispatch.HIDDEN_MULTIPLE}, got {size}"
+            )
+    if max_tokens < 1:
+        raise ValueError(f"{caller}: expected max_tokens of at least 1, got {max_tokens}")
+
+
+def progress_bar(shown: bool) -> Progress:
+    """A bar on standard error, for :func:`side_by_side`; rich is imported for it alone."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        disable=not shown,
+    )
+
+
+def side_by_side(
+    bar: Progress,
+    text: str,
+    work: Callable[[dispatch.Key], object],
+    keys: Iterable[dispatch.Key],
+) -> None:
+    """Do a piece of work for every key, in as many threads as there are processors."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        running = [pool.submit(work, key) for key in keys]
+        task = bar.add_task(text, total=len(running))
+        try:
+            for done in as_completed(running):
+                done.result()
+                bar.advance(task)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # the first failure is enough
+            raise
+
+
 def prewarm(
     hidden: Sequence[int],
     *,
@@ -69,7 +120,7 @@ def prewarm(
 
     After it no call with one of these hidden sizes and up to ``max_tokens`` tokens compiles or
     loads anything, so it may run inside CUDA-graph capture. Kernels are compiled side by side;
-    those in TileLang's cache are read from it.
+    those that were built ahead or lie in the cache are read.
 
     Args:
         hidden: hidden sizes, multiples of 256.
@@ -84,42 +135,17 @@ def prewarm(
         ValueError: a hidden size or ``max_tokens`` that the kernels cannot serve.
         RuntimeError: the device cannot be served, with the reason.
     """
-    if not hidden:
-        raise ValueError("mhc_ops.prewarm: expected at least one hidden size, got none")
-    for size in hidden:
-        if size < 1 or size % dispatch.HIDDEN_MULTIPLE:
-            raise ValueError(
-                "mhc_ops.prewarm: expected hidden sizes that are multiples of "
-                f"{dispatch.HIDDEN_MULTIPLE}, got {size}"
-            )
-    if max_tokens < 1:
-        raise ValueError(f"mhc_ops.prewarm: expected max_tokens of at least 1, got {max_tokens}")
+    check_sizes("mhc_ops.prewarm", hidden, max_tokens)
     supported, reason = support.is_supported(device)
     if not supported:
         raise RuntimeError(f"mhc_ops.prewarm: {reason}")
     target = support.cuda_device(device)
 
-    # here, not at the top: importing mhc_ops stays quick
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     start = time.perf_counter()
     arch = support.arch(target)
     keys = [key for size in hidden for key in dispatch.keys(size, arch, max_tokens)]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with (
-        Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
-        ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
-    ):
-        compiling = bar.add_task(f"compiling for {arch}", total=len(keys))
-        for done in as_completed([pool.submit(jit.compile_key, key) for key in keys]):
-            done.result()
-            bar.advance(compiling)
+    with progress_bar(progress) as bar:
+        side_by_side(bar, f"compiling for {arch}", jit.compile_key, keys)
         loading = bar.add_task(f"loading on {target}", total=len(hidden))
         with torch.cuda.device(target), torch.no_grad():
             for size in hidden:

@@ -75,6 +75,11 @@ def cuda_device(device: torch.device | str | int | None = None) -> torch.device:
     return torch.device("cuda", index)
 
 
+def arch_name(major: int, minor: int) -> str:
+    """TileLang's name of a compute capability: with the suffix ``a`` from Hopper on."""
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
 @functools.cache
 def arch(device: torch.device) -> str:
     """TileLang's name of a CUDA device's architecture, such as ``sm_90a``.
@@ -83,10 +88,9 @@ def arch(device: torch.device) -> str:
         device: a CUDA device with an index.
 
     Returns:
-        ``sm_XY``, with the suffix ``a`` from Hopper on.
+        As :func:`arch_name`.
     """
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+    return arch_name(*torch.cuda.get_device_capability(device))
 
 
 @functools.cache

@@ -91,7 +91,9 @@ def test_info_json(capsys):
  "switches": {
   "MHC_OPS_FUSE_POST_PRE": "bool",
   "MHC_OPS_TILELANG_PRE": "bool",
-  "MHC_OPS_TILELANG_POST": "bool"
+  "MHC_OPS_TILELANG_POST": "bool",
+  "MHC_OPS_DISABLE_JIT": "bool",
+  "MHC_OPS_TRUST_CACHE": "bool"
  }
 }""",
     )
@@ -121,6 +123,8 @@ def test_info_table(capsys, monkeypatch):
 | MHC_OPS_FUSE_POST_PRE | 0                                                                        |
 | MHC_OPS_TILELANG_PRE  | 1                                                                        |
 | MHC_OPS_TILELANG_POST | 1                                                                        |
+| MHC_OPS_DISABLE_JIT   | 0                                                                        |
+| MHC_OPS_TRUST_CACHE   | 0                                                                        |
 +-----------------------+--------------------------------------------------------------------------+
 """,
     )

@@ -4,6 +4,7 @@ A CPU has no kernel. These tests give it one, a function that records its argume
 native library calls for CPU tensors as it calls a compiled kernel for those of a GPU.
 """
 
+import ctypes
 import gc
 import importlib
 import logging
@@ -17,6 +18,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+import tvm_ffi
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -34,6 +36,7 @@ from mhc_ops.testing import make_inputs
 OP = "fused_post_pre"
 module = importlib.import_module(f"mhc_ops.ops.{OP}")  # its function hides it
 HIDDEN = 256
+TORCH = torch.__version__
 MOST = 6  # tokens that the fake kernel serves
 CPU = torch.device("cpu")
 ROOT = Path(mhc_ops.__file__).parents[1]
@@ -697,17 +700,51 @@ def test_processes_that_build_at_once(tmp_path):
 
 
 def test_the_first_kernel_of_one_launch_loads_it(monkeypatch):
-    import tilelang
-
     loads = []
     monkeypatch.setattr(jit, "_compiled", {})
     monkeypatch.setattr(host, "load", lambda: loads.append(True))
-    monkeypatch.setattr(tilelang, "compile", lambda *_, **__: None)
-    monkeypatch.setattr(jit, "_main", lambda kernel: lambda *arguments: None)
+    monkeypatch.setattr(jit, "_obtain", lambda key: lambda *arguments: None)
     jit.compile_key(dispatch.post_key(HIDDEN, "sm_90a"))
     assert not loads
     jit.compile_key(dispatch.fused_post_pre_key(HIDDEN, "sm_90a", True))
     assert loads
+
+
+@needs_compiler
+def test_a_library_that_was_built_ahead(untried, monkeypatch, tmp_path, caplog):
+    """It is taken without a compiler and without the cache; one of another torch is not."""
+    ahead = tmp_path / "ahead"
+    ahead.mkdir()
+    monkeypatch.setattr(host, "_build", lambda path, _: path.write_bytes(built.read_bytes()))
+    built = host._library_path(tvm_ffi.__version__)  # by the fixture that all tests have
+    host.build_ahead(ahead)
+    monkeypatch.setenv("MHC_OPS_KERNELS", str(ahead))
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
+    loaded = []
+    cdll = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: loaded.append(path) or cdll(str(built)))
+    assert host.load()
+    assert loaded == [str(ahead / "host.so")]
+    assert not (tmp_path / "cache").exists()
+
+    monkeypatch.setattr(host, "_tried", False)
+    monkeypatch.setattr(torch, "__version__", "2.11.0")
+    with caplog.at_level(logging.WARNING, logger="mhc_ops"):
+        assert host.load()
+    assert loaded[1:] == [str(host._library_path(tvm_ffi.__version__))]
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{ahead / 'host.so'} is not used: built with torch {TORCH}, expected 2.11.0"
+    )
+
+
+def test_a_cache_that_others_can_write_is_not_loaded_from(untried, monkeypatch, tmp_path, caplog):
+    tmp_path.chmod(0o777)
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    with caplog.at_level(logging.WARNING, logger="mhc_ops"):
+        assert not host.load()
+    assert f"{tmp_path} can be written by others (mode 0777)" in caplog.records[-1].getMessage()
+    assert not (tmp_path / "mhc_ops").exists()
 
 
 # ------------------------------------------------------------------------------------------- a GPU

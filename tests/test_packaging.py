@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import rich
 import torch
 
 import mhc_ops
+from mhc_ops import dispatch, store
 
 ROOT = Path(__file__).parents[1]
 # what a build reads; benchmarks, examples and tests go into the sdist alone
@@ -43,9 +45,10 @@ print(mhc_ops.__file__)
 """
 
 
-def python(executable, *arguments, cwd):
+def python(executable, *arguments, cwd, **environment):
     """Run an interpreter that sees nothing of the checkout."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env |= environment
     done = subprocess.run(
         [str(executable), *arguments], cwd=cwd, env=env, capture_output=True, text=True
     )
@@ -53,11 +56,11 @@ def python(executable, *arguments, cwd):
     return done.stdout
 
 
-def pip_wheel(source, target):
+def pip_wheel(source, target, **environment):
     """Build a wheel without asking any index."""
     python(
         sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps",
-        "--no-index", "--wheel-dir", str(target), str(source), cwd=target,
+        "--no-index", "--wheel-dir", str(target), str(source), cwd=target, **environment,
     )  # fmt: skip
     (wheel,) = target.glob("*.whl")
     return wheel
@@ -126,6 +129,68 @@ def test_wheel_from_the_sdist_is_the_same(source, wheel, tmp_path):
         for archive in map(zipfile.ZipFile, (wheel, second))
     ]
     assert contents[0] == contents[1]
+
+
+LOAD_PACKAGED = """
+import sys
+from mhc_ops import dispatch, jit
+for key in dispatch.keys(256, "sm_80", 8192):
+    jit.compile_key(key)
+assert not {"tilelang", "tvm"} & sys.modules.keys(), "TileLang's Python was imported"
+"""
+
+
+def test_a_wheel_with_kernels(source, wheel, tmp_path):
+    """Loaded from the unpacked wheel, with nothing that could compile one."""
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    made = pip_wheel(copy, tmp_path, MHC_OPS_AOT_ARCHS="sm_80", MHC_OPS_AOT_HIDDEN="256")
+    version = mhc_ops.__version__
+    assert made.name == f"mhc_ops-{version}-py3-none-linux_{platform.machine()}.whl"
+    assert wheel.name == f"mhc_ops-{version}-py3-none-any.whl"
+    site = tmp_path / "site"
+    python(
+        sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target",
+        str(site), str(made), cwd=tmp_path,
+    )  # fmt: skip
+    names = {store.file_name(key) for key in dispatch.keys(256, "sm_80", 8192)}
+    files = {path.name for path in (site / "mhc_ops" / "packaged").iterdir()}
+    assert files == {f"{name}{suffix}" for name in names for suffix in (".so", ".json")}
+    python(
+        sys.executable, "-c", LOAD_PACKAGED, cwd=tmp_path, PYTHONPATH=str(site), PATH="/nowhere",
+        MHC_OPS_DISABLE_JIT="1", TILELANG_CACHE_DIR=str(tmp_path / "cache"),
+    )  # fmt: skip
+    # a later build in the same folder, without kernels, carries none of them
+    (tmp_path / "plain").mkdir()
+    plain = pip_wheel(copy, tmp_path / "plain")
+    with zipfile.ZipFile(plain) as archive:
+        assert not [name for name in archive.namelist() if "packaged" in name]
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"MHC_OPS_AOT_ARCHS": "hopper"}, "with an a from sm_90a on, got hopper"),
+        ({"MHC_OPS_AOT_ARCHS": "sm_80", "MHC_OPS_AOT_HIDDEN": "100"}, "multiples of 256, got 100"),
+    ],
+)
+def test_a_wheel_with_kernels_that_cannot_be_built(source, tmp_path, environment, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    with pytest.raises(AssertionError) as error:
+        pip_wheel(copy, tmp_path, **environment)
+    assert message in str(error.value)
+    assert f"MHC_OPS_AOT_ARCHS={environment['MHC_OPS_AOT_ARCHS']}: the kernels were not built" in (
+        str(error.value)
+    )
+
+
+def test_an_editable_install_carries_no_kernels(source, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    build = "import setuptools.build_meta as b, sys; b.build_editable(sys.argv[1])"
+    with pytest.raises(AssertionError, match="an editable install carries no kernels; use"):
+        python(sys.executable, "-c", build, str(tmp_path), cwd=copy, MHC_OPS_AOT_ARCHS="sm_80")
 
 
 def test_metadata(wheel):

@@ -1,0 +1,136 @@
+"""Compile kernels ahead of time, for any architecture and without a GPU.
+
+``python -m mhc_ops build --arch sm_90a --hidden 4096 -o DIR`` fills a folder that
+``MHC_OPS_KERNELS=DIR`` makes the ops load from. A wheel built with ``MHC_OPS_AOT_ARCHS`` set
+carries such a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from . import dispatch, host, jit, store, support
+from .prewarm import DEFAULT_MAX_TOKENS, check_sizes, progress_bar, side_by_side
+
+DEFAULT_HIDDEN = (4096, 5120, 7168)  # V4-Flash, V4.1, V4-Pro
+ARCH = re.compile(r"sm_(\d+)(\d)(a?)")
+
+
+class BuildReport(NamedTuple):
+    """What :func:`build` did.
+
+    Attributes:
+        folder: where the kernels are.
+        kernels: the kernels.
+        seconds: how long it took.
+    """
+
+    folder: Path
+    kernels: tuple[dispatch.Key, ...]
+    seconds: float
+
+
+def _check_arch(arch: str) -> None:
+    match = ARCH.fullmatch(arch)
+    if match:
+        capability = int(match[1]), int(match[2])
+        if capability >= support.LEAST_CAPABILITY and arch == support.arch_name(*capability):
+            return
+    raise ValueError(
+        "mhc_ops.build: expected architectures such as sm_80, sm_90a or sm_120a, from sm_80 on and "
+        f"with an a from sm_90a on, got {arch}"
+    )
+
+
+def build(
+    archs: Sequence[str],
+    hidden: Sequence[int],
+    folder: Path,
+    *,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    progress: bool = False,
+) -> BuildReport:
+    """Compile every kernel that these sizes can reach into a folder; needs no GPU.
+
+    With kernels of one launch comes the native host library, for the torch of this environment.
+
+    Args:
+        archs: such as ``sm_90a``, as :func:`mhc_ops.is_supported` names a device's.
+        hidden: hidden sizes, multiples of 256.
+        folder: where to put them; made where it does not exist.
+        max_tokens: the largest token count of a call.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: an architecture, a hidden size or ``max_tokens`` that cannot be served.
+        OSError: the folder cannot be written.
+        RuntimeError: a kernel or the host library cannot be compiled, with the reason.
+    """
+    if not archs:
+        raise ValueError("mhc_ops.build: expected at least one architecture, got none")
+    for arch in archs:
+        _check_arch(arch)
+    check_sizes("mhc_ops.build", hidden, max_tokens)
+    start = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = dict.fromkeys(
+        key for arch in archs for size in hidden for key in dispatch.keys(size, arch, max_tokens)
+    )
+
+    def build_one(key: dispatch.Key) -> None:
+        kernel = jit.compile_kernel(key)
+        with jit.quiet_tilelang():
+            store.save_kernel(folder, key, kernel)
+
+    with progress_bar(progress) as bar:
+        side_by_side(bar, f"compiling for {', '.join(archs)}", build_one, keys)
+    if any(key.kernel == dispatch.ONE_LAUNCH for key in keys):
+        try:
+            host.build_ahead(folder)
+        except subprocess.SubprocessError as error:
+            reason = (getattr(error, "stderr", None) or str(error)).strip()
+            raise RuntimeError(
+                f"mhc_ops.build: the native host library cannot be built: {reason}"
+            ) from error
+    return BuildReport(folder, tuple(keys), time.perf_counter() - start)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _sizes(text: str) -> list[int]:
+    return [int(word) for word in _words(text)]
+
+
+def main(argv: Sequence[str]) -> int:
+    """``python -m mhc_ops build``; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m mhc_ops build", description=__doc__)
+    parser.add_argument("--arch", type=_words, required=True, help="such as sm_90a,sm_100a")
+    parser.add_argument("--hidden", type=_sizes, default=list(DEFAULT_HIDDEN), help="4096,7168")
+    parser.add_argument("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    arguments = parser.parse_args(argv)
+    try:
+        report = build(
+            arguments.arch,
+            arguments.hidden,
+            arguments.output,
+            max_tokens=arguments.max_tokens,
+            progress=True,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{len(report.kernels)} kernels in {report.folder} in {report.seconds:.1f} s")
+    return 0
