@@ -96,7 +96,7 @@ def build(
         side_by_side(bar, f"compiling for {', '.join(archs)}", build_one, keys)
     if any(key.kernel == dispatch.ONE_LAUNCH for key in keys):
         try:
-            host.build_ahead(folder)
+            host.build(folder)
         except subprocess.SubprocessError as error:
             reason = (getattr(error, "stderr", None) or str(error)).strip()
             raise RuntimeError(

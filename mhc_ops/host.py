@@ -15,7 +15,6 @@ import os
 import platform
 import shlex
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -52,10 +51,8 @@ def _built_with(tvm_ffi_version: str) -> dict[str, str]:
     }
 
 
-def _library_path(tvm_ffi_version: str) -> Path:
-    """Where the library lies in the cache for this torch and tvm-ffi."""
-    digest = store.digest(_built_with(tvm_ffi_version))
-    return config.own_cache_folder() / f"host-{digest}.so"
+def _cache_folder(built_with: dict[str, str]) -> Path:
+    return config.own_cache_folder() / f"host-{store.digest(built_with)}"
 
 
 def _command(target: Path, tvm_ffi_include: str, tvm_ffi_library: str) -> list[str]:
@@ -94,39 +91,40 @@ def _build(target: Path, tvm_ffi: Any) -> None:
     logger.info("built %s in %.1f s", target.name, time.perf_counter() - start)
 
 
-def build_ahead(folder: Path) -> None:
-    """Build the library into a folder of kernels that are built ahead.
+def build(folder: Path) -> None:
+    """Build the library into a folder.
 
     Args:
-        folder: where to put it; exists.
+        folder: where to put it.
 
     Raises:
         OSError, subprocess.SubprocessError: it cannot be built or written.
     """
-    import tvm_ffi
+    import tvm_ffi  # late: it comes with TileLang, which the package does not import
 
     store.save(folder, NAME, _built_with(tvm_ffi.__version__), lambda path: _build(path, tvm_ffi))
 
 
-def _cached(tvm_ffi: Any) -> Path:
-    """The library in the cache, built where it is not there yet."""
-    path = _library_path(tvm_ffi.__version__)
-    config.require_trusted(path.parent)
-    if not path.exists():
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # processes that do so at once each put a whole file in its place
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            built = Path(folder) / path.name
-            _build(built, tvm_ffi)
-            os.replace(built, path)
-    return path
+def _obtain() -> Path:
+    """The library: built ahead, from the cache, or built."""
+    import tvm_ffi
+
+    built_with = _built_with(tvm_ffi.__version__)
+    ahead = store.find(config.kernels_folder(), NAME, built_with)
+    if ahead is not None:
+        return ahead
+    folder = _cache_folder(built_with)
+    config.require_trusted(folder)
+    if store.find(folder, NAME, built_with) is None:
+        with store.lock(folder, NAME):
+            # another process may have built it while this one waited
+            if store.find(folder, NAME, built_with) is None:
+                build(folder)
+    return folder / f"{NAME}.so"
 
 
 def _load() -> ctypes.CDLL:
-    import tvm_ffi  # late: it comes with TileLang, which the package does not import
-
-    ahead = store.find(config.kernels_folder(), NAME, _built_with(tvm_ffi.__version__))
-    library = ctypes.CDLL(str(ahead or _cached(tvm_ffi)))
+    library = ctypes.CDLL(str(_obtain()))
     library.mhc_remember.argtypes = (
         ctypes.c_int32,
         ctypes.c_int32,

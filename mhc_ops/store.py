@@ -125,7 +125,7 @@ def save(
     """Put a library into a folder, whole or not at all.
 
     Args:
-        folder: where to put it; exists.
+        folder: where to put it; made where it does not exist.
         name: the stem of its files.
         built_with: what it was built with.
         export: writes the library to the path that it is given.
@@ -134,6 +134,7 @@ def save(
         OSError: the folder cannot be written.
     """
     library, manifest = folder / f"{name}.so", folder / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         new_library, new_manifest = Path(scratch) / library.name, Path(scratch) / manifest.name
         export(new_library)
@@ -185,7 +186,7 @@ def save_kernel(folder: Path, key: Key, kernel: Any) -> None:
     """Put a compiled kernel into a folder.
 
     Args:
-        folder: where to put it; exists.
+        folder: where to put it; made where it does not exist.
         key: the kernel.
         kernel: what TileLang's compiler returned for it.
 

@@ -28,7 +28,7 @@ def compiled(monkeypatch):
         return FakeKernel(key)
 
     monkeypatch.setattr(jit, "compile_kernel", compile_kernel)
-    monkeypatch.setattr(host, "build_ahead", compiled.append)
+    monkeypatch.setattr(host, "build", compiled.append)
     return compiled
 
 
@@ -109,7 +109,7 @@ def test_a_host_library_that_cannot_be_built(compiled, monkeypatch, capsys, tmp_
     def fail(folder):
         raise subprocess.CalledProcessError(1, "g++", stderr="error: no such header\n")
 
-    monkeypatch.setattr(host, "build_ahead", fail)
+    monkeypatch.setattr(host, "build", fail)
     assert __main__.main(["build", "--arch", "sm_90a", "-o", str(tmp_path)]) == 2
     assert capsys.readouterr().err.endswith(
         "mhc_ops.build: the native host library cannot be built: error: no such header\n"

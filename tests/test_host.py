@@ -651,7 +651,7 @@ def test_without_a_compiler_everything_is_python(untried, monkeypatch, tmp_path,
     (record,) = caplog.records
     assert record.getMessage().startswith("no native host path, ")
     assert compiler in record.getMessage()
-    assert list((tmp_path / "mhc_ops").iterdir()) == []
+    assert [path.name for path in host_folder(tmp_path).iterdir()] == ["host.lock"]
     fn = torch.empty(1)
     host.remember(CPU, HIDDEN, True, FakeKernel(), group_tokens())
     host.forget()
@@ -672,31 +672,50 @@ def test_an_error_of_the_compiler_is_logged(untried, monkeypatch, tmp_path, capl
 
 
 def test_another_source_torch_or_tvm_ffi_is_another_library(monkeypatch, tmp_path):
-    paths = {host._library_path("0.1.12"), host._library_path("0.1.13")}
+    def folder(tvm_ffi_version="0.1.12"):
+        return host._cache_folder(host._built_with(tvm_ffi_version))
+
+    folders = {folder(), folder("0.1.13")}
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "2.11.0")
-        paths.add(host._library_path("0.1.12"))
+        folders.add(folder())
     source = tmp_path / "_host.cpp"
     source.write_text(host.SOURCE.read_text() + "\n")
     monkeypatch.setattr(host, "SOURCE", source)
-    paths.add(host._library_path("0.1.12"))
-    assert len(paths) == 4
+    folders.add(folder())
+    assert len(folders) == 4
+
+
+def host_folder(cache):
+    """The one folder of libraries in a cache."""
+    (folder,) = (cache / "mhc_ops").iterdir()
+    return folder
 
 
 @needs_compiler
 def test_processes_that_build_at_once(tmp_path):
-    """Each finds a whole library in its place; nothing else is left behind."""
-    code = "from mhc_ops import host; print(host.load(), host.load())"
+    """One builds it, the other waits; nothing else is left behind."""
+    code = (
+        "import logging; logging.basicConfig(level='INFO', format='%(message)s')\n"
+        "from mhc_ops import host; print(host.load(), host.load())"
+    )
     environment = os.environ | {"TILELANG_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     running = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         for _ in range(2)
     ]
-    assert [process.communicate(timeout=280)[0] for process in running] == [b"True True\n"] * 2
-    (built,) = (tmp_path / "mhc_ops").iterdir()
-    before = built.stat().st_mtime_ns
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-    assert built.stat().st_mtime_ns == before
+    said = [process.communicate(timeout=280) for process in running]
+    assert [out for out, _ in said] == [b"True True\n"] * 2
+    assert sum(log.count(b"building host.so") for _, log in said) == 1
+    files = sorted(path.name for path in host_folder(tmp_path).iterdir())
+    assert files == ["host.json", "host.lock", "host.so"]
+    again = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert (again.stdout, again.stderr) == (b"True True\n", b"")
 
 
 def test_the_first_kernel_of_one_launch_loads_it(monkeypatch):
@@ -715,9 +734,10 @@ def test_a_library_that_was_built_ahead(untried, monkeypatch, tmp_path, caplog):
     """It is taken without a compiler and without the cache; one of another torch is not."""
     ahead = tmp_path / "ahead"
     ahead.mkdir()
+    # built by the fixture that all tests have
+    built = host._cache_folder(host._built_with(tvm_ffi.__version__)) / "host.so"
     monkeypatch.setattr(host, "_build", lambda path, _: path.write_bytes(built.read_bytes()))
-    built = host._library_path(tvm_ffi.__version__)  # by the fixture that all tests have
-    host.build_ahead(ahead)
+    host.build(ahead)
     monkeypatch.setenv("MHC_OPS_KERNELS", str(ahead))
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
     loaded = []
@@ -731,7 +751,7 @@ def test_a_library_that_was_built_ahead(untried, monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(torch, "__version__", "2.11.0")
     with caplog.at_level(logging.WARNING, logger="mhc_ops"):
         assert host.load()
-    assert loaded[1:] == [str(host._library_path(tvm_ffi.__version__))]
+    assert loaded[1:] == [str(host_folder(tmp_path / "cache") / "host.so")]
     (record,) = caplog.records
     assert record.getMessage() == (
         f"{ahead / 'host.so'} is not used: built with torch {TORCH}, expected 2.11.0"

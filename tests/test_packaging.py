@@ -1,5 +1,6 @@
 """The wheel: what is in it, and that it runs where the checkout is not."""
 
+import ast
 import importlib.metadata
 import os
 import platform
@@ -20,6 +21,7 @@ import mhc_ops
 from mhc_ops import dispatch, store
 
 ROOT = Path(__file__).parents[1]
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 # what a build reads; benchmarks, examples and tests go into the sdist alone
 SOURCES = ("mhc_ops", "csrc_tilelang", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md",
            "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "constraints.txt", "tests",
@@ -205,7 +207,7 @@ def test_metadata(wheel):
     assert fields["License-Expression"] == "Apache-2.0"
     assert any(name.endswith("licenses/LICENSE") for name in names)
     needs = [text for text in fields.get_all("Requires-Dist") if "extra" not in text]
-    assert needs == ["rich>=13", "tilelang==0.1.15", "torch<2.14,>=2.11"]
+    assert needs == ["rich<16,>=13", "tilelang==0.1.15", "torch<2.14,>=2.11"]
     assert 'transformers<6,>=5.17; extra == "transformers"' in fields.get_all("Requires-Dist")
 
 
@@ -256,3 +258,40 @@ def test_constraints_pin_what_the_package_needs():
     }
     assert names - {"mhc-ops"} <= pins.keys()
     assert not [version for version in pins.values() if "+" in version], "a local version"
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+RUN_TIME = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["transformers"]]
+
+
+@pytest.mark.parametrize("need", RUN_TIME)
+def test_every_dependency_is_bounded_and_justified(need):
+    package, bounds = re.fullmatch(r"(\w+)(.*)", need).groups()
+    assert bounds.startswith("==") or re.fullmatch(r">=[\d.]+,<[\d.]+", bounds)
+    rows = re.findall(r"\| (\w+)(?: \(extra\))? \| `(.*?)` \| (.+) \|", CONTRIBUTING)
+    assert [(name, text) for name, text, _ in rows if name == package] == [(package, bounds)]
+
+
+def test_only_declared_packages_are_imported():
+    """What the package imports is Python's own, declared, or comes with what is declared."""
+    came_along = {"tvm_ffi", "sympy"}
+    optional = {"sglang", "vllm"}
+    declared = {re.match(r"\w+", need)[0] for need in RUN_TIME} | came_along | optional
+    imported = set()
+    for folder in ("mhc_ops", "csrc_tilelang"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    imported |= {name.name.split(".")[0] for name in node.names}
+                elif isinstance(node, ast.ImportFrom) and not node.level:
+                    imported.add(node.module.split(".")[0])
+    assert imported - sys.stdlib_module_names - {"mhc_ops"} <= declared
+    assert not imported & {"http", "pickle", "requests", "socket", "urllib"}
+
+
+def test_pip_check():
+    """No package of this environment lacks what it needs, or has it in a wrong version."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
