@@ -23,6 +23,10 @@ MIX = torch.float32
 
 LARGEST = sys.float_info.max  # any finite number is at most this
 
+# Sinkhorn has long converged; without a bound a wrong number keeps a CPU or GPU busy for hours.
+# mhc_ops/_host.cpp has the same.
+MOST_ROUNDS = 10_000
+
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # types whose sizes are plain integers
 
 
@@ -38,6 +42,12 @@ def _fail(op: str, argument: str, expected: str, got: Any) -> NoReturn:
 def _shape_text(shape: Any) -> str:
     sizes = [str(size) for size in shape]
     return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+
+
+def _check_given(op: str, argument: str, tensor: Tensor | None) -> None:
+    """Torch lets None pass for a tensor of the schema."""
+    if tensor is None:
+        _fail(op, argument, "to be a tensor", None)
 
 
 def _check_shape(op: str, argument: str, tensor: Tensor, expected: tuple[Any, ...]) -> None:
@@ -82,6 +92,7 @@ def _check_tensor(
         and tensor.storage_offset() == 0
     ):
         return
+    _check_given(op, argument, tensor)
     _check_layout(op, argument, tensor, device, dtypes, rows=rows)
     _check_shape(op, argument, tensor, expected)
 
@@ -104,6 +115,8 @@ def _check_layout(
         _fail(op, argument, "to be a strided tensor", tensor.layout)
     if not rows:
         return
+    if any(type(size) is int and size == 0 for size in tensor.shape):
+        return  # nothing is read, and torch calls it contiguous whatever its strides
     stride = tensor.stride()
     if stride and type(stride[-1]) is int and stride[-1] != 1 and tensor.shape[-1] != 1:
         _fail(op, argument, "with a contiguous last dimension", f"strides {_shape_text(stride)}")
@@ -126,6 +139,7 @@ def _check_scalar(op: str, argument: str, value: Any, least: float = -LARGEST) -
 
 def _check_streams(op: str, residual: Tensor) -> tuple[int, int]:
     """The checks on ``residual`` alone; returns (hc_mult, hidden)."""
+    _check_given(op, "residual", residual)
     shape = residual.shape
     if len(shape) < 3:
         _fail(op, "residual", "of shape (..., hc_mult, hidden)", _shape_text(shape))
@@ -180,6 +194,7 @@ def check_post(
     leading = tuple(residual.shape[:-2])
     device = residual.device
     _check_tensor(op, "x", x, device, (ACTIVATION,), (*leading, hidden), rows=True)
+    _check_given(op, "post_layer_mix", post_layer_mix)
     tail = (hc_mult,) if post_layer_mix.dim() == len(leading) + 1 else (hc_mult, 1)
     _check_tensor(
         op, "post_layer_mix", post_layer_mix, device, (MIX,), (*leading, *tail), rows=True
@@ -258,7 +273,8 @@ def check_mixing(
     _check_scalar(op, "hc_pre_eps", hc_pre_eps, 0)
     _check_scalar(op, "hc_sinkhorn_eps", hc_sinkhorn_eps, 0)
     _check_scalar(op, "hc_post_mult_value", hc_post_mult_value)
-    _check_scalar(op, "sinkhorn_repeat", sinkhorn_repeat, 1)
+    if type(sinkhorn_repeat) is int and not 1 <= sinkhorn_repeat <= MOST_ROUNDS:
+        _fail(op, "sinkhorn_repeat", f"from 1 to {MOST_ROUNDS}", sinkhorn_repeat)
     _check_norm(op, device, hidden, norm_weight, norm_eps)
 
 

@@ -19,7 +19,6 @@
 #include <cfloat>
 #include <cstdint>
 #include <initializer_list>
-#include <limits>
 #include <mutex>
 #include <string>
 #include <unordered_map>
@@ -52,6 +51,8 @@ using torch::jit::Stack;
 // mhc_ops/dispatch.py has the same: HC_MULT, MIXES
 constexpr int64_t kHcMult = 4;
 constexpr int64_t kMixes = kHcMult * (kHcMult + 2);
+// mhc_ops/_checks.py: MOST_ROUNDS
+constexpr int64_t kMostRounds = 10000;
 constexpr uintptr_t kAlignment = 16;  // bytes: the kernel loads and stores 16 bytes a thread
 
 // Positions of the schema's arguments, mhc_ops/_library.py.
@@ -322,7 +323,7 @@ bool take(DispatchKeySet keys, Stack* stack) {
       is_number(arguments[kHcSinkhornEps], 0) &&
       is_number(arguments[kHcPostMultValue], -DBL_MAX) && arguments[kSinkhornRepeat].isInt() &&
       arguments[kSinkhornRepeat].toInt() >= 1 &&
-      arguments[kSinkhornRepeat].toInt() <= std::numeric_limits<int32_t>::max() &&
+      arguments[kSinkhornRepeat].toInt() <= kMostRounds &&
       (norm ? is_dense(arguments[kNormWeight].toTensor(), device, bf16, {}, {hidden}) &&
                   is_aligned(arguments[kNormWeight].toTensor()) &&
                   is_number(arguments[kNormEps], 0)

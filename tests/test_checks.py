@@ -84,6 +84,8 @@ for name, ops in ARGUMENTS.items():
     # one more dimension; for residual two less, as pre and head take any number of leading ones
     rank = (lambda t: t[0, 0]) if name == "residual" else (lambda t: t[None])
     CASES[f"{name} rank"] = Case(name, ops, rank)
+    if name != "norm_weight":
+        CASES[f"{name} None"] = Case(name, ops, value(None))
 for name in ROWS:
     CASES[f"{name} gaps in rows"] = Case(name, ARGUMENTS[name], gaps_in_rows)
 for name in (*ROWS, "post_layer_mix"):
@@ -118,6 +120,7 @@ CASES |= {
     "hc_post_mult_value NaN": Case("hc_post_mult_value", PRE, value(math.nan)),
     "sinkhorn_repeat zero": Case("sinkhorn_repeat", PRE, value(0)),
     "sinkhorn_repeat negative": Case("sinkhorn_repeat", PRE, value(-3)),
+    "sinkhorn_repeat of hours": Case("sinkhorn_repeat", PRE, value(10_001)),
 }
 
 ROWS_OF_CASES = [(op, name) for op in OPS for name, case in CASES.items() if op in case.ops]
@@ -159,15 +162,19 @@ def test_messages_of_post():
         """\
 x dtype: mhc::post: expected x of dtype torch.bfloat16, got torch.float16
 x rank: mhc::post: expected x of shape (3, 256), got (1, 3, 256)
+x None: mhc::post: expected x to be a tensor, got None
 residual dtype: mhc::post: expected residual of dtype torch.bfloat16, got torch.float16
 residual rank: mhc::post: expected residual of shape (..., hc_mult, hidden), got (256,)
+residual None: mhc::post: expected residual to be a tensor, got None
 post_layer_mix dtype: mhc::post: expected post_layer_mix of dtype torch.float32, got
     torch.bfloat16
 post_layer_mix rank: mhc::post: expected post_layer_mix of shape (3, 4, 1), got (1, 3, 4,
     1)
+post_layer_mix None: mhc::post: expected post_layer_mix to be a tensor, got None
 comb_res_mix dtype: mhc::post: expected comb_res_mix of dtype torch.float32, got
     torch.bfloat16
 comb_res_mix rank: mhc::post: expected comb_res_mix of shape (3, 4, 4), got (1, 3, 4, 4)
+comb_res_mix None: mhc::post: expected comb_res_mix to be a tensor, got None
 x gaps in rows: mhc::post: expected x with a contiguous last dimension, got strides (512,
     2)
 residual gaps in rows: mhc::post: expected residual with a contiguous last dimension, got
@@ -208,12 +215,16 @@ def test_messages_of_pre():
         """\
 residual dtype: mhc::pre: expected residual of dtype torch.bfloat16, got torch.float16
 residual rank: mhc::pre: expected residual of shape (..., hc_mult, hidden), got (256,)
+residual None: mhc::pre: expected residual to be a tensor, got None
 fn dtype: mhc::pre: expected fn of dtype torch.float32, got torch.bfloat16
 fn rank: mhc::pre: expected fn of shape (24, 1024), got (1, 24, 1024)
+fn None: mhc::pre: expected fn to be a tensor, got None
 hc_scale dtype: mhc::pre: expected hc_scale of dtype torch.float32, got torch.bfloat16
 hc_scale rank: mhc::pre: expected hc_scale of shape (3,), got (1, 3)
+hc_scale None: mhc::pre: expected hc_scale to be a tensor, got None
 hc_base dtype: mhc::pre: expected hc_base of dtype torch.float32, got torch.bfloat16
 hc_base rank: mhc::pre: expected hc_base of shape (24,), got (1, 24)
+hc_base None: mhc::pre: expected hc_base to be a tensor, got None
 norm_weight dtype: mhc::pre: expected norm_weight of dtype torch.bfloat16 or
     torch.float32, got torch.float16
 norm_weight rank: mhc::pre: expected norm_weight of shape (256,), got (1, 256)
@@ -261,10 +272,9 @@ norm_weight without norm_eps: mhc::pre: expected norm_weight and norm_eps togeth
 norm_eps without norm_weight: mhc::pre: expected norm_weight and norm_eps together or
     neither, got norm_eps alone
 hc_post_mult_value NaN: mhc::pre: expected hc_post_mult_value to be finite, got nan
-sinkhorn_repeat zero: mhc::pre: expected sinkhorn_repeat to be finite and at least 1, got
-    0
-sinkhorn_repeat negative: mhc::pre: expected sinkhorn_repeat to be finite and at least 1,
-    got -3""",
+sinkhorn_repeat zero: mhc::pre: expected sinkhorn_repeat from 1 to 10000, got 0
+sinkhorn_repeat negative: mhc::pre: expected sinkhorn_repeat from 1 to 10000, got -3
+sinkhorn_repeat of hours: mhc::pre: expected sinkhorn_repeat from 1 to 10000, got 10001""",
     )
 
 
@@ -274,26 +284,33 @@ def test_messages_of_fused_post_pre():
         """\
 x dtype: mhc::fused_post_pre: expected x of dtype torch.bfloat16, got torch.float16
 x rank: mhc::fused_post_pre: expected x of shape (3, 256), got (1, 3, 256)
+x None: mhc::fused_post_pre: expected x to be a tensor, got None
 residual dtype: mhc::fused_post_pre: expected residual of dtype torch.bfloat16, got
     torch.float16
 residual rank: mhc::fused_post_pre: expected residual of shape (..., hc_mult, hidden), got
     (256,)
+residual None: mhc::fused_post_pre: expected residual to be a tensor, got None
 post_layer_mix dtype: mhc::fused_post_pre: expected post_layer_mix of dtype torch.float32,
     got torch.bfloat16
 post_layer_mix rank: mhc::fused_post_pre: expected post_layer_mix of shape (3, 4, 1), got
     (1, 3, 4, 1)
+post_layer_mix None: mhc::fused_post_pre: expected post_layer_mix to be a tensor, got None
 comb_res_mix dtype: mhc::fused_post_pre: expected comb_res_mix of dtype torch.float32, got
     torch.bfloat16
 comb_res_mix rank: mhc::fused_post_pre: expected comb_res_mix of shape (3, 4, 4), got (1,
     3, 4, 4)
+comb_res_mix None: mhc::fused_post_pre: expected comb_res_mix to be a tensor, got None
 fn dtype: mhc::fused_post_pre: expected fn of dtype torch.float32, got torch.bfloat16
 fn rank: mhc::fused_post_pre: expected fn of shape (24, 1024), got (1, 24, 1024)
+fn None: mhc::fused_post_pre: expected fn to be a tensor, got None
 hc_scale dtype: mhc::fused_post_pre: expected hc_scale of dtype torch.float32, got
     torch.bfloat16
 hc_scale rank: mhc::fused_post_pre: expected hc_scale of shape (3,), got (1, 3)
+hc_scale None: mhc::fused_post_pre: expected hc_scale to be a tensor, got None
 hc_base dtype: mhc::fused_post_pre: expected hc_base of dtype torch.float32, got
     torch.bfloat16
 hc_base rank: mhc::fused_post_pre: expected hc_base of shape (24,), got (1, 24)
+hc_base None: mhc::fused_post_pre: expected hc_base to be a tensor, got None
 norm_weight dtype: mhc::fused_post_pre: expected norm_weight of dtype torch.bfloat16 or
     torch.float32, got torch.float16
 norm_weight rank: mhc::fused_post_pre: expected norm_weight of shape (256,), got (1, 256)
@@ -375,10 +392,11 @@ norm_eps without norm_weight: mhc::fused_post_pre: expected norm_weight and norm
     together or neither, got norm_eps alone
 hc_post_mult_value NaN: mhc::fused_post_pre: expected hc_post_mult_value to be finite, got
     nan
-sinkhorn_repeat zero: mhc::fused_post_pre: expected sinkhorn_repeat to be finite and at
-    least 1, got 0
-sinkhorn_repeat negative: mhc::fused_post_pre: expected sinkhorn_repeat to be finite and
-    at least 1, got -3""",
+sinkhorn_repeat zero: mhc::fused_post_pre: expected sinkhorn_repeat from 1 to 10000, got 0
+sinkhorn_repeat negative: mhc::fused_post_pre: expected sinkhorn_repeat from 1 to 10000,
+    got -3
+sinkhorn_repeat of hours: mhc::fused_post_pre: expected sinkhorn_repeat from 1 to 10000,
+    got 10001""",
     )
 
 
@@ -388,12 +406,16 @@ def test_messages_of_head():
         """\
 residual dtype: mhc::head: expected residual of dtype torch.bfloat16, got torch.float16
 residual rank: mhc::head: expected residual of shape (..., hc_mult, hidden), got (256,)
+residual None: mhc::head: expected residual to be a tensor, got None
 fn dtype: mhc::head: expected fn of dtype torch.float32, got torch.bfloat16
 fn rank: mhc::head: expected fn of shape (4, 1024), got (1, 4, 1024)
+fn None: mhc::head: expected fn to be a tensor, got None
 scale dtype: mhc::head: expected scale of dtype torch.float32, got torch.bfloat16
 scale rank: mhc::head: expected scale of shape (1,), got (1, 1)
+scale None: mhc::head: expected scale to be a tensor, got None
 base dtype: mhc::head: expected base of dtype torch.float32, got torch.bfloat16
 base rank: mhc::head: expected base of shape (4,), got (1, 4)
+base None: mhc::head: expected base to be a tensor, got None
 norm_weight dtype: mhc::head: expected norm_weight of dtype torch.bfloat16 or
     torch.float32, got torch.float16
 norm_weight rank: mhc::head: expected norm_weight of shape (256,), got (1, 256)
