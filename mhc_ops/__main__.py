@@ -17,6 +17,7 @@ COMMANDS = {
         "build",
         "compile kernels ahead of time, for machines without a compiler",
     ),
+    "selftest": ("selftest", "whether this machine gives right answers, and how fast"),
     "bench": ("bench", "time one boundary on the GPU and record it"),
     "demo": ("demo", "a small DeepSeek-V4 model, stock against mhc-ops, on the CPU or a GPU"),
 }
@@ -29,7 +30,8 @@ def main(argv: Sequence[str]) -> int:
         argv: the command and its own arguments.
 
     Returns:
-        The exit status: 0 when it worked, 2 for wrong arguments or where it cannot run.
+        The exit status: 0 when it worked, 2 for wrong arguments or where it cannot run; more is
+        said by the commands themselves.
     """
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(
