@@ -1,5 +1,7 @@
-# make demo   the demonstration; make test   lint, types and the whole test suite.
-# Both do all set-up in .venv first; nothing has to be installed but make and Python 3.11 or newer.
+# make demo   the demonstration
+# make test   lint, types and the whole test suite
+# make docs   the API pages, in build/docs
+# All do all set-up in .venv first; nothing has to be installed but make and Python 3.11 or newer.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,13 +15,19 @@ PYTHON = $(shell for python in python3 python3.12 python3.11 python3.13; do \
 
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint setup clean
+# What users import. prewarm the function hides prewarm the module.
+DOCUMENTED := mhc_ops mhc_ops.nn mhc_ops.integrations.transformers mhc_ops.testing mhc_ops.config
+
+.PHONY: demo test docs lint setup clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m mhc_ops demo
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+
+docs: $(INSTALLED)
+	$(BIN)/pdoc --docformat google --math --output-directory build/docs $(DOCUMENTED) '!mhc_ops.prewarm'
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -134,6 +134,11 @@ def prewarm(
     Raises:
         ValueError: a hidden size or ``max_tokens`` that the kernels cannot serve.
         RuntimeError: the device cannot be served, with the reason.
+
+    Example:
+        >>> import mhc_ops
+        >>> if mhc_ops.is_supported()[0]:
+        ...     report = mhc_ops.prewarm(hidden=[256], max_tokens=8)
     """
     check_sizes("mhc_ops.prewarm", hidden, max_tokens)
     supported, reason = support.is_supported(device)

@@ -43,6 +43,11 @@ def is_supported(device: torch.device | str | int | None = None) -> tuple[bool, 
 
     Returns:
         (True, what will serve it) or (False, the reason why the kernels cannot).
+
+    Example:
+        >>> import mhc_ops
+        >>> mhc_ops.is_supported("cpu")
+        (False, 'device cpu is not a CUDA device')
     """
     wanted = _normalise(device)
     if wanted.type != "cuda":

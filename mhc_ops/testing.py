@@ -4,6 +4,13 @@
 compares what the op returned with the reference in float64, which is given the op's own
 ``residual_out``, so that every output is judged by its own step alone. Why each bound is what it
 is stands next to it.
+
+>>> import mhc_ops
+>>> from mhc_ops.testing import assert_matches_oracle, make_inputs
+>>> inputs = make_inputs("head", 3, 256, norm=True, kind="large_logits")
+>>> errors = assert_matches_oracle("head", inputs, mhc_ops.head(**inputs))
+>>> errors["layer_input"] <= 1  # as a fraction of what is allowed
+True
 """
 
 from __future__ import annotations

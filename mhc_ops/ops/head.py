@@ -100,12 +100,14 @@ def head(
     r"""Collapse the residual streams after the last layer.
 
     .. math::
+        \begin{aligned}
         m &= \Big(\sum_k r_k\,\mathrm{fn}_{:,k}\Big)\,
              \mathrm{rsqrt}\big(\mathrm{mean}_k(r_k^2) + \mathrm{rms\_eps}\big) \\
         v &= \sum_j \big(\sigma(m_j\,s + b_j) + \mathrm{hc\_eps}\big)\,r_j,\qquad
         h = \mathrm{bf16}(v)\ \text{or}\
             \mathrm{bf16}\big(\mathrm{bf16}(v)\,
             \mathrm{rsqrt}(\mathrm{mean}_h(v^2) + \mathrm{norm\_eps})\,g\big)
+        \end{aligned}
 
     in fp32, with k over all n * H elements of a token's streams; no Sinkhorn.
 
@@ -128,6 +130,13 @@ def head(
         ValueError: an argument of a wrong dtype, shape, device, memory layout or value, or only
             one of ``norm_weight`` and ``norm_eps``.
         RuntimeError: the CUDA kernels cannot serve the device, or a backward is asked for.
+
+    Example:
+        >>> import torch, mhc_ops
+        >>> residual = torch.ones(1, 4, 256, dtype=torch.bfloat16)
+        >>> fn, scale, base = torch.zeros(4, 1024), torch.ones(1), torch.zeros(4)
+        >>> mhc_ops.head(residual, fn, scale, base, 1e-6, 0.0).unique()
+        tensor([2.], dtype=torch.bfloat16)
     """
     return torch.ops.mhc.head.default(
         residual, fn, scale, base, rms_eps, hc_eps, norm_weight=norm_weight, norm_eps=norm_eps

@@ -81,5 +81,15 @@ def post(x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tens
         ValueError: an argument of a wrong dtype, shape, device or memory layout (the last
             dimension must be contiguous and start at a multiple of 16 bytes).
         RuntimeError: the CUDA kernels cannot serve the device, or a backward is asked for.
+
+    Example:
+        One token whose old streams are all 1, mixed evenly, and whose x is 2:
+
+        >>> import torch, mhc_ops
+        >>> x = torch.full((1, 256), 2.0, dtype=torch.bfloat16)
+        >>> residual = torch.ones(1, 4, 256, dtype=torch.bfloat16)
+        >>> streams = mhc_ops.post(x, residual, torch.ones(1, 4), torch.full((1, 4, 4), 0.25))
+        >>> streams.shape, streams.unique()
+        (torch.Size([1, 4, 256]), tensor([3.], dtype=torch.bfloat16))
     """
     return torch.ops.mhc.post.default(x, residual, post_layer_mix, comb_res_mix)

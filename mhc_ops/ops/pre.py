@@ -217,6 +217,7 @@ def pre(
     r"""Collapse the residual streams into a sublayer's input and make the weights of its post.
 
     .. math::
+        \begin{aligned}
         m &= \Big(\sum_k r_k\,\mathrm{fn}_{:,k}\Big)\,
              \mathrm{rsqrt}\big(\mathrm{mean}_k(r_k^2) + \mathrm{rms\_eps}\big) \\
         w &= \sigma(m_{0:n}\,s_0 + b_{0:n}) + \mathrm{hc\_pre\_eps} \\
@@ -228,6 +229,7 @@ def pre(
         y = \mathrm{bf16}(v)\ \text{or}\
             \mathrm{bf16}\big(\mathrm{bf16}(v)\,
             \mathrm{rsqrt}(\mathrm{mean}_h(v^2) + \mathrm{norm\_eps})\,g\big)
+        \end{aligned}
 
     in fp32, with k over all n * H elements of a token's streams.
 
@@ -254,6 +256,18 @@ def pre(
         ValueError: an argument of a wrong dtype, shape, device, memory layout or value, or only
             one of ``norm_weight`` and ``norm_eps``.
         RuntimeError: the CUDA kernels cannot serve the device, or a backward is asked for.
+
+    Example:
+        With a projection of zeros every stream weighs sigmoid(0) = 1/2 and the mixing is even:
+
+        >>> import torch, mhc_ops
+        >>> residual = torch.ones(1, 4, 256, dtype=torch.bfloat16)
+        >>> fn, scale, base = torch.zeros(24, 1024), torch.ones(3), torch.zeros(24)
+        >>> out = mhc_ops.pre(residual, fn, scale, base, 1e-6, 0.0, 1e-6, 2.0, 20)
+        >>> out.layer_input.unique(), out.post_mix.unique()
+        (tensor([2.], dtype=torch.bfloat16), tensor([1.]))
+        >>> out.comb_mix[0, 0]
+        tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
     return PreOutput(
         *torch.ops.mhc.pre.default(
