@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import engines
 import pytest
 
 import mhc_ops
@@ -14,12 +15,12 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PACKAGE = Path(mhc_ops.__file__).parents[1]
 
 
-def run(name, **environment):
+def run(name, *arguments, beside=(), **environment):
+    """What an example printed; ``beside`` are more folders to import from."""
+    path = os.pathsep.join(map(str, [*beside, PACKAGE, os.environ.get("PYTHONPATH", "")]))
     result = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name)],
-        env=os.environ
-        | {"PYTHONPATH": f"{PACKAGE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        | environment,
+        [sys.executable, str(ROOT / "examples" / name), *arguments],
+        env=os.environ | {"PYTHONPATH": path} | environment,
         capture_output=True,
         text=True,
         timeout=250,
@@ -53,3 +54,22 @@ def test_cuda_graph_without_a_gpu():
 @pytest.mark.gpu
 def test_cuda_graph():
     assert run("cuda_graph.py").count("equal to eager: True") == 3
+
+
+@pytest.mark.parametrize("engine", engines.VERSIONS)
+def test_engine(engine, tmp_path):
+    """On the stand-in of the engine."""
+    engines.write(engine, tmp_path)
+    output = run(f"{engine}_engine.py", "some/model", beside=[tmp_path])
+    assert output.count("runs the op: True") == 4
+    assert "some/model: Four streams flow" in output
+
+
+@pytest.mark.parametrize("engine", engines.VERSIONS)
+def test_engine_that_is_not_there(engine, tmp_path):
+    (tmp_path / f"{engine}.py").write_text("raise ImportError('not installed')")
+    output = run(f"{engine}_engine.py", beside=[tmp_path])
+    assert output.startswith("this example needs ")
+    assert output.rstrip().endswith(
+        f"got an import error: not installed; tested with {engine} {engines.VERSIONS[engine]}"
+    )
