@@ -5,9 +5,12 @@ with CPU, CUDA, fake and autograd implementations. It imports neither TileLang n
 CUDA call does.
 """
 
+from . import _sharding
 from .ops import FusedPostPreOutput, PreOutput, fused_post_pre, head, post, pre
 from .prewarm import PrewarmReport, prewarm
 from .support import is_supported
+
+_sharding.register_when_imported()
 
 __version__ = "0.1.0"
 

@@ -15,11 +15,20 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PACKAGE = Path(mhc_ops.__file__).parents[1]
 
 
-def run(name, *arguments, beside=(), **environment):
-    """What an example printed; ``beside`` are more folders to import from."""
+def run(name, *arguments, beside=(), processes=0, **environment):
+    """What an example printed; ``beside`` are more folders to import from.
+
+    With ``processes`` it runs under torchrun, in so many.
+    """
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     path = os.pathsep.join(map(str, [*beside, PACKAGE, os.environ.get("PYTHONPATH", "")]))
     result = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name), *arguments],
+        [
+            sys.executable,
+            *(torchrun if processes else ()),
+            str(ROOT / "examples" / name),
+            *arguments,
+        ],
         env=os.environ | {"PYTHONPATH": path} | environment,
         capture_output=True,
         text=True,
@@ -73,3 +82,15 @@ def test_engine_that_is_not_there(engine, tmp_path):
     assert output.rstrip().endswith(
         f"got an import error: not installed; tested with {engine} {engines.VERSIONS[engine]}"
     )
+
+
+def test_sequence_parallel():
+    output = run("sequence_parallel.py", processes=2)
+    for rank in range(2):
+        assert f"rank {rank}: 5 of 10 tokens, equal: True" in output
+
+
+def test_data_parallel():
+    output = run("data_parallel.py", processes=2)
+    for rank in range(2):
+        assert f"rank {rank}: 3 of 6 sequences, equal: True, collectives: 0" in output
