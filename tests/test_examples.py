@@ -49,6 +49,19 @@ def test_post_pre():
     assert "streams equal bit for bit: True" in output
 
 
+def test_decoder_stack():
+    output = run("decoder_stack.py", CUDA_VISIBLE_DEVICES="")
+    assert "got missing layers.1.hc_attn_fn" in output
+    assert "in two halves, largest difference: 0.0e+00" in output
+    assert "captured changes nothing: True" in output
+
+
+def test_nextn():
+    output = run("nextn.py")
+    assert "draft step 3: streams (8, 4, 256)" in output
+    assert "streams of the boundary equal fused and unfused: True" in output
+
+
 def test_compile():
     output = run("compile.py")
     assert output.count("equal to eager: True") == 6
