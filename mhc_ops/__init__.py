@@ -18,9 +18,12 @@ True
 {'residual_out': (2, 4, 256), 'post_mix': (2, 4, 1), 'comb_mix': (2, 4, 4), 'layer_input': (2, 256)}
 """
 
+from . import _sharding
 from .ops import FusedPostPreOutput, PreOutput, fused_post_pre, head, post, pre
 from .prewarm import PrewarmReport, prewarm
 from .support import is_supported
+
+_sharding.register_when_imported()
 
 __version__ = "0.1.0"
 

@@ -8,11 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from . import dispatch, jit, support
+from . import dispatch, jit, nn, support
 from .ops.fused_post_pre import fused_post_pre
 from .ops.head import head
 from .ops.post import post
@@ -109,30 +109,70 @@ def side_by_side(
             raise
 
 
+def _sizes(of: Any) -> list[tuple[int, int]]:
+    """(hidden size, hc_mult) of what a model or a config describes, each once.
+
+    A model with wired modules tells by them; any other, as transformers makes it, by its config.
+    """
+    if isinstance(of, torch.nn.Module):
+        found = {
+            (module.fn.shape[1] // module.hc_mult, module.hc_mult)
+            for module in of.modules()
+            if isinstance(module, (nn.HyperConnection, nn.HyperHead))
+        }
+        if found:
+            return sorted(found)
+    config = getattr(of, "config", of)
+    try:
+        return [(config.hidden_size, config.hc_mult)]
+    except AttributeError as error:
+        raise TypeError(
+            "mhc_ops.prewarm: expected hidden sizes, a model with hyper-connections, or a model or "
+            f"config with hidden_size and hc_mult, got {type(of).__name__}: {error}"
+        ) from error
+
+
+def _hidden_sizes(of: Any) -> list[int]:
+    sizes = _sizes(of)
+    for _, hc_mult in sizes:
+        if hc_mult != dispatch.HC_MULT:
+            raise ValueError(f"mhc_ops.prewarm: expected hc_mult {dispatch.HC_MULT}, got {hc_mult}")
+    return [size for size, _ in sizes]
+
+
+def _device(of: Any) -> torch.device | None:
+    """The CUDA device that a model stands on."""
+    parameters = of.parameters() if isinstance(of, torch.nn.Module) else ()
+    return next((p.device for p in parameters if p.device.type == "cuda"), None)
+
+
 def prewarm(
-    hidden: Sequence[int],
+    hidden: Sequence[int] | torch.nn.Module | Any,
     *,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     device: torch.device | str | int | None = None,
     progress: bool = False,
 ) -> PrewarmReport:
-    """Compile and load all kernels that calls with these sizes can reach.
+    """Compile and load all kernels that calls with these sizes, or of this model, can reach.
 
-    After it no call with one of these hidden sizes and up to ``max_tokens`` tokens compiles or
+    After it no call with one of the hidden sizes and up to ``max_tokens`` tokens compiles or
     loads anything, so it may run inside CUDA-graph capture. Kernels are compiled side by side;
     those that were built ahead or lie in the cache are read.
 
     Args:
-        hidden: hidden sizes, multiples of 256.
+        hidden: hidden sizes, multiples of 256; or a model with hyper-connections; or a model of
+            transformers, or a config of anyone's, with ``hidden_size`` and ``hc_mult``.
         max_tokens: the largest token count of a call.
-        device: a CUDA device, its name or index; the current one when None.
+        device: a CUDA device, its name or index; when None the one that the model stands on, or
+            the current one.
         progress: show a progress bar on standard error.
 
     Returns:
         What was done.
 
     Raises:
-        ValueError: a hidden size or ``max_tokens`` that the kernels cannot serve.
+        ValueError: a hidden size, ``hc_mult`` or ``max_tokens`` that the kernels cannot serve.
+        TypeError: no hidden sizes can be told from what was given.
         RuntimeError: the device cannot be served, with the reason.
 
     Example:
@@ -140,6 +180,9 @@ def prewarm(
         >>> if mhc_ops.is_supported()[0]:
         ...     report = mhc_ops.prewarm(hidden=[256], max_tokens=8)
     """
+    if not isinstance(hidden, Sequence):
+        device = _device(hidden) if device is None else device
+        hidden = _hidden_sizes(hidden)
     check_sizes("mhc_ops.prewarm", hidden, max_tokens)
     supported, reason = support.is_supported(device)
     if not supported:

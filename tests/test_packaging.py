@@ -212,6 +212,18 @@ def test_metadata(wheel):
     assert 'transformers<6,>=5.17; extra == "transformers"' in fields.get_all("Requires-Dist")
 
 
+def test_entry_point_of_vllm(environment, tmp_path):
+    """It is found as vLLM finds it, and loads; without vLLM it changes nothing and says so."""
+    interpreter, _ = environment
+    load = (
+        "from importlib.metadata import entry_points\n"
+        "(found,) = entry_points(group='vllm.general_plugins')\n"
+        "found.load()()\n"
+        "print(found.name)"
+    )
+    assert python(interpreter, "-c", load, cwd=tmp_path) == "mhc_ops\n"
+
+
 def test_every_op_runs_from_the_wheel(environment, tmp_path):
     interpreter, site = environment
     loaded = Path(python(interpreter, "-c", RUN_EVERY_OP, cwd=tmp_path).strip())

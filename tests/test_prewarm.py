@@ -1,12 +1,16 @@
 """prewarm: what it refuses, what it compiles, and that nothing compiles after it."""
 
+import importlib
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import mhc_ops
-from mhc_ops import dispatch, host, jit, support
+from helpers import NORMS, OPS
+from mhc_ops import dispatch, host, jit, nn, support
 from mhc_ops.testing import make_inputs
 
 
@@ -40,6 +44,140 @@ def test_fewer_tokens_need_fewer_kernels():
     assert few < set(dispatch.keys(4096, "sm_90a", 8192))
 
 
+class Recorder:
+    """Runs the CUDA implementations without a GPU, on meta tensors; keeps the kernels they ask for.
+
+    What a kernel would do is left out: only which one it is counts.
+    """
+
+    def __init__(self, monkeypatch, arch):
+        self.keys = set()
+        self.cuda = {op: importlib.import_module(f"mhc_ops.ops.{op}")._cuda for op in OPS}
+        monkeypatch.setattr(support, "arch", lambda device: arch)
+        monkeypatch.setattr(support, "sm_count", lambda device: 132)
+        monkeypatch.setattr(support, "require", lambda op, device: None)
+        monkeypatch.setattr(jit, "launch", lambda key, *rest: self.keys.add(key))
+        monkeypatch.setattr(jit, "entry_point", lambda key, device: self.keys.add(key))
+        monkeypatch.setattr(host, "may_read_early", lambda fn: False)
+        monkeypatch.setattr(host, "remember", lambda *rest: None)
+
+    def take(self):
+        keys, self.keys = self.keys, set()
+        return keys
+
+    def calls(self, op, counts, hidden, norm):
+        """The kernels of calls with these token counts."""
+        inputs = make_inputs(op, 1, hidden, norm=norm, device="meta")
+        names = [n for n in ("x", "residual", "post_layer_mix", "comb_res_mix") if n in inputs]
+        for tokens in counts:
+            for name in names:
+                inputs[name] = inputs[name].new_empty((tokens, *inputs[name].shape[1:]))
+            self.cuda[op](**inputs)
+        return self.take()
+
+
+# Every count up to beyond the bounds of dispatch, and some large ones.
+EVERY = (*range(1, 140), 512, 2048, 8192)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 8, 96, 97, 129, 8192])
+@pytest.mark.parametrize("hidden", [256, 4096, 8192])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_no_call_reaches_a_kernel_that_is_not_ready(monkeypatch, arch, hidden, max_tokens):
+    """Every op at every token count asks for what was compiled and loaded, and for nothing else."""
+    recorder = Recorder(monkeypatch, arch)
+    prewarm = sys.modules["mhc_ops.prewarm"]
+    for op in OPS:
+        named = SimpleNamespace if op == "fused_post_pre" else None
+        run = recorder.cuda[op]
+        monkeypatch.setattr(
+            prewarm,
+            op,
+            lambda *a, run=run, named=named, **k: (
+                named(residual_out=run(*a, **k)[0]) if named else run(*a, **k)
+            ),
+        )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    prewarm._load(hidden, max_tokens, torch.device("meta"))
+    loaded = recorder.take()
+    compiled = set(dispatch.keys(hidden, arch, max_tokens))
+    assert loaded == compiled
+    counts = [tokens for tokens in EVERY if tokens <= max_tokens]
+    reached = set()
+    for op in OPS:
+        for norm in NORMS[op]:
+            reached |= recorder.calls(op, counts, hidden, norm)
+    assert reached == compiled
+
+
+def config(**changes):
+    return SimpleNamespace(**({"hidden_size": 512, "hc_mult": 4} | changes))
+
+
+def stack(hidden=512, hc_mult=4):
+    return nn.DecoderStack([(torch.tanh, torch.tanh)], hidden, hc_mult)
+
+
+class WithConfig(torch.nn.Module):
+    """As a model of transformers is before anything is applied to it."""
+
+    config = config()
+
+
+class TestModels:
+    @pytest.mark.parametrize(
+        ("of", "sizes"),
+        [
+            (stack(), [512]),
+            (torch.nn.ModuleList([stack(), stack(256), stack()]), [256, 512]),
+            (nn.HyperHead(768), [768]),
+            (WithConfig(), [512]),
+            (config(), [512]),
+        ],
+        ids=["stack", "two stacks", "head", "model", "config"],
+    )
+    def test_sizes(self, monkeypatch, of, sizes):
+        """The kernels of these hidden sizes are compiled, and those sizes loaded."""
+        prewarm = sys.modules["mhc_ops.prewarm"]
+        compiled, loaded = [], []
+        monkeypatch.setattr(support, "is_supported", lambda device: (True, "yes"))
+        monkeypatch.setattr(support, "cuda_device", lambda device: torch.device("meta"))
+        monkeypatch.setattr(support, "arch", lambda device: "sm_90a")
+        monkeypatch.setattr(torch.cuda, "device", torch.device)
+        monkeypatch.setattr(jit, "compile_key", compiled.append)
+        monkeypatch.setattr(prewarm, "_load", lambda size, *rest: loaded.append((size, *rest)))
+        report = mhc_ops.prewarm(of, max_tokens=64)
+        keys = {key for size in sizes for key in dispatch.keys(size, "sm_90a", 64)}
+        assert set(compiled) == set(report.kernels) == keys
+        assert loaded == [(size, 64, torch.device("meta")) for size in sizes]
+
+    def test_a_real_config(self):
+        transformers = pytest.importorskip("transformers")
+        assert sys.modules["mhc_ops.prewarm"]._hidden_sizes(transformers.DeepseekV4Config()) == [
+            transformers.DeepseekV4Config().hidden_size
+        ]
+
+    @pytest.mark.parametrize("of", [stack(hc_mult=2), config(hc_mult=2)], ids=["model", "config"])
+    def test_another_hc_mult(self, of):
+        with pytest.raises(ValueError, match=r"^mhc_ops\.prewarm: expected hc_mult 4, got 2$"):
+            mhc_ops.prewarm(of)
+
+    @pytest.mark.parametrize("of", [torch.nn.Linear(2, 2), SimpleNamespace(hidden_size=256), 4096])
+    def test_something_else(self, of):
+        with pytest.raises(TypeError, match=rf"or config with .* got {type(of).__name__}: "):
+            mhc_ops.prewarm(of)
+
+    def test_a_hidden_size_that_cuda_cannot_serve(self):
+        with pytest.raises(ValueError, match="multiples of 256, got 100"):
+            mhc_ops.prewarm(stack(100))
+
+    @pytest.mark.gpu
+    def test_on_the_device_of_the_model(self):
+        report = mhc_ops.prewarm(stack().to("cuda"), max_tokens=8)
+        assert report.device == torch.device("cuda", torch.cuda.current_device())
+        assert {key.hidden for key in report.kernels} == {512}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("max_tokens", [8, 300])
 def test_nothing_compiles_or_loads_afterwards(monkeypatch, max_tokens):
@@ -53,9 +191,7 @@ def test_nothing_compiles_or_loads_afterwards(monkeypatch, max_tokens):
         raise AssertionError(f"{key} was not ready on {device}")
 
     monkeypatch.setattr(jit, "_prepare", refuse)
-    for tokens in {1, 2, 17, 33, 97, 129, max_tokens}:
-        if tokens > max_tokens:
-            continue
+    for tokens in range(1, max_tokens + 1):
         for op in ("post", "pre", "fused_post_pre", "head"):
             for norm in (False,) if op == "post" else (False, True):
                 inputs = make_inputs(op, tokens, hidden, norm=norm, device=report.device)

@@ -1,0 +1,54 @@
+"""Data parallelism: every process has the whole model and a share of the sequences.
+
+    torchrun --nproc-per-node 2 examples/data_parallel.py
+
+The ops run on DTensors: each process on its own sequences, without communication.
+"""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from mhc_ops import nn
+
+SEQUENCES, TOKENS, HIDDEN = 6, 5, 256
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+torch.manual_seed(0)  # the same weights and sequences in every process
+layer = torch.nn.ModuleDict(
+    {
+        "attention_hc": nn.HyperConnection(HIDDEN),
+        "mlp_hc": nn.HyperConnection(HIDDEN),
+        "head": nn.HyperHead(HIDDEN),
+    }
+).requires_grad_(False)
+nn.wire(layer)
+streams = torch.randn(SEQUENCES, TOKENS, 4, HIDDEN).bfloat16()
+
+
+def attention(x: torch.Tensor) -> torch.Tensor:
+    """Stands for attention: each token gets the sum of its sequence so far."""
+    return x.float().cumsum(1).bfloat16()
+
+
+@torch.no_grad()
+def forward(streams: torch.Tensor) -> torch.Tensor:
+    entry = layer["attention_hc"].pre(streams)
+    entry = layer["mlp_hc"].boundary(entry.after(attention(entry.layer_input)))
+    return layer["head"].collapse(entry.after(torch.tanh(entry.layer_input)))
+
+
+want = forward(streams)
+distribute_module(layer, mesh)  # the parameters as DTensors, replicated
+with CommDebugMode() as communication:
+    got = forward(distribute_tensor(streams, mesh, [Shard(0)], src_data_rank=None))
+same = torch.equal(got.full_tensor(), want)
+print(
+    f"rank {dist.get_rank()}: {got.to_local().shape[0]} of {SEQUENCES} sequences, equal: {same}, "
+    f"collectives: {communication.get_total_counts()}"
+)
+dist.destroy_process_group()

@@ -1,0 +1,34 @@
+"""vLLM with its DeepSeek-V4 on the ops.
+
+    python examples/vllm_engine.py deepseek-ai/DeepSeek-V4-Flash
+
+Where mhc-ops is installed beside vLLM this happens by itself, through the entry point that vLLM
+looks for in each of its processes; ``VLLM_PLUGINS`` says which plugins it loads. By hand,
+``install()`` stands at the top level: processes that vLLM spawns import this file too.
+"""
+
+import sys
+
+from mhc_ops.integrations import vllm as mhc_vllm
+
+try:
+    mhc_vllm.install()
+except RuntimeError as error:
+    print(f"this example needs vLLM {mhc_vllm.TESTED}: {error}")
+    sys.exit(0)
+
+
+def main(model: str) -> None:
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(model=model)
+    (answer,) = engine.generate(["Four streams flow"], SamplingParams(max_tokens=32, temperature=0))
+    print(answer.outputs[0].text)
+
+
+if __name__ == "__main__":
+    for module, name, function in mhc_vllm.REPLACEMENTS:
+        bound = getattr(sys.modules[module], name)
+        print(f"{module}.{name} runs the op: {bound is function}")
+    for path in sys.argv[1:]:
+        main(path)

@@ -1,0 +1,178 @@
+"""mHC parameters from the names of a checkpoint: DeepSeek's own, or those of transformers.
+
+| here                | DeepSeek                  | transformers                                  |
+|---------------------|---------------------------|-----------------------------------------------|
+| layers.0.attn_hc.*  | layers.0.hc_attn_*        | model.layers.0.attn_hc.*                      |
+| layers.0.ffn_hc.*   | layers.0.hc_ffn_*         | model.layers.0.ffn_hc.*                       |
+| layers.0.attn_norm  | layers.0.attn_norm.weight | model.layers.0.input_layernorm.weight         |
+| layers.0.ffn_norm   | layers.0.ffn_norm.weight  | model.layers.0.post_attention_layernorm.weight|
+| head.*              | hc_head_*                 | model.hc_head.hc_*                            |
+| norm                | norm.weight               | model.norm.weight                             |
+
+``*`` is fn, base and scale. A draft layer's stand in DeepSeek's checkpoints alone, behind
+``mtp.0.``: those of a layer, of a head and norm, and ``enorm.weight`` and ``hnorm.weight``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .nn import DecoderStack, NextNLayer, refresh_norm_weight_cache
+
+_PARAMETERS = ("fn", "base", "scale")
+
+# here: name in the checkpoint. "*" stands for each of the parameters.
+_LAYER = {
+    "deepseek": {
+        "attn_hc.*": "hc_attn_*",
+        "ffn_hc.*": "hc_ffn_*",
+        "attn_norm.weight": "attn_norm.weight",
+        "ffn_norm.weight": "ffn_norm.weight",
+    },
+    "transformers": {
+        "attn_hc.*": "attn_hc.*",
+        "ffn_hc.*": "ffn_hc.*",
+        "attn_norm.weight": "input_layernorm.weight",
+        "ffn_norm.weight": "post_attention_layernorm.weight",
+    },
+}
+_ENDS = {
+    "deepseek": {"head.*": "hc_head_*", "norm.weight": "norm.weight"},
+    "transformers": {"head.*": "hc_head.hc_*", "norm.weight": "norm.weight"},
+}
+_NEXTN = _ENDS["deepseek"] | {"enorm.weight": "enorm.weight", "hnorm.weight": "hnorm.weight"}
+_PREFIX = {"deepseek": "", "transformers": "model."}
+
+# what looks like one of ours, whatever its layer
+_DEEPSEEK_KINDS = r"hc_\w+|attn_norm\.weight|ffn_norm\.weight"
+_KINDS = {
+    "deepseek": rf"(layers\.\d+\.)?({_DEEPSEEK_KINDS})",
+    "transformers": (
+        r"model\.(layers\.\d+\.(\w+_hc\.\w+|(input|post_attention)_layernorm\.weight)|hc_head\.\w+)"
+    ),
+}
+
+
+def _written_out(table: Mapping[str, str]) -> dict[str, str]:
+    return {
+        ours.replace("*", parameter): theirs.replace("*", parameter)
+        for ours, theirs in table.items()
+        for parameter in (_PARAMETERS if "*" in ours else ("",))
+    }
+
+
+def stack_names(layers: int, style: str) -> dict[str, str]:
+    """Every mHC parameter of a :class:`~mhc_ops.nn.DecoderStack`, and its name in a checkpoint.
+
+    Args:
+        layers: number of layers.
+        style: ``deepseek`` or ``transformers``.
+
+    Returns:
+        Name of the parameter in the stack to its name in the checkpoint.
+
+    Raises:
+        ValueError: another style.
+    """
+    if style not in _PREFIX:
+        raise ValueError(f"expected style to be one of {', '.join(_PREFIX)}, got {style!r}")
+    prefix = _PREFIX[style]
+    names = {
+        f"layers.{index}.{ours}": f"{prefix}layers.{index}.{theirs}"
+        for index in range(layers)
+        for ours, theirs in _written_out(_LAYER[style]).items()
+    }
+    return names | {
+        ours: f"{prefix}{theirs}" for ours, theirs in _written_out(_ENDS[style]).items()
+    }
+
+
+def nextn_names(index: int = 0) -> dict[str, str]:
+    """Every mHC parameter of a :class:`~mhc_ops.nn.NextNLayer`, and its name in a checkpoint.
+
+    Args:
+        index: which of the checkpoint's draft layers.
+
+    Returns:
+        Name of the parameter in the layer to its name in the checkpoint.
+    """
+    names = {f"layer.{ours}": theirs for ours, theirs in _written_out(_LAYER["deepseek"]).items()}
+    return {
+        ours: f"mtp.{index}.{theirs}" for ours, theirs in (names | _written_out(_NEXTN)).items()
+    }
+
+
+def _load(
+    what: str,
+    model: torch.nn.Module,
+    names: Mapping[str, str],
+    kinds: str,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Copy tensors into parameters, once every one of them is known to fit."""
+    parameters = {theirs: model.get_parameter(ours) for ours, theirs in names.items()}
+    faults = [f"missing {name}" for name in parameters if name not in tensors]
+    faults += [
+        f"unexpected {name}"
+        for name in tensors
+        if name not in parameters and re.fullmatch(kinds, name)
+    ]
+    for name, parameter in parameters.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            continue
+        if tensor.shape != parameter.shape:
+            faults.append(
+                f"{name} of shape {tuple(tensor.shape)} in place of {tuple(parameter.shape)}"
+            )
+        elif not tensor.is_floating_point() or tensor.element_size() < 2:
+            faults.append(f"{name} of dtype {tensor.dtype} in place of a floating one of 16 bits")
+    if faults:
+        raise ValueError(f"{what}: expected a checkpoint that fits, got " + "; ".join(faults))
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    refresh_norm_weight_cache(model)
+
+
+def load_stack(stack: DecoderStack, tensors: Mapping[str, Tensor]) -> None:
+    """Load the mHC parameters and norms of a stack, in place.
+
+    What else a checkpoint holds, its draft layers too, is passed over. The parameters keep their
+    memory and the norm-weight caches are refreshed, so captured CUDA graphs stay valid.
+
+    Args:
+        stack: the stack.
+        tensors: the checkpoint, by DeepSeek's names or by those of transformers.
+
+    Raises:
+        ValueError: an mHC tensor is missing, is for a layer that the stack does not have, or has
+            another shape or no usable dtype; all are named, and nothing is overwritten.
+    """
+    layers = len(stack.layers)
+    held = {
+        style: sum(name in tensors for name in stack_names(layers, style).values())
+        for style in _PREFIX
+    }
+    style = max(held, key=lambda style: held[style])
+    names = stack_names(layers, style)
+    _load("mhc_ops.checkpoint.load_stack", stack, names, _KINDS[style], tensors)
+
+
+def load_nextn(layer: NextNLayer, tensors: Mapping[str, Tensor], index: int = 0) -> None:
+    """Load the mHC parameters and norms of a draft layer, in place.
+
+    Args:
+        layer: the draft layer; its projections are loaded by whoever made them.
+        tensors: the checkpoint, by DeepSeek's names; what else it holds is passed over.
+        index: which of its draft layers.
+
+    Raises:
+        ValueError: as :func:`load_stack`.
+    """
+    kinds = rf"mtp\.{index}\.({_DEEPSEEK_KINDS})"
+    _load("mhc_ops.checkpoint.load_nextn", layer, nextn_names(index), kinds, tensors)

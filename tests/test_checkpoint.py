@@ -1,0 +1,223 @@
+"""mHC parameters from DeepSeek's names and from those of transformers."""
+
+import re
+
+import pytest
+import torch
+
+from mhc_ops import checkpoint, nn
+
+HIDDEN, LAYERS = 64, 2
+
+# here, DeepSeek, transformers: written out, as the checkpoints have them
+NAMES = [
+    *(
+        (f"layers.1.{hc}.{part}", f"layers.1.hc_{name}_{part}", f"model.layers.1.{hc}.{part}")
+        for hc, name in (("attn_hc", "attn"), ("ffn_hc", "ffn"))
+        for part in ("fn", "base", "scale")
+    ),
+    (
+        "layers.1.attn_norm.weight",
+        "layers.1.attn_norm.weight",
+        "model.layers.1.input_layernorm.weight",
+    ),
+    (
+        "layers.1.ffn_norm.weight",
+        "layers.1.ffn_norm.weight",
+        "model.layers.1.post_attention_layernorm.weight",
+    ),
+    ("head.fn", "hc_head_fn", "model.hc_head.hc_fn"),
+    ("head.base", "hc_head_base", "model.hc_head.hc_base"),
+    ("head.scale", "hc_head_scale", "model.hc_head.hc_scale"),
+    ("norm.weight", "norm.weight", "model.norm.weight"),
+]
+STYLES = ("deepseek", "transformers")
+
+
+def make_stack():
+    return nn.DecoderStack([(torch.tanh, torch.tanh)] * LAYERS, HIDDEN)
+
+
+def make_nextn():
+    return nn.NextNLayer(torch.tanh, torch.tanh, nn.DecoderLayer(torch.tanh, torch.tanh, HIDDEN))
+
+
+def checkpoint_of(names, module):
+    """Random tensors under the names of a checkpoint, with others that are none of ours."""
+    tensors = {
+        theirs: torch.randn_like(module.get_parameter(ours)) for ours, theirs in names.items()
+    }
+    return tensors | {
+        "layers.0.attn.wq_a.weight": torch.zeros(2),
+        "model.layers.0.self_attn.q_norm.weight": torch.zeros(2),
+        "embed.weight": torch.zeros(2),
+    }
+
+
+@pytest.fixture(params=STYLES)
+def stack_names(request):
+    return checkpoint.stack_names(LAYERS, request.param)
+
+
+@pytest.mark.parametrize(("ours", "deepseek", "transformers"), NAMES)
+def test_table(ours, deepseek, transformers):
+    assert checkpoint.stack_names(LAYERS, "deepseek")[ours] == deepseek
+    assert checkpoint.stack_names(LAYERS, "transformers")[ours] == transformers
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_table_has_every_parameter(style):
+    names = checkpoint.stack_names(LAYERS, style)
+    assert set(names) == {name for name, _ in make_stack().named_parameters()}
+    assert len(set(names.values())) == len(names)
+    assert set(checkpoint.nextn_names()) == {n for n, _ in make_nextn().named_parameters()}
+
+
+def test_another_style():
+    with pytest.raises(ValueError, match="to be one of deepseek, transformers, got 'sglang'"):
+        checkpoint.stack_names(1, "sglang")
+
+
+def test_transformers_maps_the_one_to_the_other():
+    """The two columns are those of its own conversion of DeepSeek's checkpoints."""
+    mapping = pytest.importorskip("transformers.conversion_mapping")
+    renamings = [
+        step
+        for step in mapping.get_checkpoint_conversion_mapping("deepseek_v4")
+        if type(step).__name__ == "WeightRenaming"
+    ]
+    theirs = checkpoint.stack_names(LAYERS, "transformers")
+    for ours, name in checkpoint.stack_names(LAYERS, "deepseek").items():
+        for step in renamings:
+            (source,), (target,) = step._original_source_patterns, step._original_target_patterns
+            name = re.sub(source, target, name)
+        assert f"model.{name}" == theirs[ours]
+
+
+def test_a_model_of_transformers_loads():
+    """The stack makes of a layer's streams what the model's own hyper-connection does."""
+    pytest.importorskip("transformers")
+    from mhc_ops import demo
+    from mhc_ops.integrations import transformers as integration
+
+    model = demo.small_model(0, "cpu")
+    config = model.config
+    stack = nn.DecoderStack(
+        [(torch.tanh, torch.tanh)] * config.num_hidden_layers, config.hidden_size
+    ).requires_grad_(False)
+    checkpoint.load_stack(stack, model.state_dict())
+    nn.wire(stack)
+    integration.apply(model)
+    streams = torch.randn(3, 4, config.hidden_size).bfloat16()
+    theirs, ours = model.model.layers[1], stack.layers[1]
+    with torch.no_grad():
+        want = theirs.ffn_hc.pre(streams, theirs.post_attention_layernorm)
+        got = ours.ffn_hc.pre(streams, ours.ffn_norm)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+class TestLoadStack:
+    def test_every_tensor_arrives_in_place(self, stack_names):
+        stack = make_stack()
+        tensors = checkpoint_of(stack_names, stack)
+        addresses = {name: p.data_ptr() for name, p in stack.named_parameters()}
+        checkpoint.load_stack(stack, tensors)
+        for ours, theirs in stack_names.items():
+            parameter = stack.get_parameter(ours)
+            assert torch.equal(parameter, tensors[theirs].to(parameter.dtype)), ours
+            assert parameter.data_ptr() == addresses[ours]
+        assert torch.equal(stack.norm.norm_weight_cache, stack.norm.weight)
+
+    def test_draft_layers_of_the_checkpoint_are_passed_over(self):
+        stack, draft = make_stack(), make_nextn()
+        names = checkpoint.stack_names(LAYERS, "deepseek")
+        tensors = checkpoint_of(names, stack) | checkpoint_of(checkpoint.nextn_names(), draft)
+        checkpoint.load_stack(stack, tensors)
+        assert torch.equal(stack.head.fn, tensors["hc_head_fn"])
+
+    def test_bf16_tensors_are_cast(self, stack_names):
+        stack = make_stack()
+        tensors = {k: v.bfloat16() for k, v in checkpoint_of(stack_names, stack).items()}
+        checkpoint.load_stack(stack, tensors)
+        assert torch.equal(stack.head.fn, tensors[stack_names["head.fn"]].float())
+
+
+def missing(tensors, name):
+    del tensors[name]
+    return f"missing {name}"
+
+
+def misshaped(tensors, name):
+    shape = tuple(tensors[name].shape)
+    tensors[name] = torch.zeros(7, 3)
+    return f"{name} of shape (7, 3) in place of {shape}"
+
+
+def quantised(tensors, name):
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    return f"{name} of dtype torch.float8_e4m3fn in place of a floating one of 16 bits"
+
+
+def unexpected(tensors, name):
+    other = re.sub(r"layers\.1|mtp\.0\.", lambda m: m[0].replace("1", "9"), name)
+    other = other if other != name else re.sub(r"fn$", "gn", name)
+    tensors[other] = tensors[name]
+    return f"unexpected {other}"
+
+
+FAULTS = (missing, misshaped, quantised, unexpected)
+
+
+class TestRefusals:
+    def refuse(self, load, module, tensors, faults):
+        before = {name: p.clone() for name, p in module.named_parameters()}
+        what = f"mhc_ops.checkpoint.{load.__name__}: expected a checkpoint that fits, got "
+        with pytest.raises(ValueError, match=f"^{re.escape(what + '; '.join(faults))}$"):
+            load(module, tensors)
+        assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+    @pytest.mark.parametrize("ours", ["layers.1.ffn_hc.fn", "layers.1.attn_norm.weight", "head.fn"])
+    @pytest.mark.parametrize("fault", FAULTS)
+    def test_stack(self, stack_names, fault, ours):
+        stack = make_stack()
+        tensors = checkpoint_of(stack_names, stack)
+        faults = [fault(tensors, stack_names[ours])]
+        self.refuse(checkpoint.load_stack, stack, tensors, faults)
+
+    @pytest.mark.parametrize("ours", ["layer.attn_hc.fn", "head.fn"])
+    @pytest.mark.parametrize("fault", FAULTS)
+    def test_nextn(self, fault, ours):
+        draft, names = make_nextn(), checkpoint.nextn_names()
+        tensors = checkpoint_of(names, draft)
+        self.refuse(checkpoint.load_nextn, draft, tensors, [fault(tensors, names[ours])])
+
+    def test_all_faults_are_named(self, stack_names):
+        stack = make_stack()
+        tensors = checkpoint_of(stack_names, stack)
+        faults = [
+            missing(tensors, stack_names["layers.0.attn_hc.base"]),
+            unexpected(tensors, stack_names["layers.1.attn_hc.fn"]),
+            misshaped(tensors, stack_names["norm.weight"]),
+        ]
+        self.refuse(checkpoint.load_stack, stack, tensors, faults)
+
+    def test_a_checkpoint_of_something_else(self):
+        stack = make_stack()
+        faults = [f"missing {name}" for name in checkpoint.stack_names(LAYERS, "deepseek").values()]
+        self.refuse(checkpoint.load_stack, stack, {"weight": torch.zeros(2)}, faults)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_load_nextn(index):
+    """Beside the target's tensors and those of another draft layer."""
+    draft = make_nextn()
+    names = checkpoint.nextn_names(index)
+    assert names["head.fn"] == f"mtp.{index}.hc_head_fn"
+    assert names["enorm.weight"] == f"mtp.{index}.enorm.weight"
+    tensors = checkpoint_of(names, draft) | checkpoint_of(checkpoint.nextn_names(1 - index), draft)
+    tensors |= checkpoint_of(checkpoint.stack_names(LAYERS, "deepseek"), make_stack())
+    checkpoint.load_nextn(draft, tensors, index)
+    for ours, theirs in names.items():
+        parameter = draft.get_parameter(ours)
+        assert torch.equal(parameter, tensors[theirs].to(parameter.dtype)), ours
+    assert torch.equal(draft.hnorm.norm_weight_cache, draft.hnorm.weight)
