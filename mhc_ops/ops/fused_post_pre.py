@@ -308,7 +308,7 @@ def fused_post_pre(
         hc_pre_eps: added to the collapse weights; at least 0.
         hc_sinkhorn_eps: added to the softmax and to every row and column sum; at least 0.
         hc_post_mult_value: factor of the post weights; 2.0 in DeepSeek-V4.
-        sinkhorn_repeat: rounds of Sinkhorn, counting the first; at least 1, 20 in DeepSeek-V4.
+        sinkhorn_repeat: rounds of Sinkhorn, counting the first; 1 to 10000, 20 in DeepSeek-V4.
         norm_weight: [H] bf16 (fp32 is cast), weight of the next RMSNorm; None for no norm.
         norm_eps: its epsilon; given exactly when ``norm_weight`` is.
 
