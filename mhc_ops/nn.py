@@ -171,6 +171,13 @@ class FoldedRMSNorm(torch.nn.Module):
         """Copy the weight into its bf16 cache, in place."""
         self.norm_weight_cache.copy_(self.weight)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``.to()`` and ``.float()`` go through: the cache moves along, and stays bf16."""
+        super()._apply(*args, **kwargs)
+        if self.norm_weight_cache.dtype != ACTIVATION:
+            self.add_norm_weight_cache()
+        return self
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.refresh_norm_weight_cache()

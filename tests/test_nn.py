@@ -233,6 +233,17 @@ class TestNormWeightCache:
         assert torch.equal(model[0].norm_weight_cache, weight)
         assert model[0].norm_weight_cache.data_ptr() == address
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_stays_bf16_whatever_the_weight_becomes(self, dtype):
+        norm = nn.FoldedRMSNorm(HIDDEN)
+        with torch.no_grad():
+            norm.weight.normal_()
+        norm.to(dtype)
+        assert norm.weight.dtype == dtype
+        assert norm.norm_weight_cache.dtype == torch.bfloat16
+        assert torch.equal(norm.norm_weight_cache, norm.weight.bfloat16())
+        assert list(norm.state_dict()) == ["weight"]
+
     def test_does_not_share_memory_with_the_weight(self):
         norm = nn.FoldedRMSNorm(HIDDEN)
         assert norm.norm_weight_cache.data_ptr() != norm.weight.data_ptr()

@@ -1,11 +1,13 @@
 """DecoderStack, its layers one by one, and the draft layer behind it."""
 
+import copy
+
 import pytest
 import torch
 from call_counts import CallCounts
 
 import mhc_ops
-from mhc_ops import nn
+from mhc_ops import checkpoint, nn
 
 HIDDEN, LAYERS, TOKENS = 256, 3, 5
 SWITCHES = {"fused": "1", "unfused": "0"}
@@ -159,6 +161,84 @@ def test_unwired():
     stack = nn.DecoderStack([(scaled(1.0), scaled(1.0))], HIDDEN)
     with pytest.raises(RuntimeError, match="HyperHead is not wired"):
         stack(torch.zeros(1, HIDDEN).bfloat16())
+
+
+def by_state_dict(stack, other):
+    stack.load_state_dict(other.state_dict())
+
+
+def by_checkpoint(stack, other):
+    names = checkpoint.stack_names(LAYERS, "deepseek")
+    checkpoint.load_stack(
+        stack, {theirs: other.get_parameter(ours) for ours, theirs in names.items()}
+    )
+
+
+def by_hand_and_refresh(stack, other):
+    with torch.no_grad():
+        for parameter, value in zip(stack.parameters(), other.parameters(), strict=True):
+            parameter.copy_(value)
+    nn.refresh_norm_weight_cache(stack)
+
+
+RELOADS = (by_state_dict, by_checkpoint, by_hand_and_refresh)
+
+
+class TestReload:
+    """Weights reloaded under a model that runs, norms in float32 as transformers keeps them."""
+
+    @pytest.fixture
+    def other(self, stack):
+        made = copy.deepcopy(stack)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.mul_(-1.5)
+        nn.refresh_norm_weight_cache(made)
+        return made
+
+    @pytest.fixture
+    def stack(self, fuse, device):
+        made = nn.DecoderStack([(scaled(-0.5), scaled(0.25))] * LAYERS, HIDDEN, sinkhorn_repeat=5)
+        for norm in made.modules():
+            if isinstance(norm, nn.FoldedRMSNorm):
+                norm.float()
+        randomise(made).to(device)
+        nn.wire(made)
+        return made
+
+    @pytest.mark.parametrize("reload", RELOADS)
+    def test_in_place(self, stack, other, embedding, reload):
+        """Where a captured graph reads: parameters and norm-weight caches keep their memory."""
+        held = {**dict(stack.named_parameters()), **dict(stack.named_buffers())}
+        assert sum(name.endswith("norm_weight_cache") for name in held) == 2 * LAYERS + 1
+        addresses = {name: tensor.data_ptr() for name, tensor in held.items()}
+        before, want = stack(embedding), other(embedding)
+        assert not torch.equal(before.hidden, want.hidden)
+        reload(stack, other)
+        assert torch.equal(stack(embedding).hidden, want.hidden)
+        held = {**dict(stack.named_parameters()), **dict(stack.named_buffers())}
+        assert {name: tensor.data_ptr() for name, tensor in held.items()} == addresses
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("reload", RELOADS)
+    def test_capture_reload_replay(self, monkeypatch, reload):
+        monkeypatch.setenv("MHC_OPS_FUSE_POST_PRE", "1")
+        sublayers = [(scaled(-0.5), scaled(0.25))] * LAYERS
+        stack, other = (randomise(nn.DecoderStack(sublayers, HIDDEN)).to("cuda") for _ in range(2))
+        for model in (stack, other):
+            nn.wire(model)
+        embedding = torch.randn(TOKENS, HIDDEN, device="cuda").bfloat16()
+        stack(embedding)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = stack(embedding)
+        reload(stack, other)
+        graph.replay()
+        want = other(embedding)
+        torch.cuda.synchronize()
+        assert torch.equal(captured.streams, want.streams)
+        assert torch.equal(captured.hidden, want.hidden)
 
 
 class TestNextN:

@@ -221,6 +221,14 @@ def negative_eps(model):
     model.config.hc_eps = -1.0
 
 
+def infinite_eps(model):
+    model.config.rms_norm_eps = float("inf")
+
+
+def nan_eps(model):
+    model.config.hc_eps = float("nan")
+
+
 REFUSED = [
     (lambda model: model.float(), "expected a model in torch.bfloat16, got torch.float32"),
     (bf16_connections, r"layers.1.ffn_hc.fn in torch.float32, got torch.bfloat16; from_pretrained"),
@@ -228,12 +236,16 @@ REFUSED = [
     (replaced_forward, "expected layers.0 to run the forward of its class"),
     (other_class, "expected hc_head to be a DeepseekV4HyperHead, got Identity"),
     (no_rounds, "hc_sinkhorn_iters of at least 1, got 0"),
-    (negative_eps, "hc_eps of at least 0, got -1"),
+    (negative_eps, "expected hc_eps to be finite and at least 0, got -1"),
+    (infinite_eps, "expected rms_norm_eps to be finite and at least 0, got inf"),
+    (nan_eps, "expected hc_eps to be finite and at least 0, got nan"),
 ]
 
 
 class TestRefusals:
-    @pytest.mark.parametrize(("change", "text"), REFUSED, ids=[text[:24] for _, text in REFUSED])
+    @pytest.mark.parametrize(
+        ("change", "text"), REFUSED, ids=[change.__name__ for change, _ in REFUSED]
+    )
     def test_model_is_left_untouched(self, stock, change, text):
         model = copy.deepcopy(stock)
         change(model)
@@ -250,9 +262,26 @@ class TestRefusals:
             integration.apply(model)
         assert snapshot(model) == before
 
-    def test_another_model(self):
-        with pytest.raises(TypeError, match=r"expected a DeepseekV4ForCausalLM .* got Linear"):
-            integration.apply(torch.nn.Linear(2, 2))
+    @pytest.mark.parametrize("part", ["model.layers.0", "lm_head"])
+    def test_another_model(self, stock, part):
+        """Also a part of the right one, which knows nothing of the layers beside it."""
+        model = copy.deepcopy(stock).get_submodule(part)
+        before = snapshot(model)
+        name = type(model).__name__
+        with pytest.raises(TypeError, match=rf"expected a DeepseekV4ForCausalLM .* got {name}$"):
+            integration.apply(model)
+        assert snapshot(model) == before
+
+    def test_refused_again_leaves_what_was_applied(self, stock, tokens):
+        """A second apply that is refused changes nothing of the first."""
+        model = copy.deepcopy(stock).to(tokens.device)
+        integration.apply(model)
+        state, want = snapshot(model), logits(model, tokens)
+        model.config.hc_eps = -1.0
+        with pytest.raises(ValueError, match="hc_eps"):
+            integration.apply(model)
+        assert snapshot(model) == state
+        assert torch.equal(logits(model, tokens), want)
 
     @pytest.mark.parametrize(("name", "value"), [("hc_mult", 2), ("hidden_size", 384 + 64)])
     def test_shapes_on_cuda(self, stock, name, value):

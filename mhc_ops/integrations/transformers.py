@@ -35,7 +35,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 )
 
 from .. import config, dispatch
-from .._checks import ACTIVATION, MIX
+from .._checks import ACTIVATION, LARGEST, MIX
 from ..nn import (
     POST_MULT_VALUE,
     FoldedRMSNorm,
@@ -178,8 +178,10 @@ def _check_settings(decoder: DeepseekV4Model) -> None:
             f"expected hc_sinkhorn_iters of at least 1, got {config.hc_sinkhorn_iters}"
         )
     for name in ("hc_eps", "rms_norm_eps"):
-        if not getattr(config, name) >= 0:
-            raise ValueError(f"expected {name} of at least 0, got {getattr(config, name)}")
+        if not 0 <= getattr(config, name) <= LARGEST:  # NaN is neither
+            raise ValueError(
+                f"expected {name} to be finite and at least 0, got {getattr(config, name)}"
+            )
     if any(parameter.device.type == "cuda" for parameter in decoder.parameters()):
         if config.hc_mult != dispatch.HC_MULT:
             raise ValueError(f"expected hc_mult {dispatch.HC_MULT} on CUDA, got {config.hc_mult}")
