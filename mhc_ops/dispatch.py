@@ -27,7 +27,8 @@ CLUSTERS = 7  # that an H100 or H200 runs at once, one CTA on an SM
 GROUP_TOKENS = 19  # tokens of a cluster at most: 7 clusters take 128
 FEW_CLUSTERS = 3  # those of this kernel, the next one's and one to spare fit side by side
 FEW_CLUSTERS_TOKENS = 48  # up to which they are faster: 6.4 us for 48 at H = 4096, 4 clusters 7.1
-MORE_GROUP_TOKENS = 16  # tokens of a cluster beyond: 4 of 16 took 7.6 us for 64, 7 of 10 8.3
+MORE_CLUSTERS = 5  # beyond, and more only for groups of over 16, two token tiles: for 64 at
+MORE_GROUP_TOKENS = 16  # H = 7168 4, 5, 6 and 7 clusters took 11.46, 11.28, 11.40 and 11.86 us
 
 # Elsewhere fused_post_pre runs post_projection + finish up to so many tokens, and fewer at larger
 # hidden sizes, where tokens * hidden counts; post + projection + finish beyond.
@@ -123,7 +124,8 @@ def group_tokens(tokens: int) -> int:
     """
     if tokens <= FEW_CLUSTERS_TOKENS:
         return _ceildiv(tokens, FEW_CLUSTERS)
-    return _ceildiv(tokens, min(CLUSTERS, _ceildiv(tokens, MORE_GROUP_TOKENS)))
+    clusters = max(MORE_CLUSTERS, _ceildiv(tokens, MORE_GROUP_TOKENS))
+    return _ceildiv(tokens, min(CLUSTERS, clusters))
 
 
 def post_projection_max_tokens(hidden: int) -> int:
