@@ -46,9 +46,9 @@ want = forward(streams)
 distribute_module(layer, mesh)  # the parameters as DTensors, replicated
 with CommDebugMode() as communication:
     got = forward(distribute_tensor(streams, mesh, [Shard(0)], src_data_rank=None))
-same = torch.equal(got.full_tensor(), want)
+close = torch.allclose(got.full_tensor(), want, rtol=2**-6, atol=2**-6)  # other orders of sums
 print(
-    f"rank {dist.get_rank()}: {got.to_local().shape[0]} of {SEQUENCES} sequences, equal: {same}, "
+    f"rank {dist.get_rank()}: {got.to_local().shape[0]} of {SEQUENCES} sequences, close: {close}, "
     f"collectives: {communication.get_total_counts()}"
 )
 dist.destroy_process_group()

@@ -5,28 +5,14 @@ The functions take tensors of any floating dtype and any device and compute in `
 points are those of the ops: the new streams are rounded once, the projection reads the rounded
 streams, the layer input is rounded before and after the norm.
 
-On the CPU a token's bits do not depend on the tokens beside it, so that tokens may be spread over
-processes: sums are written out, or one product a token, in place of matrix products of many.
-
 Formulas: mHC (Xie et al., 2026) as used in DeepSeek-V4, ``DeepseekV4HyperConnection`` of
 transformers. n is the number of residual streams (hc_mult), H the hidden size.
 """
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
-
-
-def _mix(weights: Tensor, streams: Tensor) -> Tensor:
-    """``sum_i weights[i, j] * streams[i]`` for [..., n, m] and [..., n, H]: [..., m, H]."""
-    terms = [
-        weights[..., i, :].unsqueeze(-1) * streams[..., i : i + 1, :]
-        for i in range(streams.shape[-2])
-    ]
-    return functools.reduce(torch.add, terms)
 
 
 def post(
@@ -52,38 +38,8 @@ def post(
     if post_layer_mix.dim() == x.dim():
         post_layer_mix = post_layer_mix.unsqueeze(-1)
     x, streams = x.to(compute_dtype), residual.to(compute_dtype)
-    mixed = _mix(comb_res_mix.to(compute_dtype), streams)
+    mixed = torch.matmul(comb_res_mix.to(compute_dtype).transpose(-1, -2), streams)
     return (post_layer_mix.to(compute_dtype) * x.unsqueeze(-2) + mixed).to(residual.dtype)
-
-
-def _products(rows: Tensor, columns: Tensor) -> Tensor:
-    """``rows @ columns`` for [..., K] and [K, M] or [..., K, M].
-
-    The sums of one large product run in another order for another number of rows; on the CPU each
-    row is a product of its own, in float64, because such a product adds up less accurately than a
-    large one. Elsewhere that would be slow.
-    """
-    if rows.device.type != "cpu":
-        return torch.matmul(rows.unsqueeze(-2), columns).squeeze(-2)
-    flat = rows.flatten(0, -2).unsqueeze(1).double()
-    columns = columns.double().expand(*rows.shape[:-1], -1, -1).flatten(0, -3)
-    return torch.bmm(flat, columns).view(*rows.shape[:-1], columns.shape[-1]).to(rows.dtype)
-
-
-def _mean_square(rows: Tensor) -> Tensor:
-    """``mean(rows^2)`` over the last dimension, which is kept."""
-    return _products(rows, rows.unsqueeze(-1)) / rows.shape[-1]
-
-
-def _sigmoid(value: Tensor) -> Tensor:
-    """``1 / (1 + exp(-value))``.
-
-    On the CPU the last elements of a tensor, those that fill no vector register, go through another
-    exponential; the softmax of (value, 0) is the same number and works row by row.
-    """
-    if value.device.type != "cpu":
-        return torch.sigmoid(value)
-    return torch.stack((value, torch.zeros_like(value)), -1).softmax(-1)[..., 0]
 
 
 def project(
@@ -101,7 +57,8 @@ def project(
         [..., M] in ``compute_dtype``.
     """
     flat = residual.flatten(-2).to(compute_dtype)
-    return _products(flat, fn.to(compute_dtype).t()) * torch.rsqrt(_mean_square(flat) + rms_eps)
+    inverse_rms = torch.rsqrt(flat.square().mean(-1, keepdim=True) + rms_eps)
+    return torch.matmul(flat, fn.to(compute_dtype).t()) * inverse_rms
 
 
 def sinkhorn(logits: Tensor, eps: float, repeat: int) -> Tensor:
@@ -141,11 +98,11 @@ def collapse(
         [..., H], dtype of ``residual``.
     """
     dtype, compute_dtype = residual.dtype, weights.dtype
-    value = _mix(weights.unsqueeze(-1), residual.to(compute_dtype)).squeeze(-2)
+    value = torch.matmul(weights.unsqueeze(-2), residual.to(compute_dtype)).squeeze(-2)
     rounded = value.to(dtype)
     if norm_weight is None or norm_eps is None:
         return rounded
-    inverse_rms = torch.rsqrt(_mean_square(value) + norm_eps)
+    inverse_rms = torch.rsqrt(value.square().mean(-1, keepdim=True) + norm_eps)
     gain = norm_weight.to(dtype).to(compute_dtype)
     return (rounded.to(compute_dtype) * inverse_rms * gain).to(dtype)
 
@@ -180,8 +137,8 @@ def pre(
     n = residual.shape[-2]
     scale, base = hc_scale.to(compute_dtype), hc_base.to(compute_dtype)
     m = project(residual, fn, rms_eps, compute_dtype=compute_dtype)
-    pre_mix = _sigmoid(m[..., :n] * scale[0] + base[:n]) + hc_pre_eps
-    post_mix = _sigmoid(m[..., n : 2 * n] * scale[1] + base[n : 2 * n]) * hc_post_mult_value
+    pre_mix = torch.sigmoid(m[..., :n] * scale[0] + base[:n]) + hc_pre_eps
+    post_mix = torch.sigmoid(m[..., n : 2 * n] * scale[1] + base[n : 2 * n]) * hc_post_mult_value
     logits = (m[..., 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n))
     comb_mix = sinkhorn(logits, hc_sinkhorn_eps, sinkhorn_repeat)
     return post_mix.unsqueeze(-1), comb_mix, collapse(residual, pre_mix, norm_weight, norm_eps)
@@ -210,5 +167,5 @@ def head(
         [..., H], dtype of ``residual``.
     """
     m = project(residual, fn, rms_eps, compute_dtype=compute_dtype)
-    weights = _sigmoid(m * scale.to(compute_dtype) + base.to(compute_dtype)) + hc_eps
+    weights = torch.sigmoid(m * scale.to(compute_dtype) + base.to(compute_dtype)) + hc_eps
     return collapse(residual, weights, norm_weight, norm_eps)
