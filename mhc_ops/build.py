@@ -98,9 +98,8 @@ def build(
         try:
             host.build(folder)
         except subprocess.SubprocessError as error:
-            reason = (getattr(error, "stderr", None) or str(error)).strip()
             raise RuntimeError(
-                f"mhc_ops.build: the native host library cannot be built: {reason}"
+                f"mhc_ops.build: the native host library cannot be built: {host.reason(error)}"
             ) from error
     return BuildReport(folder, tuple(keys), time.perf_counter() - start)
 

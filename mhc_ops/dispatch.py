@@ -27,8 +27,8 @@ CLUSTERS = 7  # that an H100 or H200 runs at once, one CTA on an SM
 GROUP_TOKENS = 19  # tokens of a cluster at most: 7 clusters take 128
 FEW_CLUSTERS = 3  # those of this kernel, the next one's and one to spare fit side by side
 FEW_CLUSTERS_TOKENS = 48  # up to which they are faster: 6.4 us for 48 at H = 4096, 4 clusters 7.1
-MORE_CLUSTERS = 5  # beyond, and more only for groups of over 16, two token tiles: for 64 at
-MORE_GROUP_TOKENS = 16  # H = 7168 4, 5, 6 and 7 clusters took 11.46, 11.28, 11.40 and 11.86 us
+MORE_CLUSTERS = 5  # beyond: for 64 at H = 7168 4, 5, 6, 7 took 11.46, 11.28, 11.40 and 11.86 us
+MORE_GROUP_TOKENS = 16  # two token tiles: more clusters only where groups would be larger
 
 # Elsewhere fused_post_pre runs post_projection + finish up to so many tokens, and fewer at larger
 # hidden sizes, where tokens * hidden counts; post + projection + finish beyond.

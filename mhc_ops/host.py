@@ -105,6 +105,12 @@ def build(folder: Path) -> None:
     store.save(folder, NAME, _built_with(tvm_ffi.__version__), lambda path: _build(path, tvm_ffi))
 
 
+def reason(error: Exception) -> str:
+    """What went wrong in :func:`build`: in the compiler's words, where it has said something."""
+    said: str = getattr(error, "stderr", None) or str(error)
+    return said.strip()
+
+
 def _obtain() -> Path:
     """The library: built ahead, from the cache, or built."""
     import tvm_ffi
@@ -158,11 +164,10 @@ def load() -> bool:
             try:
                 _library = _load()
             except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-                reason = (getattr(error, "stderr", None) or str(error)).strip()
                 logger.warning(
                     "no native host path, calls of fused_post_pre take longer on the host and "
                     "their kernels start later: %s",
-                    reason,
+                    reason(error),
                 )
         return _library is not None
 

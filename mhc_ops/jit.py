@@ -66,15 +66,15 @@ def pass_configs() -> dict[Any, bool]:
     """What TileLang's compiler is told about every kernel."""
     import tilelang
 
-    config = tilelang.PassConfigKey
+    flags = tilelang.PassConfigKey
     return {
         # barriers are written out in the kernels: the pass knows nothing of their named ones
-        config.TL_DISABLE_THREAD_STORAGE_SYNC: True,
+        flags.TL_DISABLE_THREAD_STORAGE_SYNC: True,
         # without that pass nothing orders two buffers that share memory: finish and head would
         # write the norm's sums over partial sums that a slower warp still reads
-        config.TL_DISABLE_SHARED_MEMORY_REUSE: True,
+        flags.TL_DISABLE_SHARED_MEMORY_REUSE: True,
         # they guard their own bounds; the pass doubles the address arithmetic
-        config.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
+        flags.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
     }
 
 
