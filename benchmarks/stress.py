@@ -1,0 +1,676 @@
+"""A million boundaries on one busy GPU: every result has the bits of a quiet call.
+
+    python benchmarks/stress.py -o benchmarks/results/nvidia_h100_checks.jsonl
+
+Token counts from 0 to 4096 (every end of a path, the rest log-uniform), two hidden sizes, with and
+without the norm, on 8 streams at once. On each stream CUDA graphs of many boundaries and bursts of
+eager calls alternate at random. In every other round one more stream keeps all multiprocessors at
+work. For a tenth of the run 95 % of the memory is taken, and in the middle of that calls run out of
+memory, which is caught, and are made again.
+
+The quiet results are held to the float64 oracle first. Every later one is compared with them on the
+GPU, all four outputs as integers, into counters that are read once at the end. Outputs are NaN
+before each call: those of a graph are filled at the end of each replay; those of every other eager
+burst as they are allocated, of the rest before their memory is given back, so that there no fill
+stands between two calls.
+
+Exit status: 0 where all is right, 1 where something is not, 3 where the GPU has hung.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import gc
+import os
+import random
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import mhc_ops
+import records
+from mhc_ops import support
+from mhc_ops.prewarm import progress_bar
+from mhc_ops.testing import assert_matches_oracle, make_inputs, poisoned_memory
+
+OP_NAME = "fused_post_pre"
+OP = torch.ops.mhc.fused_post_pre.default
+STATE = ("x", "residual", "post_layer_mix", "comb_res_mix")  # what has a row for each token
+NORM = ("norm_weight", "norm_eps")
+
+# on both sides of every bound of dispatch, and of the tiles of 16 tokens
+END_COUNTS = (0, 1, 2, 3, 16, 17, 19, 20, 32, 33, 48, 49, 80, 127, 128, 129, 512, 2048, 4095, 4096)
+
+EAGER_SHARE = 1 / 3  # of the turns of a stream; a burst is shorter than a graph
+ROUNDS_AHEAD = 3  # that the host may run in front of the GPU
+WARM_ROUNDS = 8  # before the memory is looked at for the first time
+PRESSURE = (0.45, 0.55)  # share of the run during which the memory is taken
+PRESSURE_TAKEN = 0.95  # of the memory of the GPU
+ROOMS = (0.0, 0.5, 0.9)  # what is left for a call that needs 1
+MATRIX, PRODUCTS = 4096, 8  # the competing stream: one graph of so many products, about 2 ms
+DEVICE_SLACK = 64 << 20  # of the memory in use: what the driver keeps for itself
+HOST_SLACK = 256 << 20
+
+
+class Settings(NamedTuple):
+    """How much of everything.
+
+    Attributes:
+        boundaries: to run, at least.
+        seconds: after which the run is cut off.
+        hidden: hidden sizes.
+        largest: largest token count.
+        counts: token counts for each hidden size.
+        streams: that run at once.
+        graphs: that are captured; more than streams.
+        graph_length: boundaries of a graph.
+        burst: eager calls of a turn.
+        hang_seconds: without progress, after which the GPU is said to hang.
+        seed: of the token counts and the order of everything.
+    """
+
+    boundaries: int = 1_000_000
+    seconds: float = 240.0
+    hidden: tuple[int, ...] = (4096, 7168)
+    largest: int = 4096
+    counts: int = 64
+    streams: int = 8
+    graphs: int = 24
+    graph_length: int = 32
+    burst: int = 8
+    hang_seconds: float = 60.0
+    seed: int = 0
+
+
+class Turn(NamedTuple):
+    """What one stream does in a round: replay a graph, or call these cases one after another."""
+
+    stream: int
+    graph: int | None
+    cases: tuple[int, ...]
+
+
+# -------------------------------------------------------------------------------------- the plan
+
+
+def token_counts(settings: Settings) -> list[int]:
+    """Every end of a path, and log-uniform counts between 1 and the largest."""
+    chance = random.Random(settings.seed)
+    ends = [count for count in END_COUNTS if count <= settings.largest][: settings.counts]
+    rest = settings.counts - len(ends)
+    return ends + [round(settings.largest ** chance.random()) for _ in range(rest)]
+
+
+def graph_cases(settings: Settings) -> list[tuple[int, ...]]:
+    """The cases of each graph, drawn so that every case comes about equally often."""
+    chance = random.Random(settings.seed + 1)
+    everything = range(settings.counts * len(settings.hidden))
+    drawn: list[int] = []
+    while len(drawn) < settings.graphs * settings.graph_length:
+        drawn += chance.sample(everything, len(everything))
+    length = settings.graph_length
+    return [tuple(drawn[i * length : (i + 1) * length]) for i in range(settings.graphs)]
+
+
+def rounds(settings: Settings) -> Iterator[list[Turn]]:
+    """Rounds of one turn a stream, in any order, until there are enough boundaries.
+
+    No graph has two turns in a round, since it cannot run beside itself.
+    """
+    chance = random.Random(settings.seed + 2)
+    everything = range(settings.counts * len(settings.hidden))
+    planned = 0
+    while planned < settings.boundaries:
+        graphs = chance.sample(range(settings.graphs), settings.streams)
+        turns = []
+        for stream in chance.sample(range(settings.streams), settings.streams):
+            if chance.random() < EAGER_SHARE:
+                cases = tuple(chance.choice(everything) for _ in range(settings.burst))
+                turns.append(Turn(stream, None, cases))
+                planned += settings.burst
+            else:
+                turns.append(Turn(stream, graphs[stream], ()))
+                planned += settings.graph_length
+        yield turns
+
+
+# --------------------------------------------------------------------------- cases and comparison
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A contiguous tensor as one row of 64-bit words, for which NaN is a number like any other."""
+    return tensor.reshape(-1).view(torch.int64)
+
+
+class Case:
+    """One call and its results on a quiet GPU, which the oracle has seen.
+
+    Attributes:
+        tokens, hidden: its size.
+        inputs: arguments by name.
+        want: the words of each output.
+    """
+
+    def __init__(self, inputs: dict[str, Any]) -> None:
+        self.tokens, _, self.hidden = inputs["residual"].shape
+        self.inputs = inputs
+        self._positional = [value for name, value in inputs.items() if name not in NORM]
+        self._norm = {name: value for name, value in inputs.items() if name in NORM}
+        with poisoned_memory():
+            results = self.run()
+        assert_matches_oracle(OP_NAME, inputs, results)
+        self.want = [bits(result).clone() for result in results]
+
+    def run(self) -> tuple[Tensor, ...]:
+        """The call."""
+        results: tuple[Tensor, ...] = OP(*self._positional, **self._norm)
+        return results
+
+    @property
+    def words(self) -> int:
+        """Of all outputs together."""
+        return sum(want.numel() for want in self.want)
+
+
+def make_cases(settings: Settings, device: str, advance: Callable[[], None]) -> list[Case]:
+    """A case for each hidden size and token count, on rows of one set of random inputs a size."""
+    chance = random.Random(settings.seed + 3)
+    cases = []
+    for hidden in settings.hidden:
+        whole = make_inputs(OP_NAME, settings.largest, hidden, device=device, norm=True)
+        for index, tokens in enumerate(token_counts(settings)):
+            start = chance.randint(0, settings.largest - tokens)
+            rows = {name: whole[name][start : start + tokens] for name in STATE}
+            left_out = NORM if index % 4 == 3 else ()
+            cases.append(Case({k: v for k, v in (whole | rows).items() if k not in left_out}))
+            advance()
+    return cases
+
+
+def poison(results: Sequence[Sequence[Tensor]]) -> None:
+    """Fill outputs with NaN."""
+    for outputs in results:
+        for output in outputs:
+            output.fill_(float("nan"))
+
+
+class Comparison:
+    """Results against what they have to be, counted where they are.
+
+    Attributes:
+        bad: how often each place of a burst was wrong.
+        compared: results that were looked at.
+    """
+
+    def __init__(self, length: int, words: int, device: str) -> None:
+        self._differs = torch.zeros(words, dtype=torch.bool, device=device)
+        self._wrong = torch.zeros(length, dtype=torch.bool, device=device)
+        self.bad = torch.zeros(length, dtype=torch.int64, device=device)
+        self.compared = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, cases: Sequence[Case], results: Sequence[Sequence[Tensor]]) -> None:
+        """Compare a burst; as many cases as the comparison was made for."""
+        for case, outputs, wrong in zip(cases, results, self._wrong.unbind(), strict=True):
+            end = 0
+            for output, want in zip(outputs, case.want, strict=True):
+                start, end = end, end + want.numel()
+                torch.ne(bits(output), want, out=self._differs[start:end])
+            torch.any(self._differs[:end], out=wrong)
+        self.bad += self._wrong
+        self.compared += len(cases)
+
+
+class Worker:
+    """The eager calls of one stream; None, the only one of a CPU, is where everything runs."""
+
+    def __init__(
+        self, settings: Settings, words: int, device: str, stream: torch.cuda.Stream | None
+    ) -> None:
+        self.stream = stream
+        self.comparison = Comparison(settings.burst, words, device)
+        self._bursts = 0
+
+    def turn(self, cases: Sequence[Case]) -> None:
+        """Calls one right after another, then their comparison."""
+        self._bursts += 1
+        filled = poisoned_memory() if self._bursts % 2 else contextlib.nullcontext()
+        on = contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+        with on:
+            with filled:
+                results = [case.run() for case in cases]
+            self.comparison.add(cases, results)
+            poison(results)
+
+    def fill_free_memory(self, size: int) -> None:
+        """Leave a block of NaN to the allocator, of which the first outputs are cut."""
+        with torch.cuda.stream(self.stream):
+            torch.full((size // 4,), float("nan"), device="cuda")
+
+
+class Graph:
+    """Many boundaries, their comparison, and NaN into their outputs for the next replay."""
+
+    def __init__(self, cases: Sequence[Case], words: int, stream: torch.cuda.Stream) -> None:
+        self.comparison = Comparison(len(cases), words, "cuda")
+        self.cases = cases
+        self.done = torch.cuda.Event()
+        self._graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self._graph, stream=stream):
+            self._results = [case.run() for case in cases]
+            self.comparison.add(cases, self._results)
+            poison(self._results)
+        # once without being counted: the outputs are NaN now, and the driver has what it needs
+        self._graph.replay()
+        torch.cuda.synchronize()
+        self.comparison.bad.zero_()
+        self.comparison.compared.zero_()
+        torch.cuda.synchronize()
+
+    def turn(self, stream: torch.cuda.Stream) -> None:
+        """Replay it on a stream, after its last replay."""
+        with torch.cuda.stream(stream):
+            stream.wait_event(self.done)
+            self._graph.replay()
+            self.done.record(stream)
+
+
+class Competitor:
+    """A stream that keeps every multiprocessor at work for as long as it is asked to."""
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+        self.replays = 0
+        self._done = torch.cuda.Event()
+        matrix = torch.randn(MATRIX, MATRIX, device="cuda", dtype=torch.bfloat16)
+        product = torch.empty_like(matrix)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self.stream):
+            torch.mm(matrix, matrix, out=product)
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=self.stream):
+            for _ in range(PRODUCTS):
+                torch.mm(matrix, matrix, out=product)
+        self._matrices = (matrix, product)
+
+    def keep_busy(self) -> None:
+        """More work, if the last is done."""
+        if self._done.query():
+            with torch.cuda.stream(self.stream):
+                self._graph.replay()
+                self._done.record(self.stream)
+            self.replays += 1
+
+
+# ------------------------------------------------------------------------------------ the memory
+
+
+class Memory(NamedTuple):
+    """Bytes in use: of tensors, of the whole GPU with nothing cached, of this process."""
+
+    allocated: int
+    device: int
+    host: int
+
+
+def memory_now() -> Memory:
+    """Once all work is done and nothing is cached."""
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return Memory(torch.cuda.memory_allocated(), total - free, pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+def grown(before: Memory, after: Memory) -> list[str]:
+    """What is not flat, in words."""
+    found = []
+    if after.allocated != before.allocated:
+        found.append(f"tensors took {before.allocated} bytes before and {after.allocated} after")
+    if after.device > before.device + DEVICE_SLACK:
+        found.append(f"the GPU had {before.device} bytes in use before and {after.device} after")
+    if after.host > before.host + HOST_SLACK:
+        found.append(f"the process had {before.host} bytes before and {after.host} after")
+    return found
+
+
+def take_memory() -> Tensor:
+    """So much that ``PRESSURE_TAKEN`` of the GPU's memory is in use."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return torch.empty(
+        max(0, int(free - (1 - PRESSURE_TAKEN) * total)), dtype=torch.uint8, device="cuda"
+    )
+
+
+def _had_room(worker: Worker, called: Sequence[Case]) -> bool:
+    """Make a burst; False, with all it had allocated given back, where it ran out of memory."""
+    try:
+        worker.turn(called)
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def run_out_of_memory(case: Case, worker: Worker, burst: int) -> tuple[int, int]:
+    """Calls whose outputs find no room, each followed by the same calls with room.
+
+    The work of the other streams goes on meanwhile.
+
+    Returns:
+        (calls made without room, those that raised torch.OutOfMemoryError).
+    """
+    _, total = torch.cuda.mem_get_info()
+    caught = 0
+    for room in ROOMS:
+        torch.cuda.empty_cache()
+        stream = torch.cuda.Stream()  # for which the allocator keeps nothing
+        allowed = torch.cuda.memory_reserved() + int(room * case.words * 8)
+        torch.cuda.set_per_process_memory_fraction(allowed / total)
+        try:
+            with torch.cuda.stream(stream):
+                case.run()
+        except torch.OutOfMemoryError:
+            caught += 1
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        worker.turn([case] * burst)
+    return len(ROOMS), caught
+
+
+# --------------------------------------------------------------------------------------- the run
+
+
+class Watchdog:
+    """Ends the process when nothing has moved for a while: a hung GPU cannot be waited for.
+
+    Attributes:
+        state: what is being done, for the message.
+    """
+
+    def __init__(self, seconds: float, end: Callable[[int], None] = os._exit) -> None:
+        self.state = "starting"
+        self._seconds, self._end = seconds, end
+        self._moved = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def moved(self, state: str) -> None:
+        """Something has moved."""
+        self.state, self._moved = state, time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(1.0, self._seconds / 4)):
+            still = time.monotonic() - self._moved
+            if still > self._seconds:
+                print(f"HUNG: nothing has moved for {still:.0f} s: {self.state}", file=sys.stderr)
+                faulthandler.dump_traceback(sys.stderr)
+                sys.stderr.flush()
+                self._end(3)
+                return
+
+
+class Result(NamedTuple):
+    """What a run has found.
+
+    Attributes:
+        counts: boundaries by kind: graph, eager, with the competing stream, under pressure.
+        compared: results that the GPU has compared.
+        bad: how many of them differed, by (hidden, tokens) or by what made them.
+        memory: before and after.
+        out_of_memory: (calls made without room, those that raised).
+        retried: bursts that ran out of memory by themselves, and were made again.
+        seconds: of the boundaries alone.
+        competing: replays of the competing stream's graph.
+    """
+
+    counts: dict[str, int]
+    compared: int
+    bad: dict[str, int]
+    memory: tuple[Memory, Memory]
+    out_of_memory: tuple[int, int]
+    retried: int
+    seconds: float
+    competing: int
+
+
+def failures(settings: Settings, result: Result) -> list[str]:
+    """What is wrong, in words; nothing where all is right."""
+    made = result.counts["graph"] + result.counts["eager"]
+    found = []
+    if result.bad:
+        total = sum(result.bad.values())
+        found.append(f"{total} results differ from those of quiet calls: {result.bad}")
+    if result.compared != made:
+        found.append(f"{made} boundaries were made and {result.compared} compared")
+    if made < settings.boundaries:
+        found.append(f"cut off after {made} of {settings.boundaries} boundaries")
+    if result.out_of_memory[1] != result.out_of_memory[0]:
+        tried, caught = result.out_of_memory
+        found.append(f"{tried} calls had no room for their outputs, {caught} said so")
+    return found + grown(*result.memory)
+
+
+def stress(
+    settings: Settings, watchdog: Watchdog, plant_fault: bool = False, shown: bool = False
+) -> Result:
+    """The run, on the current CUDA device.
+
+    Args:
+        settings: how much of everything.
+        watchdog: is told of progress.
+        plant_fault: change one bit of one quiet result, which the comparison has to notice.
+        shown: with progress bars on standard error.
+    """
+    with progress_bar(shown) as bar, torch.no_grad():
+        mhc_ops.prewarm(settings.hidden, max_tokens=max(settings.largest, 129), progress=False)
+        watchdog.moved("prewarmed")
+        calls = bar.add_task("quiet calls", total=settings.counts * len(settings.hidden))
+
+        def advance() -> None:
+            bar.advance(calls)
+            watchdog.moved("quiet calls")
+
+        cases = make_cases(settings, "cuda", advance)
+        words = max(case.words for case in cases)
+        capturing = bar.add_task("capturing", total=settings.graphs)
+        captured_on = torch.cuda.Stream()
+        graphs = []
+        for numbers in graph_cases(settings):
+            graphs.append(Graph([cases[i] for i in numbers], words, captured_on))
+            bar.advance(capturing)
+            watchdog.moved("capturing")
+        if plant_fault:
+            seen = next(case for case in graphs[0].cases if case.tokens)
+            seen.want[-1][-1] ^= 1
+        workers = [
+            Worker(settings, words, "cuda", torch.cuda.Stream()) for _ in range(settings.streams)
+        ]
+        competitor = Competitor()
+        largest = max(cases, key=lambda case: case.words)
+        return _run(settings, watchdog, bar, cases, graphs, workers, competitor, largest)
+
+
+def _run(
+    settings: Settings,
+    watchdog: Watchdog,
+    bar: Any,
+    cases: Sequence[Case],
+    graphs: Sequence[Graph],
+    workers: Sequence[Worker],
+    competitor: Competitor,
+    largest: Case,
+) -> Result:
+    counts: Counter[str] = Counter(graph=0, eager=0, competing=0, pressure=0)
+    out_of_memory = (0, 0)
+    retried = 0
+    burst_bytes = settings.burst * largest.words * 8
+    before = memory_now()
+    ballast: Tensor | None = None
+    issued: deque[list[torch.cuda.Event]] = deque()
+    running = bar.add_task("boundaries", total=settings.boundaries)
+    start = time.monotonic()
+    for number, turns in enumerate(rounds(settings)):
+        done = counts["graph"] + counts["eager"]
+        share = done / settings.boundaries
+        pressed = PRESSURE[0] <= share < PRESSURE[1]
+        if number == WARM_ROUNDS:
+            before = memory_now()
+        if number in (0, WARM_ROUNDS):  # what was cached is gone
+            for worker in workers:
+                worker.fill_free_memory(burst_bytes // 8)
+        if pressed and ballast is None:
+            ballast = take_memory()
+        elif not pressed and ballast is not None:
+            ballast = None
+            torch.cuda.empty_cache()
+        for turn in turns:
+            if number % 2:
+                competitor.keep_busy()
+            worker = workers[turn.stream]
+            if turn.graph is not None:
+                graphs[turn.graph].turn(worker.stream)
+                continue
+            called = [cases[i] for i in turn.cases]
+            if not _had_room(worker, called):
+                retried += 1
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+                worker.turn(called)
+        made = Counter(
+            graph=sum(settings.graph_length for turn in turns if turn.graph is not None),
+            eager=sum(len(turn.cases) for turn in turns),
+        )
+        if ballast is not None and not out_of_memory[0] and share >= sum(PRESSURE) / 2:
+            small = max(
+                (c for c in cases if c.tokens <= 128 and c.words), key=lambda case: case.words
+            )
+            for case in (largest, small):
+                watchdog.moved("running out of memory")
+                tried, caught = run_out_of_memory(case, workers[0], settings.burst)
+                out_of_memory = (out_of_memory[0] + tried, out_of_memory[1] + caught)
+                made["eager"] += tried * settings.burst
+        total = made["graph"] + made["eager"]
+        made["competing"] = total * (number % 2)
+        made["pressure"] = total * (ballast is not None)
+        counts += made
+        events = [torch.cuda.Event() for _ in workers]
+        for event, worker in zip(events, workers, strict=True):
+            event.record(worker.stream)
+        issued.append(events)
+        if len(issued) > ROUNDS_AHEAD:
+            for event in issued.popleft():
+                event.synchronize()
+        bar.update(running, completed=done + total)
+        watchdog.moved(f"round {number}, {done + total} boundaries made")
+        if time.monotonic() - start > settings.seconds:
+            break
+    torch.cuda.synchronize()
+    seconds = time.monotonic() - start
+    del ballast
+    watchdog.moved("reading the counters")
+    issued.clear()
+    after = memory_now()
+    bad: Counter[str] = Counter()
+    compared = 0
+    for graph in graphs:
+        compared += int(graph.comparison.compared)
+        for case, wrong in zip(graph.cases, graph.comparison.bad.tolist(), strict=True):
+            bad[f"hidden {case.hidden}, {case.tokens} tokens, graph"] += wrong
+    for worker in workers:
+        compared += int(worker.comparison.compared)
+        bad["eager"] += int(worker.comparison.bad.sum())
+    return Result(
+        counts=dict(counts),
+        compared=compared,
+        bad={name: wrong for name, wrong in bad.items() if wrong},
+        memory=(before, after),
+        out_of_memory=out_of_memory,
+        retried=retried,
+        seconds=seconds,
+        competing=competitor.replays,
+    )
+
+
+def make_record(
+    settings: Settings, result: Result, *, commit: str | None, command: str
+) -> dict[str, Any]:
+    """The line for the results file."""
+    found = failures(settings, result)
+    made = result.counts["graph"] + result.counts["eager"]
+    right = f"{made} boundaries, every result with the bits of a quiet call, memory flat"
+    return records.make_record(
+        "stress: fused_post_pre on a busy GPU",
+        "; ".join(found) or right,
+        commit=commit,
+        command=command,
+        settings=settings._asdict(),
+        counts=result.counts,
+        compared=result.compared,
+        mismatches=sum(result.bad.values()),
+        memory_before=result.memory[0]._asdict(),
+        memory_after=result.memory[1]._asdict(),
+        out_of_memory_provoked=result.out_of_memory[0],
+        out_of_memory_caught=result.out_of_memory[1],
+        out_of_memory_retried=result.retried,
+        competing_replays=result.competing,
+        seconds=round(result.seconds, 1),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    defaults = Settings()
+    parser.add_argument("--boundaries", type=int, default=defaults.boundaries)
+    parser.add_argument("--seconds", type=float, default=defaults.seconds, help="at most")
+    parser.add_argument("--hang-seconds", type=float, default=defaults.hang_seconds)
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument(
+        "--plant-fault", action="store_true", help="change one bit of a quiet result: it must fail"
+    )
+    records.add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    supported, reason = support.is_supported()
+    if not supported:
+        print(f"needs a GPU that the ops support: {reason}", file=sys.stderr)
+        return 2
+    settings = defaults._replace(
+        boundaries=arguments.boundaries,
+        seconds=arguments.seconds,
+        hang_seconds=arguments.hang_seconds,
+        seed=arguments.seed,
+    )
+    print("compiling or loading kernels", file=sys.stderr)
+    mhc_ops.prewarm(settings.hidden, max_tokens=settings.largest, progress=True)
+    with Watchdog(settings.hang_seconds) as watchdog:
+        result = stress(settings, watchdog, arguments.plant_fault, shown=True)
+    record = make_record(
+        settings, result, commit=arguments.commit, command=records.command_line(argv)
+    )
+    records.write(record, arguments.output)
+    return 1 if failures(settings, result) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
