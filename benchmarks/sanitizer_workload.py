@@ -1,30 +1,153 @@
-"""Every kernel once at small sizes, for compute-sanitizer; exits non-zero on a wrong result.
+"""Every kernel at the small sizes of the GPU suite, for compute-sanitizer, in one process.
 
-compute-sanitizer --tool memcheck  --error-exitcode 9 python benchmarks/sanitizer_workload.py
-compute-sanitizer --tool racecheck --error-exitcode 9 python benchmarks/sanitizer_workload.py
+    compute-sanitizer --tool racecheck --error-exitcode 9 python benchmarks/sanitizer_workload.py
+
+``benchmarks/sanitize.py`` runs it under all four tools and keeps the verdicts. Inputs come from the
+CPU and the oracle runs there, so the only kernels on the GPU are those to be looked at; compile
+them before, with ``--compile``, so that the tool does not slow the compiler down. The most telling
+cases come first, and after ``--seconds`` no further one is begun.
+
+Exit status: 1 for a wrong result or a kernel that no case has run.
 """
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
-import mhc_ops
-from mhc_ops import dispatch, support
-from mhc_ops.testing import assert_matches_oracle, make_inputs
+from mhc_ops import dispatch, host, jit, support
+from mhc_ops.testing import OUTPUTS, as_outputs, assert_matches_oracle, make_inputs
 
-HIDDEN = 512
+HIDDEN = (256, 768)  # the smallest, and one with no power of two
+# Two of each path (one of an odd size): one launch, its groups of more than 16 tokens, the larger
+# tile of the projection, three launches.
+TOKENS = (3, 35, 131, 20, 1, 128, 33)
 
 
-def main() -> None:
-    mhc_ops.prewarm([HIDDEN])
+class Case(NamedTuple):
+    """One call.
+
+    Attributes:
+        op, norm, tokens, hidden: what is called.
+        classical: as on a GPU without the kernel of one launch.
+    """
+
+    op: str
+    norm: bool
+    tokens: int
+    hidden: int
+    classical: bool
+
+
+def cases() -> list[Case]:
+    """All of them: each kernel at its smallest size first."""
+    return [
+        Case(op, norm, tokens, hidden, classical)
+        for tokens in TOKENS
+        for hidden in HIDDEN
+        for op in OUTPUTS
+        for norm in ((False,) if op == "post" else (False, True))
+        for classical in ((False, True) if op == "fused_post_pre" else (False,))
+        if not classical or dispatch.takes_post_projection(tokens, hidden)
+    ]
+
+
+def keys(arch: str) -> set[dispatch.Key]:
+    """Every kernel of these hidden sizes, those of GPUs without one launch too."""
+    return {
+        key
+        for hidden in HIDDEN
+        for key in (
+            *dispatch.keys(hidden, arch, max(TOKENS)),
+            dispatch.post_projection_plan(1, hidden, arch, 1).key,
+        )
+    }
+
+
+@contextlib.contextmanager
+def path(classical: bool) -> Iterator[None]:
+    """While it lasts, ``fused_post_pre`` takes the path of a GPU without one launch, or its own."""
+    if not classical:
+        yield
+        return
+    host.forget()  # of the native calls, which know nothing of what follows
+    with mock.patch.object(dispatch, "ONE_LAUNCH_ARCHS", frozenset()):
+        yield
+
+
+@torch.no_grad()
+def run(case: Case, device: str) -> None:
+    """A case twice, the second time with weights that were read before, on the native way.
+
+    Raises:
+        AssertionError: a wrong result, or another one the second time.
+    """
+    inputs = make_inputs(case.op, case.tokens, case.hidden, norm=case.norm)
+    there: dict[str, Any] = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in inputs.items()
+    }
+    call = getattr(torch.ops.mhc, case.op).default
+    with path(case.classical):
+        first, second = (
+            {name: value.cpu() for name, value in as_outputs(case.op, call(**there)).items()}
+            for _ in range(2)
+        )
+    assert_matches_oracle(case.op, inputs, tuple(first.values()))
+    for name, value in first.items():
+        if not torch.equal(value, second[name]):
+            raise AssertionError(f"{name} of the second call differs")
+
+
+def compile_all(arch: str) -> None:
+    """Into the cache, side by side."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        list(pool.map(jit.compile_key, keys(arch)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--compile", action="store_true", help="the kernels alone, run nothing")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="then begin no case")
+    arguments = parser.parse_args(argv)
     arch = support.arch(torch.device("cuda", 0))
-    for start in dispatch.path_tokens(HIDDEN, arch, 2048):
-        for op in ("post", "pre", "fused_post_pre", "head"):
-            for norm in (False,) if op == "post" else (False, True):
-                inputs = make_inputs(op, start + 2, HIDDEN, norm=norm, device="cuda")
-                with torch.no_grad():
-                    result = getattr(torch.ops.mhc, op).default(**inputs)
-                assert_matches_oracle(op, inputs, result)
-                print(f"{op} norm={norm} tokens={start + 2}: right")
+    if arguments.compile:
+        compile_all(arch)
+        return 0
+    start = time.monotonic()
+    launched: set[dispatch.Key] = set()
+    launch = jit.launch
+
+    def recorded(key: dispatch.Key, *rest: Any) -> None:
+        launched.add(key)
+        launch(key, *rest)
+
+    right = 0
+    host.forget()  # the first call of each kernel is to be seen here
+    with mock.patch.object(jit, "launch", recorded):
+        for case in cases():
+            if time.monotonic() - start > arguments.seconds:
+                break
+            run(case, "cuda")
+            right += 1
+            print(f"{time.monotonic() - start:6.1f} s  right: {case}", flush=True)
+    missing = keys(arch) - launched
+    print(f"CASES: {right} of {len(cases())} right, {len(launched)} kernels", flush=True)
+    for key in sorted(missing):
+        print(f"NOT RUN: {key}")
+    return 1 if missing else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
