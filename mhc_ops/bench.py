@@ -543,6 +543,8 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help=f"file that the records are appended to; {RESULTS}/<gpu>.jsonl if not given",
     )
+    add("--plot", type=Path, help="time nothing: draw --records and --baseline into this .svg")
+    add("--records", type=Path, help="file of records to draw")
     return parser
 
 
@@ -550,9 +552,31 @@ def _default_output(gpu: str) -> Path:
     return RESULTS / f"{'_'.join(gpu.lower().split())}.jsonl"
 
 
+def _plot(arguments: argparse.Namespace) -> int:
+    from . import plot
+
+    try:
+        baseline = None if arguments.baseline is None else read_baseline(arguments.baseline)
+        records = plot.read_records(arguments.records)
+        plot.draw(records, baseline, arguments.plot)
+    except ImportError:
+        print("expected matplotlib: pip install 'mhc-ops[plot]'", file=sys.stderr)
+        return 2
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{arguments.plot}: {plot.describe(records, baseline)}")
+    return 0
+
+
 def main(argv: Sequence[str]) -> int:
     """``python -m mhc_ops bench``; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if (arguments.plot is None) != (arguments.records is None):
+        parser.error("expected --plot and --records together")
+    if arguments.plot is not None:
+        return _plot(arguments)
     cases = [
         Case(tokens, hidden, path, mode, arguments.norm, arguments.sinkhorn_repeat)
         for hidden in arguments.hidden

@@ -274,7 +274,8 @@ def test_constraints_pin_what_the_package_needs():
 
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-RUN_TIME = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["transformers"]]
+OPTIONAL = PROJECT["optional-dependencies"]
+RUN_TIME = [*PROJECT["dependencies"], *OPTIONAL["plot"], *OPTIONAL["transformers"]]
 
 
 @pytest.mark.parametrize("need", RUN_TIME)
