@@ -100,6 +100,15 @@ def byte_tokens(text: bytes, part: int, rows: int, length: int, device: str) -> 
     return torch.tensor(tokens, device=device).view(rows, length)
 
 
+def to_checkpoint_dtypes(model: Any) -> None:
+    """The dtypes of the published checkpoints: bf16, and what they keep in float32."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not (
+            "inv_freq" in name or any(part in name for part in KEPT_IN_FLOAT32)
+        ):
+            tensor.data = tensor.data.bfloat16()
+
+
 def small_model(seed: int, device: str, pairs: int = 2) -> Any:
     """A DeepSeek-V4 of 2 layers a pair in bf16, with weights that make every part of it count.
 
@@ -160,11 +169,7 @@ def small_model(seed: int, device: str, pairs: int = 2) -> Any:
         if name.endswith("tid2eid"):
             experts = torch.rand((buffer.shape[0], 8), generator=generator)
             buffer.copy_(experts.topk(buffer.shape[1]).indices)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not (
-            "inv_freq" in name or any(part in name for part in KEPT_IN_FLOAT32)
-        ):
-            tensor.data = tensor.data.bfloat16()
+    to_checkpoint_dtypes(model)
     return model.to(device)
 
 

@@ -1,0 +1,463 @@
+"""DeepSeek-V4 of transformers while it decodes: stock against mhc-ops, the logits and the time.
+
+    python benchmarks/transformers_decode.py -o benchmarks/results/nvidia_h100_checks.jsonl
+
+``logits``: teacher-forced with the KV cache, 64 steps after prompts of two lengths, three random
+models. Stock in bf16 and mhc-ops (unfused and fused) are compared with stock in float32, whose
+choices of experts and of compressed entries all take (``mhc_ops/demo.py`` says why). The mean error
+of mhc-ops is at most 1.05 times stock's own, and its top token is float32's wherever float32's
+margin exceeds stock's largest error.
+
+``generate``: greedy and sampled continuations to their end.
+
+``times``: one decoding step of a pair of layers of V4-Flash's widths, with few experts and random
+weights, called eagerly and replayed as a CUDA graph where the model can be captured.
+
+``--tiny`` is a dry run of all of it in seconds, on a CPU too; its times say nothing.
+
+Exit status: 0 where every check holds, 1 where one does not, 2 where it cannot run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import mhc_ops
+import records
+from mhc_ops import demo, dispatch, support
+
+PARTS = ("logits", "generate", "times")
+NAMES = ("stock", *demo.PATHS)
+WARMUPS = 3
+CAPTURE_ERROR_LENGTH = 200
+FEW_EXPERTS = {"n_routed_experts": 16}  # of V4-Flash's 256, of which a token takes 6
+
+
+class Sizes(NamedTuple):
+    """How much of everything.
+
+    Attributes:
+        seeds: of the models and their text.
+        prompts: prompt lengths.
+        rows: sequences side by side.
+        steps: decoded, one token a step.
+        batches, context: of the timed steps.
+        repeats: timed steps of a row.
+        widths: settings of the timed pair of layers, in place of V4-Flash's.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    prompts: tuple[int, ...] = (40, 200)
+    rows: int = 8
+    steps: int = 64
+    batches: tuple[int, ...] = (1, 8, 32)
+    context: int = 250
+    repeats: int = 30
+    widths: dict[str, Any] = FEW_EXPERTS
+
+
+TINY = Sizes(
+    seeds=(0,),
+    prompts=(10,),
+    rows=2,
+    steps=6,
+    batches=(1, 2),
+    context=10,
+    repeats=2,
+    widths={
+        "hidden_size": 256,
+        "moe_intermediate_size": 64,
+        "num_attention_heads": 4,
+        "head_dim": 64,
+        "q_lora_rank": 64,
+        "o_groups": 2,
+        "o_lora_rank": 64,
+        "n_routed_experts": 8,
+        "index_n_heads": 4,
+        "index_head_dim": 32,
+        "partial_rotary_factor": 0.25,
+    },
+)
+
+
+# ---------------------------------------------------------------------------------------- logits
+
+
+def decode(
+    model: Any,
+    tokens: Tensor,
+    prompt: int,
+    choices: Sequence[demo.Choices] = (),
+    *,
+    record: bool = False,
+) -> Tensor:
+    """Logits after the prompt and after each token that follows it.
+
+    Args:
+        model: of transformers.
+        tokens: [rows, prompt + steps - 1].
+        prompt: its length.
+        choices: one for each step; none for the model's own.
+        record: keep the model's choices there; they are taken from there otherwise.
+
+    Returns:
+        [rows, steps, vocabulary].
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    found = []
+    pieces = tokens.split([prompt] + [1] * (tokens.shape[1] - prompt), dim=1)
+    for step, piece in enumerate(pieces):
+        hooks: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if choices:
+            hooks = (choices[step].recorded if record else choices[step].replayed)(model)
+        with hooks:
+            out = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        found.append(out.logits)
+    return torch.cat(found, dim=1)
+
+
+class Compared(NamedTuple):
+    """One path of one model and prompt length against float32.
+
+    Attributes:
+        ratio: mean error in units of stock's own, with float32's choices.
+        other: positions with another top token than float32's, where float32's margin exceeds
+            stock's largest error.
+        covered: share of the positions that are such.
+        own: mean error where the run chooses for itself.
+    """
+
+    seed: int
+    prompt: int
+    path: str
+    mean: float
+    largest: float
+    ratio: float
+    other: int
+    covered: float
+    own: float
+
+
+def compare(sizes: Sizes, device: str) -> list[Compared]:
+    """Teacher-forced logits of every path against float32."""
+    _, text = demo.readme()
+    rows = []
+    for seed in sizes.seeds:
+        model = demo.small_model(seed, device)
+        exact_model = copy.deepcopy(model).float()
+        for prompt in sizes.prompts:
+            tokens = demo.byte_tokens(text, seed, sizes.rows, prompt + sizes.steps - 1, device)
+            choices = [demo.Choices() for _ in range(sizes.steps)]
+            exact = decode(exact_model, tokens, prompt, choices, record=True)
+            stock: demo.Errors | None = None
+            for name in NAMES:
+                with demo.path(model, name):
+                    logits = decode(model, tokens, prompt, choices)
+                    own = demo.errors(decode(model, tokens, prompt), exact)
+                found = demo.errors(logits, exact)
+                stock = stock or found
+                other, covered = demo.top_tokens(logits, exact, stock.largest)
+                rows.append(
+                    Compared(
+                        seed, prompt, name, found.mean, found.largest, found.mean / stock.mean,
+                        other, covered, own.mean,
+                    )
+                )  # fmt: skip
+    return rows
+
+
+def wrong_logits(rows: Sequence[Compared]) -> list[str]:
+    """Checks that do not hold, in words."""
+    found = []
+    for row in rows:
+        if row.path == "stock":
+            continue
+        where = f"seed {row.seed}, prompt {row.prompt}, {row.path}"
+        if not row.ratio <= demo.ERROR_RATIO:
+            found.append(
+                f"{where}: error {row.ratio:.3f} of stock's, at most {demo.ERROR_RATIO} expected"
+            )
+        if row.other:
+            found.append(f"{where}: {row.other} other top tokens")
+    if not any(row.covered for row in rows):
+        found.append("no position in which float32's margin exceeds stock's largest error")
+    return found
+
+
+# -------------------------------------------------------------------------------------- generate
+
+
+def generate(sizes: Sizes, device: str) -> list[str]:
+    """Continuations of the fused model to their end; what is wrong, in words."""
+    _, text = demo.readme()
+    model = demo.small_model(sizes.seeds[0], device)
+    found = []
+    with demo.path(model, "mhc-ops fused"):
+        for prompt in sizes.prompts:
+            prompts = demo.byte_tokens(text, 0, sizes.rows, prompt, device)
+            for sampled in (False, True):
+                kind = "sampled" if sampled else "greedy"
+                runs = []
+                for _ in range(2):
+                    torch.manual_seed(0)
+                    runs.append(
+                        model.generate(prompts, max_new_tokens=sizes.steps, do_sample=sampled)
+                    )
+                if runs[0].shape != (sizes.rows, prompt + sizes.steps):
+                    found.append(f"{kind}, prompt {prompt}: ended at {tuple(runs[0].shape)}")
+                elif not torch.equal(runs[0][:, :prompt], prompts):
+                    found.append(f"{kind}, prompt {prompt}: not a continuation")
+                elif not torch.equal(*runs):
+                    found.append(f"{kind}, prompt {prompt}: other tokens from the same seed")
+    return found
+
+
+# ----------------------------------------------------------------------------------------- times
+
+
+def layer_pair(sizes: Sizes, device: str) -> Any:
+    """Two layers of V4-Flash's widths: both kinds of compressed attention and of routing."""
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
+    settings = DeepseekV4Config(
+        vocab_size=256,
+        num_hidden_layers=2,
+        layer_types=["heavily_compressed_attention", "compressed_sparse_attention"],
+        mlp_layer_types=["hash_moe", "moe"],
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **sizes.widths,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = DeepseekV4ForCausalLM(settings).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "_hc." in name or "hc_head." in name:
+            std = 2 / parameter.shape[-1] ** 0.5 if name.endswith("fn") else 1.0
+            parameter.normal_(std=std)
+        elif "norm" not in name and parameter.ndim > 1:
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("tid2eid"):
+            chances = torch.rand(buffer.shape[0], settings.n_routed_experts, device=device)
+            buffer.copy_(chances.topk(buffer.shape[1]).indices)
+    demo.to_checkpoint_dtypes(model)
+    return model
+
+
+def _wall_us(call: Callable[[], object], repeats: int, device: str) -> float:
+    """Median of so many calls, each waited for."""
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    samples = []
+    for number in range(WARMUPS + repeats):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        if number >= WARMUPS:
+            samples.append((time.perf_counter() - start) * 1e6)
+    return median(samples)
+
+
+@contextlib.contextmanager
+def _experts(model: Any, kind: str | None) -> Iterator[None]:
+    before = model.config._experts_implementation
+    if kind is not None:
+        model.set_experts_implementation(kind)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def _capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def alike(cache: Any) -> Any:
+    """A cache with the same tensors. A step puts others in their place and writes to none."""
+    tensors = [
+        value
+        for layer in cache.layers
+        for held in vars(layer).values()
+        for value in (held.values() if isinstance(held, dict) else (held,))
+        if isinstance(value, Tensor)
+    ]
+    return copy.deepcopy(cache, {id(tensor): tensor for tensor in tensors})
+
+
+def step_times(model: Any, sizes: Sizes, batch: int, name: str, device: str) -> dict[str, Any]:
+    """Microseconds of a step on one path: each in eager mode another, the same one in a graph."""
+    from transformers import DynamicCache
+
+    generator = torch.Generator().manual_seed(batch)
+    tokens = torch.randint(256, (batch, sizes.context + 1), generator=generator).to(device)
+    prompt, last = tokens[:, :-1], tokens[:, -1:].contiguous()
+    row: dict[str, Any] = {"batch": batch, "path": name}
+    with demo.path(model, name):
+        kept = DynamicCache(config=model.config)
+        model(prompt, past_key_values=kept, use_cache=True, logits_to_keep=1)
+        cache = alike(kept)
+
+        def step(cache: Any) -> None:
+            # one token sees all that the cache holds: no mask, which would be made on the CPU
+            model(
+                last, past_key_values=cache, use_cache=True,
+                attention_mask={"sliding_attention": None},
+            )  # fmt: skip
+
+        row["eager_us"] = round(_wall_us(lambda: step(cache), sizes.repeats, device), 1)
+        if device != "cuda":
+            return row
+        for kind in (None, "grouped_mm", "batched_mm"):
+            with _experts(model, kind):
+                try:
+                    graph = _capture(lambda: step(alike(kept)))
+                # what stops a capture is one of many errors, and torch's own is among them
+                except Exception as error:
+                    row["graph_error"] = str(error).splitlines()[0][:CAPTURE_ERROR_LENGTH]
+                    torch.cuda.synchronize()
+                    continue
+            row["graph_us"] = round(_wall_us(graph.replay, sizes.repeats, device), 1)
+            row["graph_experts"] = kind or model.config._experts_implementation
+            row.pop("graph_error", None)
+            break
+    return row
+
+
+def measure(sizes: Sizes, device: str) -> list[dict[str, Any]]:
+    """Times of every batch and path, in the order of the paths within a batch."""
+    model = layer_pair(sizes, device)
+    if device == "cuda":
+        mhc_ops.prewarm(model, max_tokens=max(sizes.batches) * sizes.context)
+    return [
+        step_times(model, sizes, batch, name, device) for batch in sizes.batches for name in NAMES
+    ]
+
+
+# ----------------------------------------------------------------------------------- the command
+
+
+def _print_logits(rows: Sequence[Compared]) -> None:
+    print("seed prompt path             mean error  of stock's  other top  covered  own choices")
+    for r in rows:
+        print(
+            f"{r.seed:4} {r.prompt:6} {r.path:16} {r.mean:10.5f} {r.ratio:11.3f} {r.other:10} "
+            f"{r.covered:8.1%} {r.own:12.5f}"
+        )
+
+
+def _print_times(rows: Sequence[dict[str, Any]]) -> None:
+    print("batch path              eager us  of stock   graph us  of stock")
+    stock: dict[str, Any] = {}
+    for row in rows:
+        stock = row if row["path"] == "stock" else stock
+        line = f"{row['batch']:5} {row['path']:16}"
+        for field in ("eager_us", "graph_us"):
+            us, base = row.get(field), stock.get(field)
+            line += f" {'-' if us is None else us:>10}"
+            line += f" {us / base:9.3f}" if us and base else f" {'-':>9}"
+        print(line, row.get("graph_error", ""))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a dry run")
+    records.add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    device, sizes = arguments.device, TINY if arguments.tiny else Sizes()
+    supported, reason = support.is_supported("cuda")
+    if device == "cuda" and not supported:
+        print(f"needs a GPU that the ops support: {reason}", file=sys.stderr)
+        return 2
+    try:
+        import transformers
+    except ImportError:
+        print("expected transformers: pip install 'mhc-ops[transformers]'", file=sys.stderr)
+        return 2
+    transformers.utils.logging.set_verbosity_error()
+    if device == "cuda":
+        mhc_ops.prewarm(
+            sorted({dispatch.HIDDEN_MULTIPLE, sizes.widths.get("hidden_size", 4096)}),
+            max_tokens=max(sizes.rows * max(sizes.prompts), max(sizes.batches) * sizes.context),
+            progress=True,
+        )
+
+    def write(what: str, wrong: Sequence[str], right: str, **more: Any) -> None:
+        record = records.make_record(
+            f"transformers {transformers.__version__}, {what}, on {device}",
+            "; ".join(wrong) or right,
+            commit=arguments.commit,
+            command=records.command_line(argv),
+            **more,
+        )
+        records.write(record, arguments.output)
+
+    failed = False
+    with torch.no_grad():
+        if "logits" in arguments.parts:
+            compared = compare(sizes, device)
+            wrong = wrong_logits(compared)
+            worst = max(row.ratio for row in compared)
+            write(
+                f"teacher-forced decoding, {sizes.steps} steps, prompts of {sizes.prompts}, "
+                f"seeds {sizes.seeds}, {sizes.rows} sequences",
+                wrong,
+                f"errors at most {worst:.3f} of stock bf16's own, no other top token",
+                rows=[row._asdict() for row in compared],
+            )
+            _print_logits(compared)
+            failed |= bool(wrong)
+        if "generate" in arguments.parts:
+            wrong = generate(sizes, device)
+            write(
+                f"generate(), greedy and sampled, {sizes.steps} tokens, prompts of {sizes.prompts}",
+                wrong,
+                "all to their end, the same again from the same seed",
+            )
+            failed |= bool(wrong)
+        if "times" in arguments.parts:
+            times = measure(sizes, device)
+            write(
+                f"time of a decoding step, 2 layers, {sizes.context} tokens of context",
+                (),
+                "see rows",
+                widths=sizes.widths,
+                repeats=sizes.repeats,
+                rows=times,
+            )
+            _print_times(times)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
