@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import transformers_decode as decoding
 from mhc_ops import demo
+from mhc_ops.integrations import transformers as integration
 
 GOOD = decoding.Compared(0, 40, "mhc-ops fused", 0.01, 0.05, 0.98, 0, 0.7, 0.011)
 STOCK = GOOD._replace(path="stock", ratio=1.0)
@@ -95,6 +96,14 @@ def test_wrong_logits(change, text):
     (found,) = decoding.wrong_logits([STOCK, GOOD, GOOD._replace(**change)])
     assert found.startswith("seed 0, prompt 40, mhc-ops fused: ")
     assert text in found
+
+
+@torch.no_grad()
+def test_wrong_mathematics(monkeypatch):
+    """One wrong constant in the wiring."""
+    monkeypatch.setattr(integration.MhcHyperConnection, "hc_post_mult_value", 1.95)
+    found = decoding.wrong_logits(decoding.compare(decoding.TINY, "cpu"))
+    assert sum("of stock's" in sentence for sentence in found) == len(demo.PATHS)
 
 
 def test_nothing_covered():
