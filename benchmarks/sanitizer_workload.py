@@ -8,7 +8,7 @@ import torch
 
 import mhc_ops
 from mhc_ops import dispatch, support
-from mhc_ops.testing import assert_matches_oracle, make_inputs
+from mhc_ops.testing import OUTPUTS, assert_matches_oracle, make_inputs
 
 HIDDEN = 512
 
@@ -17,7 +17,7 @@ def main() -> None:
     mhc_ops.prewarm([HIDDEN])
     arch = support.arch(torch.device("cuda", 0))
     for start in dispatch.path_tokens(HIDDEN, arch, 2048):
-        for op in ("post", "pre", "fused_post_pre", "head"):
+        for op in OUTPUTS:
             for norm in (False,) if op == "post" else (False, True):
                 inputs = make_inputs(op, start + 2, HIDDEN, norm=norm, device="cuda")
                 with torch.no_grad():

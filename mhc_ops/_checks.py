@@ -8,6 +8,7 @@ their values.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any, NoReturn
 
@@ -283,7 +284,7 @@ def check_mixing(
 
 
 def check_expand(op: str, x: Tensor, fn: Tensor) -> tuple[int, int]:
-    """Refuse an embedding that cannot be expanded; how many copies is what ``fn`` is made for.
+    """Refuse an embedding that cannot be expanded, to as many streams as ``fn`` is made for.
 
     Args:
         op: name of the op, for the message.
@@ -305,15 +306,15 @@ def check_expand(op: str, x: Tensor, fn: Tensor) -> tuple[int, int]:
         _fail(op, "x", "with a hidden size of at least 1", hidden)
     _check_given(op, "fn", fn)
     if fn.dim() != 2:
-        _fail(
-            op, "fn", "of shape (hc_mult * (hc_mult + 2), hc_mult * hidden)", _shape_text(fn.shape)
-        )
+        _fail(op, "fn", "with two dimensions", _shape_text(fn.shape))
+    rows = int(fn.shape[0])
+    hc_mult = math.isqrt(rows + 1) - 1
+    if hc_mult < 1 or mixes(hc_mult) != rows:
+        _fail(op, "fn", "with hc_mult * (hc_mult + 2) rows", rows)
     if x.is_cuda:
+        if hc_mult != dispatch.HC_MULT:
+            _fail(op, "fn", f"for hc_mult {dispatch.HC_MULT} on CUDA", hc_mult)
         _check_hidden_on_cuda(op, "x", hidden)
-        return dispatch.HC_MULT, hidden
-    hc_mult = fn.shape[1] // hidden
-    if hc_mult < 1:
-        _fail(op, "fn", f"with at least {hidden} columns", fn.shape[1])
     return hc_mult, hidden
 
 
