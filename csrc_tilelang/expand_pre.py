@@ -58,7 +58,13 @@ from ._sinkhorn import COMB, sinkhorn, softmax_row
 TILES = END_GROUP_TOKENS // MMA_COLUMNS  # of 8 tokens
 OWNED = -(-END_GROUP_TOKENS // CLUSTER)  # tokens of a group that a CTA owns at most
 OWNER_FLOATS = SUMS - HC_MULT  # of each CTA and owned token: post, comb, squares
+TWO_CTAS_WARPS = 8  # column warps of which two CTAs have 112 registers a thread, without spills
 INBOXES = 1 + OWNED  # sums of the collapse, then all sums of each owned token
+
+
+def ctas_per_sm(hidden: int) -> int:
+    """CTAs to allow on an SM by a limit on registers: phases overlap only among CTAs."""
+    return 2 if column_warps(hidden) <= TWO_CTAS_WARPS else 1
 
 
 @T.macro
@@ -86,10 +92,11 @@ def expand_group(
 ):  # fmt: skip
     """One CTA; ``gain`` and ``norm_eps`` are read when ``norm`` is true."""
     T.import_source(DEVICE_SOURCE)
+    T.annotate_min_blocks_per_sm(ctas_per_sm(hidden))
     size = slice_size(hidden)
     warps = column_warps(hidden)
     threads = warps * WARP
-    rank = i_c % CLUSTER
+    rank = T.alloc_var("int32", init=T.cast(i_c % CLUSTER, "int32"))
     t0 = T.alloc_var("int64", init=T.cast(i_c // CLUSTER, "int64") * group_tokens)
     count = T.alloc_var(
         "int32", init=T.cast(T.min(T.cast(group_tokens, "int64"), tokens - t0), "int32")

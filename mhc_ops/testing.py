@@ -234,8 +234,8 @@ MIX_BOUND = 5e-6
 MIX_BOUND_LOGIT = 10.0
 MIX_BOUND_BEYOND = 1e-6
 
-# Copies: an error that no bf16 number has, in place of zero, by which nothing can be divided.
-EXACT = 2.0**-1000
+# Copies: less than the distance to any other bf16 number; by none at all one could not divide.
+COPY_ULPS = 2.0**-10
 
 # New streams: one rounding, so a value next to a midpoint may fall to either side.
 RESIDUAL_ULPS = 1
@@ -354,10 +354,8 @@ def _expected_pre(inputs: Mapping[str, Any], residual: Tensor) -> dict[str, Expe
 def _expected_copies(inputs: Mapping[str, Any]) -> Expected:
     """The streams that ``expand_pre`` has to return: nothing may be off."""
     x = inputs["x"]
-    copies = reference.expand(x, inputs["fn"].shape[1] // x.shape[-1])
-    return Expected(
-        copies.double(), 0, torch.full_like(copies[..., :1], EXACT, dtype=torch.float64)
-    )
+    copies = reference.expand(x, inputs["fn"].shape[1] // x.shape[-1]).double()
+    return Expected(copies, 0, COPY_ULPS * bf16_ulp(copies))
 
 
 def _expected_head(inputs: Mapping[str, Any], residual: Tensor) -> Expected:
