@@ -58,7 +58,7 @@ from ._sinkhorn import COMB, sinkhorn, softmax_row
 TILES = END_GROUP_TOKENS // MMA_COLUMNS  # of 8 tokens
 OWNED = -(-END_GROUP_TOKENS // CLUSTER)  # tokens of a group that a CTA owns at most
 OWNER_FLOATS = SUMS - HC_MULT  # of each CTA and owned token: post, comb, squares
-TWO_CTAS_WARPS = 8  # column warps of which two CTAs have 112 registers a thread, without spills
+TWO_CTAS_WARPS = 8  # column warps of which two CTAs have 96 registers a thread, without spills
 INBOXES = 1 + OWNED  # sums of the collapse, then all sums of each owned token
 
 
@@ -173,9 +173,6 @@ def expand_group(
                     x_shared[tile, tx, v] = T.cast(0.0, "bfloat16")
         if inside:
             fold_weights(fn, row, column, hidden, weights_local)
-            if norm:
-                for v in T.vectorized(VECTOR):
-                    gain_local[v] = gain[column + v]
         else:
             for v in T.unroll(UNIT_WEIGHTS):
                 weights_local[v] = 0.0
@@ -225,6 +222,9 @@ def expand_group(
                         total[0],
                     )
 
+        if norm and inside:
+            for v in T.vectorized(VECTOR):
+                gain_local[v] = gain[column + v]
         # expand: r[j] = x
         for tile in T.serial(T.ceildiv(count, MMA_COLUMNS)):
             token = tile * MMA_COLUMNS + row
