@@ -27,15 +27,20 @@ import tilelang.language as T
 
 from ..dispatch import CLUSTER, GROUP_TOKENS
 from ._collapse import sigmoid
-from ._device import (
-    DEVICE_SOURCE,
-    HC_MULT,
-    MIXES,
-    MMA_COLUMNS,
-    SPLIT_TERMS,
-    SQUARES,
-    VECTOR,
-    WARP,
+from ._device import DEVICE_SOURCE, HC_MULT, MIXES, MMA_COLUMNS, SQUARES, VECTOR, WARP
+from ._operands import (
+    CHUNK,
+    OPERANDS,
+    ROW_TILES,
+    STEPS,
+    SUMS,
+    SUMS_PITCH,
+    UNIT_TERMS,
+    UNIT_WEIGHTS,
+    add_tree,
+    multiply,
+    split_unit,
+    store_sums,
 )
 from ._sinkhorn import COMB, sinkhorn, softmax_row
 from ._steps import mix_stream
@@ -43,16 +48,9 @@ from ._steps import mix_stream
 WARPS = 16
 THREADS = WARPS * WARP
 COLLAPSE_WARPS = WARPS - 1  # the last one makes the mixes and runs Sinkhorn instead
-CHUNK = 4  # elements of a thread in the post step: 64 threads for one token at H = 4096
 BLOCK = 32  # columns of two mma steps
-STEPS = 2  # of 16 columns, 4 a lane
-ROW_TILES = MIXES // MMA_COLUMNS  # row groups of 8 of fn
-UNIT_WEIGHTS = ROW_TILES * STEPS * CHUNK  # weights of a lane in one block of one stream
-UNIT_TERMS = UNIT_WEIGHTS * SPLIT_TERMS // 2  # and packed pairs of their terms
 REGISTER_UNITS = 2  # of them in registers: 72 of 128
 PAD = 16  # bf16 elements: the rows of 4 tokens on different banks
-SUMS = SQUARES + 1  # what is summed up for a token: 24 projections, the squares
-SUMS_PITCH = 28  # floats from token to token: the lanes' sums on different banks
 TOKEN_TILES = -(-GROUP_TOKENS // MMA_COLUMNS)
 OWNED = -(-GROUP_TOKENS // CLUSTER)  # tokens of a group that a CTA owns at most
 ROUNDS = -(-GROUP_TOKENS // COLLAPSE_WARPS)  # tokens that a warp collapses at most
@@ -60,30 +58,9 @@ WEIGHTS_INBOX = OWNED  # inboxes: sums of an owned token, then weights, then squ
 SQUARES_INBOX = WEIGHTS_INBOX + GROUP_TOKENS
 INBOXES = SQUARES_INBOX + GROUP_TOKENS
 
-# The A operands of a step, 5 for the 72 rows of fn's terms and 8 tokens: (row tile, term) above and
-# below, where term 0 is the largest and None the tokens themselves, whose squares are the diagonal.
-OPERANDS = (
-    ((0, 2), (1, 2)),
-    ((0, 1), (1, 1)),
-    ((0, 0), (1, 0)),
-    ((2, 2), (2, 1)),
-    ((2, 0), None),
-)
-# tuples: what a kernel loops over at trace time
-ALL_OPERANDS = tuple(range(len(OPERANDS)))
-ALL_STEPS = tuple(range(STEPS))
-ALL_PAIRS = (0, 1)
+# what a kernel loops over at trace time
 WARP_TREE = tuple(WARPS >> i for i in range(1, WARPS.bit_length()))
 SLICE_TREE = tuple(CLUSTER >> i for i in range(1, CLUSTER.bit_length()))
-PLACES = tuple(  # of a row tile: (term, operand, half)
-    tuple(
-        (half[1], operand, i)
-        for operand in ALL_OPERANDS
-        for i, half in enumerate(OPERANDS[operand])
-        if half is not None and half[0] == n
-    )
-    for n in range(ROW_TILES)
-)
 
 
 def slice_size(hidden: int) -> int:
@@ -102,13 +79,6 @@ def units(hidden: int) -> int:
 def shared_units(hidden: int) -> int:
     """Those of them whose terms are kept in shared memory."""
     return max(0, units(hidden) - REGISTER_UNITS * WARPS)
-
-
-def term(operand: int, half: int, step: int, pair: int) -> int:
-    """Where a lane keeps a packed pair: 4 registers an operand and step, in the order of mma."""
-    index = operand * STEPS * 4 + step * 4 + pair * 2 + half
-    # the last operand has no lower half of its own
-    return index if operand < 4 else 4 * STEPS * 4 + step * 2 + pair
 
 
 def only_whole_blocks(hidden: int) -> bool:
@@ -164,33 +134,12 @@ def copy_unit(fn, unit, rank, lane, hidden, terms_shared, slot):
 
 
 @T.macro
-def split_unit(weights_local, w0, terms_local, t0):
-    """The three bf16 terms of a lane's weights of one unit, as :func:`term` places them."""
-    split_local = T.alloc_local((SPLIT_TERMS,), "uint32")
-    for step in ALL_STEPS:
-        for n in (0, 1, 2):
-            for pair in ALL_PAIRS:
-                w = w0 + (n * STEPS + step) * CHUNK + pair * 2
-                T.call_extern(
-                    "handle",
-                    "mhc::split3",
-                    weights_local[w],
-                    weights_local[w + 1],
-                    T.access_ptr(split_local[0], "w"),
-                )
-                for i_term, operand, half in PLACES[n]:
-                    terms_local[t0 + term(operand, half, step, pair)] = split_local[i_term]
-
-
-@T.macro
 def add_unit(
     streams_shared, token, unit, lane, hidden, terms_local, t0, terms_shared, slot, sums_local
 ):
     """sums += fn . streams of one unit, for 8 tokens; ``token`` is that of this lane's column.
 
     The terms are in registers from ``t0`` on, or in ``slot`` of shared memory if that is given.
-    Tensor cores truncate as they accumulate, so each unit and each term starts from zero and is
-    added in fp32, rounded to nearest.
     """
     values_local = T.alloc_local((STEPS * CHUNK,), "bfloat16")
     words_local = T.view(values_local, (STEPS * 2,), "uint32")
@@ -209,59 +158,7 @@ def add_unit(
         else:
             for v in T.unroll(2):
                 words_local[step * 2 + v] = T.uint32(0)
-    for step in ALL_STEPS:
-        for operand in ALL_OPERANDS:
-            if slot is not None and operand < 4:
-                for q in T.vectorized(4):
-                    fragment[q] = terms_shared[slot, operand * STEPS + step, lane, q]
-            else:
-                for pair in ALL_PAIRS:
-                    if slot is None:
-                        fragment[pair * 2] = terms_local[t0 + term(operand, 0, step, pair)]
-                    else:
-                        fragment[pair * 2] = terms_shared[slot, 4 * STEPS, lane, step * 2 + pair]
-                    if operand < 4:
-                        fragment[pair * 2 + 1] = terms_local[t0 + term(operand, 1, step, pair)]
-                    else:
-                        fragment[pair * 2 + 1] = words_local[step * 2 + pair]
-            T.call_extern(
-                "handle",
-                "mhc::mma_bf16",
-                T.access_ptr(part[operand * 4], "rw"),
-                T.access_ptr(fragment[0], "r"),
-                words_local[step * 2],
-                words_local[step * 2 + 1],
-            )
-    for v in T.unroll(2):
-        # rows 0 to 7, 8 to 15 and 16 to 23, the small terms first; then the squares
-        for half in T.unroll(2):
-            sums_local[half * 2 + v] = sums_local[half * 2 + v] + (
-                (part[half * 2 + v] + part[4 + half * 2 + v]) + part[8 + half * 2 + v]
-            )
-        sums_local[4 + v] = sums_local[4 + v] + ((part[12 + v] + part[14 + v]) + part[16 + v])
-        sums_local[6 + v] = sums_local[6 + v] + part[18 + v]
-
-
-@T.macro
-def store_sums(sums_local, lane, warp, tile, sums_shared):
-    """A warp's sums of 8 tokens: the rows of fn, then the squares."""
-    for n in T.unroll(ROW_TILES):
-        for v in T.unroll(2):
-            sums_shared[tile, warp, lane % 4 * 2 + v, n * MMA_COLUMNS + lane // 4] = sums_local[
-                n * 2 + v
-            ]
-    if lane // 8 == lane % 4:
-        sums_shared[tile, warp, lane // 4, SQUARES] = T.if_then_else(
-            lane // 4 % 2 == 0, sums_local[6], sums_local[7]
-        )
-
-
-@T.macro
-def add_tree(values_local, halves):
-    """values_local[0] = the sum of 2 * halves[0] values, in an order that nothing changes."""
-    for half in halves:
-        for i in T.unroll(half):
-            values_local[i] = values_local[i] + values_local[i + half]
+    multiply(words_local, lane, terms_local, t0, terms_shared, slot, fragment, part, sums_local)
 
 
 @T.macro

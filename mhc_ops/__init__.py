@@ -1,8 +1,8 @@
 """mHC (manifold-constrained hyper-connections) of DeepSeek-V4 as PyTorch ops.
 
-Importing this package registers ``torch.ops.mhc.post``, ``pre``, ``fused_post_pre`` and ``head``
-with CPU, CUDA, fake and autograd implementations. It imports neither TileLang nor CUDA: the first
-CUDA call does.
+Importing this package registers ``torch.ops.mhc.post``, ``pre``, ``fused_post_pre``, ``head``,
+``expand_pre``, ``post_head`` and ``post_head_streams`` with CPU, CUDA, fake and autograd
+implementations. It imports neither TileLang nor CUDA: the first CUDA call does.
 
 A sublayer, then the boundary to the next one, of 2 tokens at hidden size 256:
 
@@ -19,7 +19,19 @@ True
 """
 
 from . import _sharding
-from .ops import FusedPostPreOutput, PreOutput, fused_post_pre, head, post, pre
+from .ops import (
+    ExpandPreOutput,
+    FusedPostPreOutput,
+    PostHeadOutput,
+    PreOutput,
+    expand_pre,
+    fused_post_pre,
+    head,
+    post,
+    post_head,
+    post_head_streams,
+    pre,
+)
 from .prewarm import PrewarmReport, prewarm
 from .support import is_supported
 
@@ -28,13 +40,18 @@ _sharding.register_when_imported()
 __version__ = "0.1.0"
 
 __all__ = [
+    "ExpandPreOutput",
     "FusedPostPreOutput",
+    "PostHeadOutput",
     "PreOutput",
     "PrewarmReport",
+    "expand_pre",
     "fused_post_pre",
     "head",
     "is_supported",
     "post",
+    "post_head",
+    "post_head_streams",
     "pre",
     "prewarm",
 ]

@@ -8,6 +8,7 @@ their values.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any, NoReturn
 
@@ -152,14 +153,18 @@ def _check_streams(op: str, residual: Tensor) -> tuple[int, int]:
     if residual.is_cuda:
         if hc_mult != dispatch.HC_MULT:
             _fail(op, "residual", f"with hc_mult {dispatch.HC_MULT} on CUDA", hc_mult)
-        if hidden % dispatch.HIDDEN_MULTIPLE != 0:
-            _fail(
-                op,
-                "residual",
-                f"with a hidden size that is a multiple of {dispatch.HIDDEN_MULTIPLE} on CUDA",
-                hidden,
-            )
+        _check_hidden_on_cuda(op, "residual", hidden)
     return hc_mult, hidden
+
+
+def _check_hidden_on_cuda(op: str, argument: str, hidden: int) -> None:
+    if hidden % dispatch.HIDDEN_MULTIPLE != 0:
+        _fail(
+            op,
+            argument,
+            f"with a hidden size that is a multiple of {dispatch.HIDDEN_MULTIPLE} on CUDA",
+            hidden,
+        )
 
 
 def _check_norm(
@@ -257,7 +262,7 @@ def check_mixing(
 
     Args:
         op: name of the op, for the message.
-        residual: the streams, checked.
+        residual: the streams, checked, or what they are copies of.
         hc_mult, hidden: their sizes.
         fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
             sinkhorn_repeat, norm_weight, norm_eps: as in :func:`mhc_ops.pre`.
@@ -276,6 +281,41 @@ def check_mixing(
     if type(sinkhorn_repeat) is int and not 1 <= sinkhorn_repeat <= MOST_ROUNDS:
         _fail(op, "sinkhorn_repeat", f"from 1 to {MOST_ROUNDS}", sinkhorn_repeat)
     _check_norm(op, device, hidden, norm_weight, norm_eps)
+
+
+def check_expand(op: str, x: Tensor, fn: Tensor) -> tuple[int, int]:
+    """Refuse an embedding that cannot be expanded, to as many streams as ``fn`` is made for.
+
+    Args:
+        op: name of the op, for the message.
+        x, fn: as in :func:`mhc_ops.expand_pre`.
+
+    Returns:
+        (hc_mult, hidden).
+
+    Raises:
+        ValueError: naming the op, the argument, what was expected and what came.
+    """
+    _check_given(op, "x", x)
+    shape = x.shape
+    if len(shape) < 2:
+        _fail(op, "x", "of shape (..., hidden)", _shape_text(shape))
+    _check_tensor(op, "x", x, x.device, (ACTIVATION,), shape, rows=True)
+    hidden = shape[-1]
+    if hidden < 1:
+        _fail(op, "x", "with a hidden size of at least 1", hidden)
+    _check_given(op, "fn", fn)
+    if fn.dim() != 2:
+        _fail(op, "fn", "with two dimensions", _shape_text(fn.shape))
+    rows = int(fn.shape[0])
+    hc_mult = math.isqrt(rows + 1) - 1
+    if hc_mult < 1 or mixes(hc_mult) != rows:
+        _fail(op, "fn", "with hc_mult * (hc_mult + 2) rows", rows)
+    if x.is_cuda:
+        if hc_mult != dispatch.HC_MULT:
+            _fail(op, "fn", f"for hc_mult {dispatch.HC_MULT} on CUDA", hc_mult)
+        _check_hidden_on_cuda(op, "x", hidden)
+    return hc_mult, hidden
 
 
 def check_head(
@@ -300,6 +340,35 @@ def check_head(
         ValueError: naming the op, the argument, what was expected and what came.
     """
     hc_mult, hidden = _check_streams(op, residual)
+    check_collapse(
+        op, residual, hc_mult, hidden, fn, scale, base, rms_eps, hc_eps, norm_weight, norm_eps
+    )
+
+
+def check_collapse(
+    op: str,
+    residual: Tensor,
+    hc_mult: int,
+    hidden: int,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    rms_eps: float,
+    hc_eps: float,
+    norm_weight: Tensor | None,
+    norm_eps: float | None,
+) -> None:
+    """:func:`check_head` for streams that are checked already.
+
+    Args:
+        op: name of the op, for the message.
+        residual: the streams, checked.
+        hc_mult, hidden: their sizes.
+        fn, scale, base, rms_eps, hc_eps, norm_weight, norm_eps: as in :func:`mhc_ops.head`.
+
+    Raises:
+        ValueError: naming the op, the argument, what was expected and what came.
+    """
     device = residual.device
     _check_tensor(op, "fn", fn, device, (MIX,), (hc_mult, hc_mult * hidden), rows=True)
     _check_tensor(op, "scale", scale, device, (MIX,), (1,), rows=False)

@@ -34,6 +34,23 @@ SCHEMAS: dict[str, str] = {
         "head(Tensor residual, Tensor fn, Tensor scale, Tensor base, float rms_eps, float hc_eps,"
         " *, Tensor? norm_weight=None, float? norm_eps=None) -> Tensor"
     ),
+    "expand_pre": (
+        "expand_pre(Tensor x, Tensor fn, Tensor hc_scale, Tensor hc_base, float rms_eps,"
+        " float hc_pre_eps, float hc_sinkhorn_eps, float hc_post_mult_value, int sinkhorn_repeat,"
+        " *, Tensor? norm_weight=None, float? norm_eps=None)"
+        " -> (Tensor residual_out, Tensor post_mix, Tensor comb_mix, Tensor layer_input)"
+    ),
+    "post_head": (
+        "post_head(Tensor x, Tensor residual, Tensor post_layer_mix, Tensor comb_res_mix,"
+        " Tensor fn, Tensor scale, Tensor base, float rms_eps, float hc_eps,"
+        " *, Tensor? norm_weight=None, float? norm_eps=None) -> Tensor"
+    ),
+    "post_head_streams": (
+        "post_head_streams(Tensor x, Tensor residual, Tensor post_layer_mix, Tensor comb_res_mix,"
+        " Tensor fn, Tensor scale, Tensor base, float rms_eps, float hc_eps,"
+        " *, Tensor? norm_weight=None, float? norm_eps=None)"
+        " -> (Tensor residual_out, Tensor hidden)"
+    ),
 }
 
 LIBRARY = torch.library.Library("mhc", "FRAGMENT")

@@ -47,8 +47,10 @@ def _strategy(op: Any, op_schema: Any) -> Any:
         for argument, strategy in zip(arguments, op_schema.args_schema, strict=True)
         if isinstance(strategy, OpStrategy)
     }
-    residual = given["residual"]
-    mesh, token_dims = residual.mesh, residual.ndim - 2
+    if "residual" in given:
+        mesh, token_dims = given["residual"].mesh, given["residual"].ndim - 2
+    else:
+        mesh, token_dims = given["x"].mesh, given["x"].ndim - 1
 
     def placement(mesh_dim: int) -> Any:
         for name in _TOKEN_ARGUMENTS:

@@ -2,7 +2,7 @@
 
 | variable                  | default | meaning                                                    |
 |---------------------------|---------|------------------------------------------------------------|
-| `MHC_OPS_FUSE_POST_PRE`   | `0`     | model wiring runs each boundary as `fused_post_pre`        |
+| `MHC_OPS_FUSE_POST_PRE`   | `0`     | model wiring runs boundaries, and the ends, as one op each |
 | `MHC_OPS_TILELANG_PRE`    | `1`     | model wiring runs `pre` and `head` on the TileLang kernels |
 | `MHC_OPS_TILELANG_POST`   | `1`     | model wiring runs `post` on the TileLang kernels           |
 | `MHC_OPS_DISABLE_JIT`     | `0`     | a kernel that is not there is an error, not compiled       |

@@ -440,7 +440,7 @@ def compile_model(report: Report, case: Case) -> None:
         for node in graph.graph.nodes
         if str(node.target).startswith("mhc.")
     )
-    wanted = {"pre": 1, "fused_post_pre": 2 * layers - 1, "post": 1, "head": 1}
+    wanted = {"pre": 1, "fused_post_pre": 2 * layers - 1, "post_head": 1}
     report.check(len(graphs) == 1, f"{len(graphs)} graph for the whole model, 1 wanted")
     report.check(calls == wanted, f"calls in it: {dict(calls)}, wanted {wanted}")
     ratio = compiled.mean / stock.mean

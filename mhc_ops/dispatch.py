@@ -30,6 +30,11 @@ FEW_CLUSTERS_TOKENS = 48  # up to which they are faster: 6.4 us for 48 at H = 40
 MORE_CLUSTERS = 5  # beyond: for 64 at H = 7168 4, 5, 6, 7 took 11.46, 11.28, 11.40 and 11.86 us
 MORE_GROUP_TOKENS = 16  # two token tiles: more clusters only where groups would be larger
 
+# post_head and expand_pre are one launch of any number of tokens, on the same GPUs and up to the
+# same hidden size, each of the kernel of its name: clusters take groups of whole mma tiles.
+END_TILE = 8  # tokens of an mma tile
+END_GROUP_TOKENS = 32  # tokens of a cluster at most: fn is read once for them
+
 # Elsewhere fused_post_pre runs post_projection + finish up to so many tokens, and fewer at larger
 # hidden sizes, where tokens * hidden counts; post + projection + finish beyond.
 POST_PROJECTION_MAX_TOKENS = 96
@@ -126,6 +131,32 @@ def group_tokens(tokens: int) -> int:
         return _ceildiv(tokens, FEW_CLUSTERS)
     clusters = max(MORE_CLUSTERS, _ceildiv(tokens, MORE_GROUP_TOKENS))
     return _ceildiv(tokens, min(CLUSTERS, clusters))
+
+
+def takes_one_launch_end(hidden: int, arch: str) -> bool:
+    """Whether ``post_head`` and ``expand_pre`` run the kernels of these names."""
+    return hidden <= ONE_LAUNCH_MAX_HIDDEN and arch in ONE_LAUNCH_ARCHS
+
+
+@functools.cache
+def post_head_key(hidden: int, arch: str, norm: bool, streams: bool) -> Key:
+    """The ``post_head`` kernel, with or without the RMSNorm, writing the streams or not."""
+    return Key("post_head", arch, hidden, (("norm", norm), ("streams", streams)))
+
+
+@functools.cache
+def expand_pre_key(hidden: int, arch: str, norm: bool) -> Key:
+    """The ``expand_pre`` kernel, with or without the RMSNorm."""
+    return Key("expand_pre", arch, hidden, (("norm", norm),))
+
+
+def end_group_tokens(tokens: int) -> int:
+    """Tokens of a cluster of ``post_head`` and ``expand_pre``: whole tiles, as few as run at once.
+
+    More of them read ``fn`` once for more tokens, fewer share the work among more clusters.
+    """
+    tiles = _ceildiv(_ceildiv(tokens, END_TILE), CLUSTERS)
+    return min(END_GROUP_TOKENS, END_TILE * tiles)
 
 
 def post_projection_max_tokens(hidden: int) -> int:
@@ -248,3 +279,7 @@ def keys(hidden: int, arch: str, max_tokens: int) -> Iterator[Key]:
     for norm in (False, True):
         yield finish_key(hidden, arch, norm)
         yield head_key(hidden, arch, norm)
+        if takes_one_launch_end(hidden, arch):
+            yield expand_pre_key(hidden, arch, norm)
+            for streams in (False, True):
+                yield post_head_key(hidden, arch, norm, streams)

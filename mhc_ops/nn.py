@@ -2,8 +2,7 @@
 
 A model built on this module runs::
 
-    streams = expand(embedding)                                     # hc_mult copies
-    entry = layer.attn_hc.pre(streams, layer.input_norm)            # the first layer only
+    entry = layer.attn_hc.pre(Copies(embedding), layer.input_norm)  # the first layer only
     state = entry.after(attention(entry.layer_input))
     entry = layer.mlp_hc.boundary(state, layer.mlp_norm)            # inside a layer
     state = entry.after(mlp(entry.layer_input))
@@ -48,12 +47,28 @@ class Steps(NamedTuple):
         head: as :func:`mhc_ops.head`.
         fused_post_pre: as :func:`mhc_ops.fused_post_pre`; None where a boundary runs as post,
             then pre.
+        expand_pre: as :func:`mhc_ops.expand_pre`; None where copies are made, then pre runs.
+        post_head, post_head_streams: as :func:`mhc_ops.post_head` and
+            :func:`mhc_ops.post_head_streams`; None where the end runs as post, then head.
     """
 
     post: Callable[..., Tensor]
     pre: Callable[..., tuple[Tensor, Tensor, Tensor]]
     head: Callable[..., Tensor]
     fused_post_pre: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None
+    expand_pre: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None
+    post_head: Callable[..., Tensor] | None
+    post_head_streams: Callable[..., tuple[Tensor, Tensor]] | None
+
+
+class Copies(NamedTuple):
+    """The streams that a model starts from, which are all the same and need not be written yet.
+
+    Attributes:
+        x: [..., H] bf16, what each of them is: the embedding.
+    """
+
+    x: Tensor
 
 
 class StreamState(NamedTuple):
@@ -261,11 +276,12 @@ class HyperConnection(_Wired):
             self.hc_post_mult_value, self.sinkhorn_repeat,
         )  # fmt: skip
 
-    def pre(self, residual: Tensor, norm: FoldedRMSNorm | None = None) -> SublayerEntry:
+    def pre(self, residual: Tensor | Copies, norm: FoldedRMSNorm | None = None) -> SublayerEntry:
         """The pre step on plain streams: see :func:`mhc_ops.pre` for the formula.
 
         Args:
-            residual: [..., n, H] bf16, the streams.
+            residual: [..., n, H] bf16, the streams; or the copies that a model starts from, which
+                one ``expand_pre`` makes where the model is wired fused.
             norm: the RMSNorm before the sublayer, folded in; None for none.
 
         Returns:
@@ -274,9 +290,15 @@ class HyperConnection(_Wired):
         Raises:
             RuntimeError: the module is not wired.
         """
-        post, comb, layer_input = self._steps().pre(
-            residual, *self._arguments(), **_norm_arguments(norm)
-        )
+        steps = self._steps()
+        if isinstance(residual, Copies):
+            if steps.expand_pre is not None:
+                streams, post, comb, layer_input = steps.expand_pre(
+                    residual.x, *self._arguments(), **_norm_arguments(norm)
+                )
+                return SublayerEntry(streams, layer_input, post, comb)
+            residual = expand(residual.x, self.hc_mult)
+        post, comb, layer_input = steps.pre(residual, *self._arguments(), **_norm_arguments(norm))
         return SublayerEntry(residual, layer_input, post, comb)
 
     def boundary(self, state: StreamState, norm: FoldedRMSNorm | None = None) -> SublayerEntry:
@@ -347,11 +369,17 @@ class HyperHead(_Wired):
         self.base = torch.nn.Parameter(torch.zeros(hc_mult, device=device, dtype=MIX))
         self.scale = torch.nn.Parameter(torch.ones(1, device=device, dtype=MIX))
 
+    def _arguments(self, norm: FoldedRMSNorm | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a head after its streams, by position and by name."""
+        positional = (self.fn, self.scale, self.base, self.rms_eps, self.hc_eps)
+        return positional, _norm_arguments(norm)
+
     def collapse(self, streams: Tensor | StreamState, norm: FoldedRMSNorm | None = None) -> Tensor:
         """The last hidden state: see :func:`mhc_ops.head` for the formula.
 
         Args:
-            streams: [..., n, H] bf16, or a state, whose pending post step is applied first.
+            streams: [..., n, H] bf16, or a state, whose pending post step is applied first: one
+                ``post_head`` where the model is wired fused, which does not write the streams.
             norm: the final RMSNorm, folded in; None for none.
 
         Returns:
@@ -361,12 +389,42 @@ class HyperHead(_Wired):
             RuntimeError: the module is not wired.
         """
         steps = self._steps()
+        arguments, options = self._arguments(norm)
         if isinstance(streams, StreamState):
-            streams = streams.materialise(steps.post)
-        return steps.head(
-            streams, self.fn, self.scale, self.base, self.rms_eps, self.hc_eps,
-            **_norm_arguments(norm),
-        )  # fmt: skip
+            state = streams
+            if steps.post_head is not None:
+                return steps.post_head(
+                    state.x, state.residual, state.post, state.comb, *arguments, **options
+                )
+            streams = state.materialise(steps.post)
+        return steps.head(streams, *arguments, **options)
+
+    def materialise_and_collapse(
+        self, state: StreamState, norm: FoldedRMSNorm | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The plain streams, which a draft layer starts from, and the last hidden state.
+
+        One ``post_head_streams`` where the model is wired fused; ``post``, then ``head`` otherwise.
+
+        Args:
+            state: the streams and what the last sublayer left pending.
+            norm: the final RMSNorm, folded in; None for none.
+
+        Returns:
+            (streams [..., n, H] bf16, hidden [..., H] bf16).
+
+        Raises:
+            RuntimeError: the module is not wired.
+        """
+        steps = self._steps()
+        arguments, options = self._arguments(norm)
+        if steps.post_head_streams is not None:
+            streams, hidden = steps.post_head_streams(
+                state.x, state.residual, state.post, state.comb, *arguments, **options
+            )
+            return streams, hidden
+        streams = state.materialise(steps.post)
+        return streams, steps.head(streams, *arguments, **options)
 
 
 def expand(embedding: Tensor, hc_mult: int = dispatch.HC_MULT) -> Tensor:
@@ -379,7 +437,7 @@ def expand(embedding: Tensor, hc_mult: int = dispatch.HC_MULT) -> Tensor:
     Returns:
         [..., n, H] bf16, contiguous.
     """
-    return embedding.unsqueeze(-2).repeat(*[1] * (embedding.dim() - 1), hc_mult, 1)
+    return reference.expand(embedding, hc_mult)
 
 
 class DecoderLayer(torch.nn.Module):
@@ -417,12 +475,13 @@ class DecoderLayer(torch.nn.Module):
         self.ffn_hc = HyperConnection(hidden_size, hc_mult, device=device, **options)
         self.ffn_norm = FoldedRMSNorm(hidden_size, norm_eps, device=device)
 
-    def forward(self, streams: Tensor | StreamState) -> StreamState:
+    def forward(self, streams: Tensor | Copies | StreamState) -> StreamState:
         """Boundary, attention, boundary, MLP.
 
         Args:
-            streams: the state that the layer before returned; or [..., n, H] bf16, plain streams,
-                as the first layer and one behind a cut take them.
+            streams: the state that the layer before returned; or the copies of the embedding, as
+                the first layer takes them; or [..., n, H] bf16, plain streams, as they come behind
+                a cut.
 
         Returns:
             The state after the MLP, whose post step is pending.
@@ -510,7 +569,7 @@ class DecoderStack(torch.nn.Module):
         Args:
             embedding: [..., H] bf16.
             capture: indices of layers after which the mean of the streams is taken, for a draft
-                model. It costs a post step each and changes nothing else.
+                model. It costs a post step each, but for the last layer, and changes nothing else.
 
         Returns:
             The hidden state, the streams before the head, and what was captured, in the order of
@@ -529,15 +588,19 @@ class DecoderStack(torch.nn.Module):
                 )
         post = self.head._steps().post
         captured = []
-        state: Any = expand(embedding, self.hc_mult)  # plain streams, then what the layers return
+        state: Any = Copies(embedding)  # then what the layers return
         for index, layer in enumerate(self.layers):
             state = layer(state)
-            if index in capture:
-                streams = state.materialise(post)
-                captured.append(streams.float().mean(-2).to(streams.dtype))
-        if count - 1 not in capture:
-            streams = state.materialise(post)
-        return StackOutput(self.head.collapse(streams, self.norm), streams, tuple(captured))
+            if index in capture and index < count - 1:
+                captured.append(_mean(state.materialise(post)))
+        streams, hidden = self.head.materialise_and_collapse(state, self.norm)
+        if count - 1 in capture:
+            captured.append(_mean(streams))
+        return StackOutput(hidden, streams, tuple(captured))
+
+
+def _mean(streams: Tensor) -> Tensor:
+    return streams.float().mean(-2).to(streams.dtype)
 
 
 class NextNOutput(NamedTuple):
@@ -609,8 +672,8 @@ class NextNLayer(torch.nn.Module):
         """
         start = self.h_proj(self.hnorm(streams)) + self.e_proj(self.enorm(embedding)).unsqueeze(-2)
         state: StreamState = self.layer(start)
-        streams = state.materialise(self.head._steps().post)
-        return NextNOutput(self.head.collapse(streams, self.norm), streams)
+        streams, hidden = self.head.materialise_and_collapse(state, self.norm)
+        return NextNOutput(hidden, streams)
 
 
 def _normal_parameter(
@@ -682,7 +745,8 @@ def wire(model: torch.nn.Module, *, dtype: torch.dtype = ACTIVATION) -> None:
 
     Reads the switches once. A step runs on its op where its switch is on and the op can serve the
     device; the plain functions of :mod:`mhc_ops.reference` run it otherwise, and one line in the
-    log says why. A boundary is fused where all three switches are on and the ops can serve.
+    log says why. A boundary is fused where all three switches are on and the ops can serve, and so
+    are the ends of the model, expand with pre and post with head.
 
     Call it once the model stands on its device, and again after moving it or changing a switch.
 
@@ -715,11 +779,15 @@ def wire(model: torch.nn.Module, *, dtype: torch.dtype = ACTIVATION) -> None:
         )
     if plain:
         logger.warning("%s runs on plain PyTorch functions: %s", type(model).__name__, plain)
+    fuse = reason is None and switches.fuse
     chosen = Steps(
         post=ops.post if tilelang_post else reference.post,
         pre=ops.pre if tilelang_pre else reference.pre,
         head=ops.head if tilelang_pre else reference.head,
-        fused_post_pre=ops.fused_post_pre if reason is None and switches.fuse else None,
+        fused_post_pre=ops.fused_post_pre if fuse else None,
+        expand_pre=ops.expand_pre if fuse else None,
+        post_head=ops.post_head if fuse else None,
+        post_head_streams=ops.post_head_streams if fuse else None,
     )
     for module in modules:
         module.steps = chosen

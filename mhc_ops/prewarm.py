@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from . import dispatch, jit, nn, support
+from .ops.expand_pre import expand_pre
 from .ops.fused_post_pre import fused_post_pre
 from .ops.head import head
 from .ops.post import post
+from .ops.post_head import post_head
+from .ops.post_head_streams import post_head_streams
 from .ops.pre import pre
 
 if TYPE_CHECKING:
@@ -50,14 +53,18 @@ def _load(hidden: int, max_tokens: int, device: torch.device) -> None:
         residual = torch.randn(tokens, n, hidden, device=device).bfloat16()
         post_mix = torch.ones(tokens, n, device=device)
         comb_mix = torch.full((tokens, n, n), 1 / n, device=device)
+        state: tuple[Any, ...] = (x, residual, post_mix, comb_mix)
+        mixing: tuple[Any, ...] = (fn, scale, base, 1e-6, 1e-6, 1e-6, 2.0, 20)
+        collapse: tuple[Any, ...] = (fn[:n], scale[:1], base[:n], 1e-6, 1e-6)
+        post(*state)
         for gain, eps in ((None, None), (weight, 1e-6)):
-            streams = fused_post_pre(
-                x, residual, post_mix, comb_mix, fn, scale, base, 1e-6, 1e-6, 1e-6, 2.0, 20,
-                norm_weight=gain, norm_eps=eps,
-            ).residual_out  # fmt: skip
-            pre(streams, fn, scale, base, 1e-6, 1e-6, 1e-6, 2.0, 20, norm_weight=gain, norm_eps=eps)
-            post(x, streams, post_mix, comb_mix)
-            head(streams, fn[:n], scale[:1], base[:n], 1e-6, 1e-6, norm_weight=gain, norm_eps=eps)
+            norm: dict[str, Any] = {"norm_weight": gain, "norm_eps": eps}
+            expand_pre(x, *mixing, **norm)
+            pre(residual, *mixing, **norm)
+            fused_post_pre(*state, *mixing, **norm)
+            head(residual, *collapse, **norm)
+            post_head(*state, *collapse, **norm)
+            post_head_streams(*state, *collapse, **norm)
     torch.cuda.synchronize(device)
 
 

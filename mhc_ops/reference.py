@@ -42,6 +42,19 @@ def post(
     return (post_layer_mix.to(compute_dtype) * x.unsqueeze(-2) + mixed).to(residual.dtype)
 
 
+def expand(x: Tensor, hc_mult: int) -> Tensor:
+    """``r[j] = x`` for every stream j: the streams that a model starts from.
+
+    Args:
+        x: [..., H], the embedding.
+        hc_mult: number of residual streams, n.
+
+    Returns:
+        [..., n, H], contiguous.
+    """
+    return x.unsqueeze(-2).repeat(*[1] * (x.dim() - 1), hc_mult, 1)
+
+
 def project(
     residual: Tensor, fn: Tensor, rms_eps: float, *, compute_dtype: torch.dtype = torch.float32
 ) -> Tensor:

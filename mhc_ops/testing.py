@@ -30,10 +30,14 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
     "pre": ("post_mix", "comb_mix", "layer_input"),
     "fused_post_pre": ("residual_out", "post_mix", "comb_mix", "layer_input"),
     "head": ("layer_input",),
+    "expand_pre": ("residual_out", "post_mix", "comb_mix", "layer_input"),
+    "post_head": ("layer_input",),
+    "post_head_streams": ("residual_out", "layer_input"),
 }
 
 _POST_ARGUMENTS = ("x", "residual", "post_layer_mix", "comb_res_mix")
 _PRE_TENSORS = ("fn", "hc_scale", "hc_base")
+_HEADS = ("head", "post_head", "post_head_streams")
 
 EPS = 1e-6  # every epsilon of DeepSeek-V4
 POST_MULT = 2.0  # its hc_post_mult_value
@@ -151,14 +155,14 @@ def make_inputs(
     in [0, 0.25), a projection whose m is of size 1 at any hidden size, scales of 1, biases of 0.
 
     Args:
-        op: ``post``, ``pre``, ``fused_post_pre`` or ``head``.
+        op: name of an op, a key of :data:`OUTPUTS`.
         tokens: token count, or the sizes of several leading dimensions.
         hidden: H.
         hc_mult: n, number of residual streams.
         device: where the tensors are put; the numbers do not depend on it.
         seed: of the random numbers.
         norm: pass ``norm_weight`` and ``norm_eps``; ``post`` has none.
-        sinkhorn_repeat: passed on to ``pre`` and ``fused_post_pre``.
+        sinkhorn_repeat: passed on to the ops that have it.
         kind: a key of :data:`KINDS`, whose docstrings say what is hard about it.
 
     Returns:
@@ -189,9 +193,9 @@ def make_inputs(
         t[name] = t[name].to(torch.bfloat16)
 
     inputs: dict[str, Any]
-    if op == "head":
-        inputs = {
-            "residual": t["residual"],
+    if op in _HEADS:
+        names = ("residual",) if op == "head" else _POST_ARGUMENTS
+        inputs = {name: t[name] for name in names} | {
             "fn": t["fn"][:hc_mult].contiguous(),
             "scale": t["hc_scale"][:1].clone(),
             "base": t["hc_base"][:hc_mult].clone(),
@@ -199,7 +203,7 @@ def make_inputs(
             "hc_eps": EPS,
         }
     else:
-        names = ("residual",) if op == "pre" else _POST_ARGUMENTS
+        names = {"pre": ("residual",), "expand_pre": ("x",)}.get(op, _POST_ARGUMENTS)
         inputs = {name: t[name] for name in names}
         if op != "post":
             inputs |= {name: t[name] for name in _PRE_TENSORS}
@@ -229,6 +233,9 @@ FP32_ROUNDOFF = 2.0**-24
 MIX_BOUND = 5e-6
 MIX_BOUND_LOGIT = 10.0
 MIX_BOUND_BEYOND = 1e-6
+
+# Copies: less than the distance to any other bf16 number; by none at all one could not divide.
+COPY_ULPS = 2.0**-10
 
 # New streams: one rounding, so a value next to a midpoint may fall to either side.
 RESIDUAL_ULPS = 1
@@ -344,9 +351,16 @@ def _expected_pre(inputs: Mapping[str, Any], residual: Tensor) -> dict[str, Expe
     }
 
 
-def _expected_head(inputs: Mapping[str, Any]) -> Expected:
-    residual = inputs["residual"]
-    value = reference.head(**inputs, compute_dtype=torch.float64)
+def _expected_copies(inputs: Mapping[str, Any]) -> Expected:
+    """The streams that ``expand_pre`` has to return: nothing may be off."""
+    x = inputs["x"]
+    copies = reference.expand(x, inputs["fn"].shape[1] // x.shape[-1]).double()
+    return Expected(copies, 0, COPY_ULPS * bf16_ulp(copies))
+
+
+def _expected_head(inputs: Mapping[str, Any], residual: Tensor) -> Expected:
+    arguments = {name: value for name, value in inputs.items() if name not in _POST_ARGUMENTS}
+    value = reference.head(residual, **arguments, compute_dtype=torch.float64)
     m = reference.project(residual, inputs["fn"], inputs["rms_eps"], compute_dtype=torch.float64)
     logits = m * inputs["scale"].double() + inputs["base"].double()
     weights = torch.sigmoid(logits) + inputs["hc_eps"]
@@ -359,26 +373,35 @@ def oracle(
     """What an op has to return, from the reference in float64.
 
     Args:
-        op: ``post``, ``pre``, ``fused_post_pre`` or ``head``.
+        op: name of an op, a key of :data:`OUTPUTS`.
         inputs: its arguments by name.
-        residual_out: the new streams that ``fused_post_pre`` returned, from which its other
-            outputs follow; None for the other ops.
+        residual_out: the new streams from which other outputs follow: those that the op returned,
+            or, for ``post_head``, those that :func:`mhc_ops.post` returns on the same device. None
+            for ops without a post step, and for ``post``.
 
     Returns:
         Output name to value and bounds.
 
     Raises:
-        ValueError: ``residual_out`` is missing for ``fused_post_pre``.
+        ValueError: ``residual_out`` is missing.
     """
     if op == "post":
         return {"residual_out": _expected_residual(inputs)}
     if op == "pre":
         return _expected_pre(inputs, inputs["residual"])
     if op == "head":
-        return {"layer_input": _expected_head(inputs)}
+        return {"layer_input": _expected_head(inputs, inputs["residual"])}
+    if op == "expand_pre":
+        copies = _expected_copies(inputs)
+        return {"residual_out": copies} | _expected_pre(inputs, copies.value.to(inputs["x"].dtype))
     if residual_out is None:
-        raise ValueError("expected residual_out for fused_post_pre, got None")
-    return {"residual_out": _expected_residual(inputs)} | _expected_pre(inputs, residual_out)
+        raise ValueError(f"expected residual_out for {op}, got None")
+    if op == "post_head":
+        return {"layer_input": _expected_head(inputs, residual_out)}
+    streams = {"residual_out": _expected_residual(inputs)}
+    if op == "post_head_streams":
+        return streams | {"layer_input": _expected_head(inputs, residual_out)}
+    return streams | _expected_pre(inputs, residual_out)
 
 
 # ----------------------------------------------------------------------------------- comparisons
@@ -432,24 +455,28 @@ def as_outputs(op: str, result: Any) -> dict[str, Tensor]:
     """What an op returned, by the output names of its schema.
 
     Args:
-        op: ``post``, ``pre``, ``fused_post_pre`` or ``head``.
+        op: name of an op, a key of :data:`OUTPUTS`.
         result: a tensor or a tuple of tensors.
 
     Returns:
-        Output name to tensor; the one output of ``post`` is ``residual_out`` and that of ``head``
-        is ``layer_input``.
+        Output name to tensor; the one output of ``post`` is ``residual_out``, and the hidden state
+        of the heads is ``layer_input``.
     """
     tensors = (result,) if isinstance(result, Tensor) else tuple(result)
     return dict(zip(OUTPUTS[op], tensors, strict=True))
 
 
-def assert_matches_oracle(op: str, inputs: Mapping[str, Any], result: Any) -> dict[str, float]:
+def assert_matches_oracle(
+    op: str, inputs: Mapping[str, Any], result: Any, residual_out: Tensor | None = None
+) -> dict[str, float]:
     """Compare what an op returned with the float64 oracle, output by output.
 
     Args:
-        op: ``post``, ``pre``, ``fused_post_pre`` or ``head``.
+        op: name of an op, a key of :data:`OUTPUTS`.
         inputs: its arguments by name, as they were passed.
         result: what it returned.
+        residual_out: for ``post_head``, which does not return them, the new streams; made with
+            :func:`mhc_ops.post` when None.
 
     Returns:
         Output name to largest error as a fraction of what was allowed.
@@ -458,7 +485,10 @@ def assert_matches_oracle(op: str, inputs: Mapping[str, Any], result: Any) -> di
         AssertionError: an output beyond its bound.
     """
     outputs = as_outputs(op, result)
-    expected = oracle(op, inputs, outputs["residual_out"] if op == "fused_post_pre" else None)
+    streams = outputs.get("residual_out", residual_out)
+    if op == "post_head" and streams is None:
+        streams = torch.ops.mhc.post.default(*(inputs[name] for name in _POST_ARGUMENTS))
+    expected = oracle(op, inputs, streams)
     return {name: assert_matches(name, got, expected[name]) for name, got in outputs.items()}
 
 

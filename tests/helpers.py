@@ -19,6 +19,7 @@ from mhc_ops.testing import (
 )
 
 OPS = tuple(OUTPUTS)
+STREAMS = {op: "x" if op == "expand_pre" else "residual" for op in OPS}  # the largest input
 NORMS = {op: (False,) if op == "post" else (False, True) for op in OPS}
 
 
@@ -146,6 +147,9 @@ EPSILONS = {
 }
 
 
+ENDS = ("expand_pre", "post_head", "post_head_streams")
+
+
 def kernel_name(key: dispatch.Key) -> str:
     """Stem and tile of a kernel, such as ``projection2x4``."""
     tile = [str(v) for name, v in key.options if name not in ("rows", "norm")]
@@ -158,6 +162,8 @@ def path(op: str, hidden: int, tokens: int) -> str:
         return "nothing"
     if op == "post":
         return "post"
+    if op in ENDS and dispatch.takes_one_launch_end(hidden, "sm_90a"):
+        return op.removesuffix("_streams")
     if op == "fused_post_pre" and dispatch.takes_one_launch(tokens, hidden, "sm_90a"):
         return "fused_post_pre"
     if op == "fused_post_pre" and dispatch.takes_post_projection(tokens, hidden):

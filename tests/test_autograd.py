@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers import NORMS, OPS, call, overload, split, tensors
+from helpers import NORMS, OPS, STREAMS, call, overload, split, tensors
 from mhc_ops.testing import make_inputs
 
 HIDDEN = 256
@@ -59,7 +59,7 @@ def test_backward_of_compiled_code_is_refused(op, name, fresh_dynamo):
 def test_forward_is_the_same_with_and_without_grad(device, op):
     plain = make_inputs(op, 3, HIDDEN, device=device, norm=True)
     want = call(op, plain)
-    got = call(op, inputs_with_grad(op, "residual", device))
+    got = call(op, inputs_with_grad(op, STREAMS[op], device))
     for name, out in got.items():
         assert torch.equal(out, want[name])
 
@@ -67,7 +67,7 @@ def test_forward_is_the_same_with_and_without_grad(device, op):
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("op", OPS)
 def test_no_gradient_is_asked_for_without_grad_mode(device, op, context):
-    inputs = inputs_with_grad(op, "residual", device)
+    inputs = inputs_with_grad(op, STREAMS[op], device)
     with context():
         outputs = call(op, inputs)
     assert not any(out.requires_grad for out in outputs.values())

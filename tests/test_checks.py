@@ -10,13 +10,15 @@ import torch
 from expecttest import assert_expected_inline
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from helpers import OPS, assert_equal, clone, overload, tensors
+from helpers import OPS, STREAMS, assert_equal, clone, overload, tensors
 from mhc_ops.testing import make_inputs
 
 TOKENS, HIDDEN = 3, 256
-POST = ("post", "fused_post_pre")
-PRE = ("pre", "fused_post_pre")
-NORM = ("pre", "fused_post_pre", "head")
+HEAD = ("head", "post_head", "post_head_streams")
+POST = ("post", "fused_post_pre", *HEAD[1:])
+PRE = ("pre", "fused_post_pre", "expand_pre")
+NORM = (*PRE, *HEAD)
+RESIDUAL = tuple(op for op in OPS if STREAMS[op] == "residual")
 MIX_ARGUMENTS = {"post_layer_mix", "comb_res_mix", "fn", "hc_scale", "hc_base", "scale", "base"}
 
 
@@ -57,15 +59,15 @@ def value(v):
 
 
 ARGUMENTS = {
-    "x": POST,
-    "residual": OPS,
+    "x": (*POST, "expand_pre"),
+    "residual": RESIDUAL,
     "post_layer_mix": POST,
     "comb_res_mix": POST,
     "fn": NORM,
     "hc_scale": PRE,
     "hc_base": PRE,
-    "scale": ("head",),
-    "base": ("head",),
+    "scale": HEAD,
+    "base": HEAD,
     "norm_weight": NORM,
 }
 ROWS = ("x", "residual", "comb_res_mix", "fn", "norm_weight")
@@ -73,7 +75,7 @@ EPSILONS = {
     "rms_eps": NORM,
     "hc_pre_eps": PRE,
     "hc_sinkhorn_eps": PRE,
-    "hc_eps": ("head",),
+    "hc_eps": HEAD,
     "norm_eps": NORM,
 }
 
@@ -83,7 +85,7 @@ for name, ops in ARGUMENTS.items():
     CASES[f"{name} dtype"] = Case(name, ops, cast(other))
     # one more dimension; for residual two less, as pre and head take any number of leading ones
     rank = (lambda t: t[0, 0]) if name == "residual" else (lambda t: t[None])
-    CASES[f"{name} rank"] = Case(name, ops, rank)
+    CASES[f"{name} rank"] = Case(name, POST if name == "x" else ops, rank)
     if name != "norm_weight":
         CASES[f"{name} None"] = Case(name, ops, value(None))
 for name in ROWS:
@@ -95,25 +97,28 @@ for name, ops in EPSILONS.items():
     CASES[f"{name} NaN"] = Case(name, ops, value(math.nan))
     CASES[f"{name} infinite"] = Case(name, ops, value(math.inf))
 CASES |= {
-    "x hidden": Case("x", POST, resized(TOKENS, 2 * HIDDEN)),
+    "x hidden": Case("x", (*POST, "expand_pre"), resized(TOKENS, 2 * HIDDEN)),
     "x tokens": Case("x", POST, resized(TOKENS + 1, HIDDEN)),
-    "residual without streams": Case("residual", OPS, resized(TOKENS, HIDDEN)),
-    "residual hidden": Case("residual", OPS, resized(TOKENS, 4, 2 * HIDDEN)),
-    "residual hc_mult": Case("residual", OPS, resized(TOKENS, 3, HIDDEN)),
-    "residual no streams": Case("residual", OPS, resized(TOKENS, 0, HIDDEN)),
-    "residual no hidden": Case("residual", OPS, resized(TOKENS, 4, 0)),
-    "residual float32": Case("residual", OPS, cast(torch.float32)),
+    "x without tokens": Case("x", ("expand_pre",), resized(HIDDEN)),
+    "x no hidden": Case("x", ("expand_pre",), resized(TOKENS, 0)),
+    "residual without streams": Case("residual", RESIDUAL, resized(TOKENS, HIDDEN)),
+    "residual hidden": Case("residual", RESIDUAL, resized(TOKENS, 4, 2 * HIDDEN)),
+    "residual hc_mult": Case("residual", RESIDUAL, resized(TOKENS, 3, HIDDEN)),
+    "residual no streams": Case("residual", RESIDUAL, resized(TOKENS, 0, HIDDEN)),
+    "residual no hidden": Case("residual", RESIDUAL, resized(TOKENS, 4, 0)),
+    "residual float32": Case("residual", RESIDUAL, cast(torch.float32)),
     "post_layer_mix hc_mult": Case("post_layer_mix", POST, resized(TOKENS, 3, 1)),
     "post_layer_mix last dimension": Case("post_layer_mix", POST, resized(TOKENS, 4, 2)),
     "post_layer_mix without last": Case("post_layer_mix", POST, resized(TOKENS, 5)),
     "comb_res_mix hc_mult": Case("comb_res_mix", POST, resized(TOKENS, 4, 5)),
     "comb_res_mix tokens": Case("comb_res_mix", POST, resized(TOKENS + 1, 4, 4)),
     "fn rows": Case("fn", NORM, resized(23, 4 * HIDDEN)),
+    "fn without rows": Case("fn", NORM, resized(0, 4 * HIDDEN)),
     "fn columns": Case("fn", NORM, lambda t: t.new_zeros((t.shape[0], HIDDEN))),
     "hc_scale size": Case("hc_scale", PRE, resized(1)),
     "hc_base size": Case("hc_base", PRE, resized(25)),
-    "scale size": Case("scale", ("head",), resized(3)),
-    "base size": Case("base", ("head",), resized(24)),
+    "scale size": Case("scale", HEAD, resized(3)),
+    "base size": Case("base", HEAD, resized(24)),
     "norm_weight size": Case("norm_weight", NORM, resized(2 * HIDDEN)),
     "norm_weight without norm_eps": Case("norm_eps", NORM, value(None)),
     "norm_eps without norm_weight": Case("norm_weight", NORM, value(None)),
@@ -263,6 +268,7 @@ residual no streams: mhc::pre: expected residual with hc_mult of at least 1, got
 residual no hidden: mhc::pre: expected residual with a hidden size of at least 1, got 0
 residual float32: mhc::pre: expected residual of dtype torch.bfloat16, got torch.float32
 fn rows: mhc::pre: expected fn of shape (24, 1024), got (23, 1024)
+fn without rows: mhc::pre: expected fn of shape (24, 1024), got (0, 1024)
 fn columns: mhc::pre: expected fn of shape (24, 1024), got (24, 256)
 hc_scale size: mhc::pre: expected hc_scale of shape (3,), got (1,)
 hc_base size: mhc::pre: expected hc_base of shape (24,), got (25,)
@@ -382,6 +388,7 @@ comb_res_mix hc_mult: mhc::fused_post_pre: expected comb_res_mix of shape (3, 4,
 comb_res_mix tokens: mhc::fused_post_pre: expected comb_res_mix of shape (3, 4, 4), got
     (4, 4, 4)
 fn rows: mhc::fused_post_pre: expected fn of shape (24, 1024), got (23, 1024)
+fn without rows: mhc::fused_post_pre: expected fn of shape (24, 1024), got (0, 1024)
 fn columns: mhc::fused_post_pre: expected fn of shape (24, 1024), got (24, 256)
 hc_scale size: mhc::fused_post_pre: expected hc_scale of shape (3,), got (1,)
 hc_base size: mhc::fused_post_pre: expected hc_base of shape (24,), got (25,)
@@ -448,6 +455,7 @@ residual no streams: mhc::head: expected residual with hc_mult of at least 1, go
 residual no hidden: mhc::head: expected residual with a hidden size of at least 1, got 0
 residual float32: mhc::head: expected residual of dtype torch.bfloat16, got torch.float32
 fn rows: mhc::head: expected fn of shape (4, 1024), got (23, 1024)
+fn without rows: mhc::head: expected fn of shape (4, 1024), got (0, 1024)
 fn columns: mhc::head: expected fn of shape (4, 1024), got (4, 256)
 scale size: mhc::head: expected scale of shape (1,), got (3,)
 base size: mhc::head: expected base of shape (4,), got (24,)
@@ -468,6 +476,189 @@ def test_refused_inputs_are_left_alone(op, name):
         if not isinstance(inputs.get(key), torch.Tensor):
             inputs.pop(key, None), before.pop(key, None)
     assert_equal(inputs, before)
+
+
+def test_messages_of_expand_pre():
+    assert_expected_inline(
+        transcript("expand_pre"),
+        """\
+x dtype: mhc::expand_pre: expected x of dtype torch.bfloat16, got torch.float16
+x None: mhc::expand_pre: expected x to be a tensor, got None
+fn dtype: mhc::expand_pre: expected fn of dtype torch.float32, got torch.bfloat16
+fn rank: mhc::expand_pre: expected fn with two dimensions, got (1, 24, 1024)
+fn None: mhc::expand_pre: expected fn to be a tensor, got None
+hc_scale dtype: mhc::expand_pre: expected hc_scale of dtype torch.float32, got
+    torch.bfloat16
+hc_scale rank: mhc::expand_pre: expected hc_scale of shape (3,), got (1, 3)
+hc_scale None: mhc::expand_pre: expected hc_scale to be a tensor, got None
+hc_base dtype: mhc::expand_pre: expected hc_base of dtype torch.float32, got
+    torch.bfloat16
+hc_base rank: mhc::expand_pre: expected hc_base of shape (24,), got (1, 24)
+hc_base None: mhc::expand_pre: expected hc_base to be a tensor, got None
+norm_weight dtype: mhc::expand_pre: expected norm_weight of dtype torch.bfloat16 or
+    torch.float32, got torch.float16
+norm_weight rank: mhc::expand_pre: expected norm_weight of shape (256,), got (1, 256)
+x gaps in rows: mhc::expand_pre: expected x with a contiguous last dimension, got strides
+    (512, 2)
+fn gaps in rows: mhc::expand_pre: expected fn with a contiguous last dimension, got
+    strides (2048, 2)
+norm_weight gaps in rows: mhc::expand_pre: expected norm_weight with a contiguous last
+    dimension, got strides (2,)
+x misaligned: mhc::expand_pre: expected x to start at a multiple of 16 bytes, got a
+    storage offset of 2 bytes
+fn misaligned: mhc::expand_pre: expected fn to start at a multiple of 16 bytes, got a
+    storage offset of 4 bytes
+norm_weight misaligned: mhc::expand_pre: expected norm_weight to start at a multiple of 16
+    bytes, got a storage offset of 2 bytes
+rms_eps negative: mhc::expand_pre: expected rms_eps to be finite and at least 0, got
+    -1e-06
+rms_eps NaN: mhc::expand_pre: expected rms_eps to be finite and at least 0, got nan
+rms_eps infinite: mhc::expand_pre: expected rms_eps to be finite and at least 0, got inf
+hc_pre_eps negative: mhc::expand_pre: expected hc_pre_eps to be finite and at least 0, got
+    -1e-06
+hc_pre_eps NaN: mhc::expand_pre: expected hc_pre_eps to be finite and at least 0, got nan
+hc_pre_eps infinite: mhc::expand_pre: expected hc_pre_eps to be finite and at least 0, got
+    inf
+hc_sinkhorn_eps negative: mhc::expand_pre: expected hc_sinkhorn_eps to be finite and at
+    least 0, got -1e-06
+hc_sinkhorn_eps NaN: mhc::expand_pre: expected hc_sinkhorn_eps to be finite and at least
+    0, got nan
+hc_sinkhorn_eps infinite: mhc::expand_pre: expected hc_sinkhorn_eps to be finite and at
+    least 0, got inf
+norm_eps negative: mhc::expand_pre: expected norm_eps to be finite and at least 0, got
+    -1e-06
+norm_eps NaN: mhc::expand_pre: expected norm_eps to be finite and at least 0, got nan
+norm_eps infinite: mhc::expand_pre: expected norm_eps to be finite and at least 0, got inf
+x hidden: mhc::expand_pre: expected fn of shape (24, 2048), got (24, 1024)
+x without tokens: mhc::expand_pre: expected x of shape (..., hidden), got (256,)
+x no hidden: mhc::expand_pre: expected x with a hidden size of at least 1, got 0
+fn rows: mhc::expand_pre: expected fn with hc_mult * (hc_mult + 2) rows, got 23
+fn without rows: mhc::expand_pre: expected fn with hc_mult * (hc_mult + 2) rows, got 0
+fn columns: mhc::expand_pre: expected fn of shape (24, 1024), got (24, 256)
+hc_scale size: mhc::expand_pre: expected hc_scale of shape (3,), got (1,)
+hc_base size: mhc::expand_pre: expected hc_base of shape (24,), got (25,)
+norm_weight size: mhc::expand_pre: expected norm_weight of shape (256,), got (512,)
+norm_weight without norm_eps: mhc::expand_pre: expected norm_weight and norm_eps together
+    or neither, got norm_weight alone
+norm_eps without norm_weight: mhc::expand_pre: expected norm_weight and norm_eps together
+    or neither, got norm_eps alone
+hc_post_mult_value NaN: mhc::expand_pre: expected hc_post_mult_value to be finite, got nan
+sinkhorn_repeat zero: mhc::expand_pre: expected sinkhorn_repeat from 1 to 10000, got 0
+sinkhorn_repeat negative: mhc::expand_pre: expected sinkhorn_repeat from 1 to 10000, got
+    -3
+sinkhorn_repeat of hours: mhc::expand_pre: expected sinkhorn_repeat from 1 to 10000, got
+    10001""",
+    )
+
+
+def test_messages_of_post_head():
+    assert_expected_inline(
+        transcript("post_head"),
+        """\
+x dtype: mhc::post_head: expected x of dtype torch.bfloat16, got torch.float16
+x rank: mhc::post_head: expected x of shape (3, 256), got (1, 3, 256)
+x None: mhc::post_head: expected x to be a tensor, got None
+residual dtype: mhc::post_head: expected residual of dtype torch.bfloat16, got
+    torch.float16
+residual rank: mhc::post_head: expected residual of shape (..., hc_mult, hidden), got
+    (256,)
+residual None: mhc::post_head: expected residual to be a tensor, got None
+post_layer_mix dtype: mhc::post_head: expected post_layer_mix of dtype torch.float32, got
+    torch.bfloat16
+post_layer_mix rank: mhc::post_head: expected post_layer_mix of shape (3, 4, 1), got (1,
+    3, 4, 1)
+post_layer_mix None: mhc::post_head: expected post_layer_mix to be a tensor, got None
+comb_res_mix dtype: mhc::post_head: expected comb_res_mix of dtype torch.float32, got
+    torch.bfloat16
+comb_res_mix rank: mhc::post_head: expected comb_res_mix of shape (3, 4, 4), got (1, 3, 4,
+    4)
+comb_res_mix None: mhc::post_head: expected comb_res_mix to be a tensor, got None
+fn dtype: mhc::post_head: expected fn of dtype torch.float32, got torch.bfloat16
+fn rank: mhc::post_head: expected fn of shape (4, 1024), got (1, 4, 1024)
+fn None: mhc::post_head: expected fn to be a tensor, got None
+scale dtype: mhc::post_head: expected scale of dtype torch.float32, got torch.bfloat16
+scale rank: mhc::post_head: expected scale of shape (1,), got (1, 1)
+scale None: mhc::post_head: expected scale to be a tensor, got None
+base dtype: mhc::post_head: expected base of dtype torch.float32, got torch.bfloat16
+base rank: mhc::post_head: expected base of shape (4,), got (1, 4)
+base None: mhc::post_head: expected base to be a tensor, got None
+norm_weight dtype: mhc::post_head: expected norm_weight of dtype torch.bfloat16 or
+    torch.float32, got torch.float16
+norm_weight rank: mhc::post_head: expected norm_weight of shape (256,), got (1, 256)
+x gaps in rows: mhc::post_head: expected x with a contiguous last dimension, got strides
+    (512, 2)
+residual gaps in rows: mhc::post_head: expected residual with a contiguous last dimension,
+    got strides (2048, 512, 2)
+comb_res_mix gaps in rows: mhc::post_head: expected comb_res_mix with a contiguous last
+    dimension, got strides (32, 8, 2)
+fn gaps in rows: mhc::post_head: expected fn with a contiguous last dimension, got strides
+    (2048, 2)
+norm_weight gaps in rows: mhc::post_head: expected norm_weight with a contiguous last
+    dimension, got strides (2,)
+x misaligned: mhc::post_head: expected x to start at a multiple of 16 bytes, got a storage
+    offset of 2 bytes
+residual misaligned: mhc::post_head: expected residual to start at a multiple of 16 bytes,
+    got a storage offset of 2 bytes
+comb_res_mix misaligned: mhc::post_head: expected comb_res_mix to start at a multiple of
+    16 bytes, got a storage offset of 4 bytes
+fn misaligned: mhc::post_head: expected fn to start at a multiple of 16 bytes, got a
+    storage offset of 4 bytes
+norm_weight misaligned: mhc::post_head: expected norm_weight to start at a multiple of 16
+    bytes, got a storage offset of 2 bytes
+post_layer_mix misaligned: mhc::post_head: expected post_layer_mix to start at a multiple
+    of 16 bytes, got a storage offset of 4 bytes
+rms_eps negative: mhc::post_head: expected rms_eps to be finite and at least 0, got -1e-06
+rms_eps NaN: mhc::post_head: expected rms_eps to be finite and at least 0, got nan
+rms_eps infinite: mhc::post_head: expected rms_eps to be finite and at least 0, got inf
+hc_eps negative: mhc::post_head: expected hc_eps to be finite and at least 0, got -1e-06
+hc_eps NaN: mhc::post_head: expected hc_eps to be finite and at least 0, got nan
+hc_eps infinite: mhc::post_head: expected hc_eps to be finite and at least 0, got inf
+norm_eps negative: mhc::post_head: expected norm_eps to be finite and at least 0, got
+    -1e-06
+norm_eps NaN: mhc::post_head: expected norm_eps to be finite and at least 0, got nan
+norm_eps infinite: mhc::post_head: expected norm_eps to be finite and at least 0, got inf
+x hidden: mhc::post_head: expected x of shape (3, 256), got (3, 512)
+x tokens: mhc::post_head: expected x of shape (3, 256), got (4, 256)
+residual without streams: mhc::post_head: expected residual of shape (..., hc_mult,
+    hidden), got (3, 256)
+residual hidden: mhc::post_head: expected x of shape (3, 512), got (3, 256)
+residual hc_mult: mhc::post_head: expected post_layer_mix of shape (3, 3, 1), got (3, 4,
+    1)
+residual no streams: mhc::post_head: expected residual with hc_mult of at least 1, got 0
+residual no hidden: mhc::post_head: expected residual with a hidden size of at least 1,
+    got 0
+residual float32: mhc::post_head: expected residual of dtype torch.bfloat16, got
+    torch.float32
+post_layer_mix hc_mult: mhc::post_head: expected post_layer_mix of shape (3, 4, 1), got
+    (3, 3, 1)
+post_layer_mix last dimension: mhc::post_head: expected post_layer_mix of shape (3, 4, 1),
+    got (3, 4, 2)
+post_layer_mix without last: mhc::post_head: expected post_layer_mix of shape (3, 4), got
+    (3, 5)
+comb_res_mix hc_mult: mhc::post_head: expected comb_res_mix of shape (3, 4, 4), got (3, 4,
+    5)
+comb_res_mix tokens: mhc::post_head: expected comb_res_mix of shape (3, 4, 4), got (4, 4,
+    4)
+fn rows: mhc::post_head: expected fn of shape (4, 1024), got (23, 1024)
+fn without rows: mhc::post_head: expected fn of shape (4, 1024), got (0, 1024)
+fn columns: mhc::post_head: expected fn of shape (4, 1024), got (4, 256)
+scale size: mhc::post_head: expected scale of shape (1,), got (3,)
+base size: mhc::post_head: expected base of shape (4,), got (24,)
+norm_weight size: mhc::post_head: expected norm_weight of shape (256,), got (512,)
+norm_weight without norm_eps: mhc::post_head: expected norm_weight and norm_eps together
+    or neither, got norm_weight alone
+norm_eps without norm_weight: mhc::post_head: expected norm_weight and norm_eps together
+    or neither, got norm_eps alone""",
+    )
+
+
+def test_messages_of_post_head_streams():
+    """Those of ``post_head``, in its own name."""
+    short, long = (
+        " ".join(transcript(op).split()).replace(f"mhc::{op}:", "")
+        for op in ("post_head", "post_head_streams")
+    )
+    assert short == long
 
 
 @per_case
@@ -507,12 +698,12 @@ def test_cuda_tensors_are_refused_alike(op, name):
     ("op", "name"), [(op, n) for op in OPS for n, ops in ARGUMENTS.items() if op in ops]
 )
 def test_mixed_devices(op, name):
-    """Every tensor is compared with ``residual``, which is on another device than the rest."""
+    """Every tensor is compared with the streams, which are on another device than the rest."""
     inputs = make_inputs(op, TOKENS, HIDDEN, norm=True)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = inputs | {key: mode.from_tensor(t) for key, t in tensors(inputs).items()}
         fakes[name] = torch.empty_like(fakes[name], device="cuda:0")
-        if name == "residual":
+        if name == STREAMS[op]:
             first, here, there = next(n for n in fakes if n != name), "cuda:0", "cpu"
         else:
             first, here, there = name, "cpu", "cuda:0"
@@ -526,7 +717,7 @@ def test_mixed_devices(op, name):
 def test_mixed_devices_on_cuda(op, name):
     inputs = make_inputs(op, TOKENS, HIDDEN, device="cuda", norm=True)
     inputs[name] = inputs[name].cpu()
-    if name == "residual":
+    if name == STREAMS[op]:
         first, here, there = next(n for n in inputs if n != name), "cpu", "cuda:0"
     else:
         first, here, there = name, "cuda:0", "cpu"
@@ -543,7 +734,8 @@ def fake_cuda(op, hidden, hc_mult):
 def test_hc_mult_on_cuda(op):
     with FakeTensorMode(allow_non_fake_inputs=True):
         message = refusal(op, fake_cuda(op, HIDDEN, hc_mult=3))
-    assert message == f"mhc::{op}: expected residual with hc_mult 4 on CUDA, got 3"
+    where = "fn for" if op == "expand_pre" else "residual with"
+    assert message == f"mhc::{op}: expected {where} hc_mult 4 on CUDA, got 3"
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -551,7 +743,7 @@ def test_hidden_size_on_cuda(op):
     with FakeTensorMode(allow_non_fake_inputs=True):
         message = refusal(op, fake_cuda(op, 384, hc_mult=4))
     assert message == (
-        f"mhc::{op}: expected residual with a hidden size that is a multiple of 256 on CUDA, "
+        f"mhc::{op}: expected {STREAMS[op]} with a hidden size that is a multiple of 256 on CUDA, "
         "got 384"
     )
 

@@ -11,6 +11,7 @@ import mhc_ops
 from helpers import (
     NORMS,
     OPS,
+    STREAMS,
     assert_equal,
     call,
     check_against_oracle,
@@ -82,7 +83,7 @@ def test_strided_inputs(device, op, norm, leading):
     assert_equal(call(op, strided(inputs)), call(op, inputs))
 
 
-@pytest.mark.parametrize("op", ["post", "fused_post_pre"])
+@pytest.mark.parametrize("op", ["post", "fused_post_pre", "post_head"])
 def test_inputs_expanded_over_the_tokens(device, op):
     inputs = make_inputs(op, 5, HIDDEN, device=device)
     for name in ("x", "residual", "post_layer_mix", "comb_res_mix"):
@@ -95,14 +96,14 @@ def test_inputs_expanded_over_the_tokens(device, op):
     assert_equal(call(op, inputs), call(op, dense))
 
 
-@pytest.mark.parametrize("op", ["post", "fused_post_pre"])
+@pytest.mark.parametrize("op", ["post", "fused_post_pre", "post_head", "post_head_streams"])
 def test_posts_without_their_last_dimension(device, op):
     inputs = make_inputs(op, (2, 3), HIDDEN, device=device)
     squeezed = inputs | {"post_layer_mix": inputs["post_layer_mix"].squeeze(-1)}
     assert_equal(call(op, squeezed), call(op, inputs))
 
 
-@pytest.mark.parametrize("op", ["pre", "fused_post_pre", "head"])
+@pytest.mark.parametrize("op", [op for op in OPS if op != "post"])
 def test_float32_norm_weight_is_cast(device, op):
     inputs = make_inputs(op, 5, HIDDEN, device=device, norm=True, kind="large_logits")
     fp32 = inputs["norm_weight"].float() * (1 + 2**-10)
@@ -134,7 +135,7 @@ def test_a_bad_value_stays_in_its_token(device, op, hidden, tokens, bad):
     clean = call(op, inputs)
     token = tokens // 2
     poisoned = clone(inputs)
-    poisoned["residual"][token, 1, 77] = bad
+    poisoned[STREAMS[op]][token].view(-1, HIDDEN)[-1, 77] = bad
     outputs = call(op, poisoned)
     others = torch.arange(tokens, device=device) != token
     for name, out in outputs.items():
@@ -199,12 +200,12 @@ def test_the_current_stream_is_used(op):
     inputs = make_inputs(op, 64, 4096, device="cuda")
     want = call(op, inputs)
     late = clone(inputs)
-    late["residual"].zero_()
+    late[STREAMS[op]].zero_()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(20_000_000)
-        late["residual"].copy_(inputs["residual"])
+        late[STREAMS[op]].copy_(inputs[STREAMS[op]])
         got = call(op, late)
     stream.synchronize()
     assert_equal(got, want)

@@ -23,6 +23,7 @@ def test_constants_are_those_of_the_kernels():
     assert dispatch.POST_PROJECTION_SLICE == post_projection.SLICE
     assert dispatch.PROJECTION_BLOCK == projection.BLOCK
     assert dispatch.PROJECTION_WARPS == projection.WARPS
+    assert dispatch.END_TILE == _device.MMA_COLUMNS
 
 
 @given(TOKENS, HIDDEN, ROWS, st.integers(1, 200))
@@ -55,6 +56,9 @@ def test_every_plan_is_among_the_enumerated_keys(tokens, hidden, rows):
         assert (dispatch.fused_post_pre_key(hidden, ARCH, norm) in keys) == one_launch
         assert dispatch.finish_key(hidden, ARCH, norm) in keys
         assert dispatch.head_key(hidden, ARCH, norm) in keys
+        assert (dispatch.expand_pre_key(hidden, ARCH, norm) in keys) == one_launch
+        for streams in (False, True):
+            assert (dispatch.post_head_key(hidden, ARCH, norm, streams) in keys) == one_launch
 
 
 @pytest.mark.parametrize("tokens", range(1, dispatch.ONE_LAUNCH_MAX_TOKENS + 1))
@@ -64,11 +68,22 @@ def test_groups_of_one_launch_fit(tokens):
     assert -(-tokens // group) <= dispatch.CLUSTERS
 
 
+@given(TOKENS)
+def test_groups_of_the_ends_are_whole_tiles(tokens):
+    group = dispatch.end_group_tokens(tokens)
+    assert group % dispatch.END_TILE == 0
+    assert dispatch.END_TILE <= group <= dispatch.END_GROUP_TOKENS
+    # one round of clusters, or groups as large as they get
+    assert -(-tokens // group) <= dispatch.CLUSTERS or group == dispatch.END_GROUP_TOKENS
+
+
 def test_one_launch_is_for_clusters_of_16():
     for arch, served in (("sm_90a", True), ("sm_100a", True), ("sm_120a", False), ("sm_80", False)):
         assert dispatch.takes_one_launch(1, 4096, arch) == served
+        assert dispatch.takes_one_launch_end(4096, arch) == served
     assert not dispatch.takes_one_launch(129, 4096, ARCH)
     assert not dispatch.takes_one_launch(1, 7424, ARCH)
+    assert not dispatch.takes_one_launch_end(7424, ARCH)
 
 
 @pytest.mark.parametrize("hidden", [256, 4096, 5120, 7168])

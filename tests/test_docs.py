@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import mhc_ops
+from helpers import OPS
 
 ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -26,7 +27,7 @@ MODULES = [
         if not re.search(r"csrc_tilelang|integrations\.|__main__", module.name)
     ),
 ]
-FUNCTIONS = ["post", "pre", "fused_post_pre", "head", "is_supported", "prewarm"]
+FUNCTIONS = [*OPS, "is_supported", "prewarm"]
 
 
 def examples(name):
@@ -74,7 +75,7 @@ def test_pages(tmp_path):
     assert r"$$r'_j = \mathrm{bf16}\Big(" in html.unescape((tmp_path / "mhc_ops.html").read_text())
 
 
-@pytest.mark.parametrize("op", ["post", "pre", "fused_post_pre", "head"])
+@pytest.mark.parametrize("op", OPS)
 def test_formulas_of_several_lines_are_aligned(op):
     formula = getattr(mhc_ops, op).__doc__.split(".. math::\n")[1].split("\n\n")[0]
     assert ("&=" in formula) == (r"\begin{aligned}" in formula)

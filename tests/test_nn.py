@@ -99,7 +99,7 @@ def test_fused_and_unfused_have_the_same_residuals(device, monkeypatch):
 @pytest.mark.parametrize(
     ("switches", "counts"),
     [
-        (FUSED, {"pre": 1, "fused_post_pre": 2 * LAYERS - 1, "post": 1, "head": 1}),
+        (FUSED, {"pre": 1, "fused_post_pre": 2 * LAYERS - 1, "post_head": 1}),
         ({}, {"pre": 2 * LAYERS, "post": 2 * LAYERS, "head": 1}),
         (FUSED | {"MHC_OPS_TILELANG_PRE": "0"}, {"post": 2 * LAYERS}),
         (FUSED | {"MHC_OPS_TILELANG_POST": "0"}, {"pre": 2 * LAYERS, "head": 1}),

@@ -88,15 +88,7 @@ def test_no_call_reaches_a_kernel_that_is_not_ready(monkeypatch, arch, hidden, m
     recorder = Recorder(monkeypatch, arch)
     prewarm = sys.modules["mhc_ops.prewarm"]
     for op in OPS:
-        named = SimpleNamespace if op == "fused_post_pre" else None
-        run = recorder.cuda[op]
-        monkeypatch.setattr(
-            prewarm,
-            op,
-            lambda *a, run=run, named=named, **k: (
-                named(residual_out=run(*a, **k)[0]) if named else run(*a, **k)
-            ),
-        )
+        monkeypatch.setattr(prewarm, op, recorder.cuda[op])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     prewarm._load(hidden, max_tokens, torch.device("meta"))
     loaded = recorder.take()
@@ -192,8 +184,8 @@ def test_nothing_compiles_or_loads_afterwards(monkeypatch, max_tokens):
 
     monkeypatch.setattr(jit, "_prepare", refuse)
     for tokens in range(1, max_tokens + 1):
-        for op in ("post", "pre", "fused_post_pre", "head"):
-            for norm in (False,) if op == "post" else (False, True):
+        for op in OPS:
+            for norm in NORMS[op]:
                 inputs = make_inputs(op, tokens, hidden, norm=norm, device=report.device)
                 getattr(torch.ops.mhc, op).default(**inputs)
     torch.cuda.synchronize()

@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from helpers import OPS, assert_equal, call, clone, tensors
+from helpers import OPS, STREAMS, assert_equal, call, clone, tensors
 from mhc_ops import host
 from mhc_ops.testing import assert_matches_oracle, make_inputs
 
@@ -28,11 +28,11 @@ def inputs_of(op, device="cpu", tokens=3, seed=0):
 
 @pytest.mark.parametrize(("op", "name"), ARGUMENTS)
 def test_meta_and_cpu_are_not_mixed(op, name):
-    """Each tensor is compared with ``residual``, which is the odd one where it is the one moved."""
+    """Each tensor is compared with the streams, the odd ones where they are what is moved."""
     inputs = inputs_of(op)
     inputs[name] = inputs[name].to("meta")
     first, here, there = name, "cpu", "meta"
-    if name == "residual":
+    if name == STREAMS[op]:
         first, here, there = next(n for n in inputs if n != name), "meta", "cpu"
     with pytest.raises(ValueError, match="expected") as error:
         call(op, inputs)

@@ -21,6 +21,11 @@ def kernels_of(case):
     one_launch = dispatch.takes_one_launch(*size, ARCH) and not case.classical
     if case.op == "fused_post_pre" and one_launch:
         return {dispatch.fused_post_pre_key(case.hidden, ARCH, case.norm)}
+    if case.op == "expand_pre":
+        return {dispatch.expand_pre_key(case.hidden, ARCH, case.norm)}
+    if case.op.startswith("post_head"):
+        streams = case.op == "post_head_streams"
+        return {dispatch.post_head_key(case.hidden, ARCH, case.norm, streams)}
     last = dispatch.head_key if case.op == "head" else dispatch.finish_key
     if case.op != "post":
         keys.add(last(case.hidden, ARCH, case.norm))
@@ -39,7 +44,8 @@ def test_every_kernel_is_reached_in_the_first_half():
     reached = set().union(*(kernels_of(case) for case in cases[: len(cases) // 2]))
     assert reached == workload.keys(ARCH)
     assert {key.kernel for key in reached} == {
-        "post", "projection", "finish", "post_projection", "head", "fused_post_pre"
+        "post", "projection", "finish", "post_projection", "head", "fused_post_pre",
+        "expand_pre", "post_head",
     }  # fmt: skip
 
 
@@ -49,10 +55,10 @@ def test_the_path_of_other_gpus():
     assert dispatch.takes_one_launch(1, 256, ARCH)
 
 
-@pytest.mark.parametrize("op", ["post", "pre", "fused_post_pre", "head"])
+@pytest.mark.parametrize("op", workload.OUTPUTS)
 def test_cases_run(op):
     """On the CPU, in which the classical path is the only one."""
-    for case in workload.cases()[:12]:
+    for case in workload.cases()[:20]:
         if case.op == op:
             workload.run(case, "cpu")
 

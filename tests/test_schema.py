@@ -76,7 +76,47 @@ mhc::head(Tensor residual,
     float hc_eps,
     *,
     Tensor? norm_weight=None,
-    float? norm_eps=None) -> Tensor""",
+    float? norm_eps=None) -> Tensor
+mhc::expand_pre(Tensor x,
+    Tensor fn,
+    Tensor hc_scale,
+    Tensor hc_base,
+    float rms_eps,
+    float hc_pre_eps,
+    float hc_sinkhorn_eps,
+    float hc_post_mult_value,
+    int sinkhorn_repeat,
+    *,
+    Tensor? norm_weight=None,
+    float? norm_eps=None) -> (Tensor residual_out,
+    Tensor post_mix,
+    Tensor comb_mix,
+    Tensor layer_input)
+mhc::post_head(Tensor x,
+    Tensor residual,
+    Tensor post_layer_mix,
+    Tensor comb_res_mix,
+    Tensor fn,
+    Tensor scale,
+    Tensor base,
+    float rms_eps,
+    float hc_eps,
+    *,
+    Tensor? norm_weight=None,
+    float? norm_eps=None) -> Tensor
+mhc::post_head_streams(Tensor x,
+    Tensor residual,
+    Tensor post_layer_mix,
+    Tensor comb_res_mix,
+    Tensor fn,
+    Tensor scale,
+    Tensor base,
+    float rms_eps,
+    float hc_eps,
+    *,
+    Tensor? norm_weight=None,
+    float? norm_eps=None) -> (Tensor residual_out,
+    Tensor hidden)""",
     )
 
 
@@ -104,7 +144,7 @@ def test_reference_takes_the_arguments_of_the_schema(op):
     assert parameters == parameters_of_schema(op)
 
 
-@pytest.mark.parametrize("op", ["fused_post_pre", "pre"])
+@pytest.mark.parametrize("op", ["fused_post_pre", "pre", "expand_pre"])
 def test_public_outputs_are_named_as_in_the_schema(op):
     result = getattr(mhc_ops, op)(**testing.make_inputs(op, 2, 16))
     names = tuple(r.name for r in overload(op)._schema.returns)

@@ -50,17 +50,20 @@ def test_where_no_gpu_is_asked_for(capsys):
 
 
 def test_a_wrong_answer(no_gpu, monkeypatch, capsys):
-    """The new streams a tenth too large: post is wrong, and nothing else is said to be."""
+    """The new streams a tenth too large: post is wrong, and post_head, judged by its streams."""
     op = importlib.import_module("mhc_ops.ops.post")
     wrong = types.SimpleNamespace(post=lambda *tensors: reference.post(*tensors) * 1.1)
     monkeypatch.setattr(op, "reference", wrong)
     status, found = answer(capsys)
     assert status == 1
     assert found["result"] == FAILED
-    assert found["verdict"] == f"FAILED: 1 of {len(found['checks'])} checks"
-    (failed,) = (check for check in found["checks"] if check["result"] == FAILED)
-    assert failed["name"] == f"post, hidden {selftest.CPU_HIDDEN}, against float64"
-    assert failed["detail"].startswith("AssertionError: residual_out")
+    assert found["verdict"] == f"FAILED: 2 of {len(found['checks'])} checks"
+    failed = [check for check in found["checks"] if check["result"] == FAILED]
+    for check, op, output in zip(
+        failed, ("post", "post_head"), ("residual_out", "layer_input"), strict=True
+    ):
+        assert check["name"] == f"{op}, hidden {selftest.CPU_HIDDEN}, against float64"
+        assert check["detail"].startswith(f"AssertionError: {output}")
 
 
 def test_a_crash_is_a_failure():

@@ -67,7 +67,7 @@ ops = [getattr(torch.ops.mhc, name).default for name in mhc_ops._library.SCHEMAS
 print([op in propagator.op_strategy_funcs for op in ops])
 print(sum("mhc_ops" in type(finder).__module__ for finder in sys.meta_path))
 """
-    assert run_code(code) == f"{[True] * 4}\n0"
+    assert run_code(code) == f"{[True] * 7}\n0"
 
 
 def test_importing_the_package_does_not_import_dtensor():

@@ -83,7 +83,7 @@ def test_is_the_model_step_by_step(stack, embedding, fuse):
         out = stack(embedding)
     count = 2 * LAYERS
     assert dict(calls.counts) == (
-        {"pre": 1, "fused_post_pre": count - 1, "post": 1, "head": 1}
+        {"expand_pre": 1, "fused_post_pre": count - 1, "post_head_streams": 1}
         if fuse == "fused"
         else {"pre": count, "post": count, "head": 1}
     )
@@ -121,7 +121,7 @@ def test_a_layer_that_is_not_there(stack, embedding, index):
 @pytest.mark.parametrize("cut", range(1, LAYERS))
 def test_layers_one_by_one_and_a_pipeline_cut(stack, embedding, fuse, cut):
     """The streams at the cut are all that the next process needs."""
-    state = nn.expand(embedding)
+    state = nn.Copies(embedding)
     for layer in stack.layers[:cut]:
         state = layer(state)
         assert isinstance(state, nn.StreamState)
@@ -143,6 +143,23 @@ def test_the_streams_at_a_cut_are_those_of_the_fused_boundary(stack, embedding):
     state = first(nn.expand(embedding))
     entry = second.attn_hc.boundary(state, second.attn_norm)
     assert torch.equal(entry.residual, state.materialise())
+
+
+def test_copies_are_the_expanded_streams(stack, embedding, fuse):
+    """Made by the first pre or before it."""
+    first = stack.layers[0]
+    lazy, plain = first(nn.Copies(embedding)), first(nn.expand(embedding))
+    assert_as(lazy.materialise(), plain.materialise(), fuse)
+    entry = first.attn_hc.pre(nn.Copies(embedding), first.attn_norm)
+    assert torch.equal(entry.residual, nn.expand(embedding))
+
+
+def test_plain_streams_and_hidden_state_at_once(stack, embedding, fuse):
+    state = stack.layers[0](nn.Copies(embedding))
+    streams, hidden = stack.head.materialise_and_collapse(state, stack.norm)
+    assert torch.equal(streams, state.materialise())
+    assert torch.equal(hidden, stack.head.collapse(state, stack.norm))
+    assert_as(hidden, stack.head.collapse(streams, stack.norm), fuse)
 
 
 def test_sublayers_that_are_modules_are_part_of_the_stack():
@@ -259,8 +276,11 @@ class TestNextN:
         following = embedding.roll(-1, 0)
         with CallCounts() as calls:
             out = draft(following, target.streams)
-        assert calls.counts["post"] == (1 if fuse == "fused" else 2)
-        assert calls.counts["fused_post_pre"] == (1 if fuse == "fused" else 0)
+        assert dict(calls.counts) == (
+            {"pre": 1, "fused_post_pre": 1, "post_head_streams": 1}
+            if fuse == "fused"
+            else {"pre": 2, "post": 2, "head": 1}
+        )
         start = torch.stack(
             [
                 draft.h_proj(draft.hnorm(target.streams[:, j]))
@@ -273,14 +293,12 @@ class TestNextN:
         want = mhc_ops.post(state.x, state.residual, state.post, state.comb)
         torch.testing.assert_close(out.streams, want, rtol=2e-2, atol=2e-2)
         head = draft.head
-        assert torch.equal(
-            out.hidden,
-            mhc_ops.head(
-                *(out.streams, head.fn, head.scale, head.base, 1e-6, 1e-6),
-                norm_weight=draft.norm.weight,
-                norm_eps=1e-6,
-            ),
+        want = mhc_ops.head(
+            *(out.streams, head.fn, head.scale, head.base, 1e-6, 1e-6),
+            norm_weight=draft.norm.weight,
+            norm_eps=1e-6,
         )
+        assert_as(out.hidden, want, fuse)
 
     def test_steps_one_behind_the_other(self, stack, draft, embedding):
         streams = stack(embedding).streams

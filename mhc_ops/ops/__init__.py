@@ -1,8 +1,23 @@
 """The ops, one to a file, each in the order checks, fake, CUDA, CPU, autograd, public function."""
 
+from .expand_pre import ExpandPreOutput, expand_pre
 from .fused_post_pre import FusedPostPreOutput, fused_post_pre
 from .head import head
 from .post import post
+from .post_head import post_head
+from .post_head_streams import PostHeadOutput, post_head_streams
 from .pre import PreOutput, pre
 
-__all__ = ["FusedPostPreOutput", "PreOutput", "fused_post_pre", "head", "post", "pre"]
+__all__ = [
+    "ExpandPreOutput",
+    "FusedPostPreOutput",
+    "PostHeadOutput",
+    "PreOutput",
+    "expand_pre",
+    "fused_post_pre",
+    "head",
+    "post",
+    "post_head",
+    "post_head_streams",
+    "pre",
+]

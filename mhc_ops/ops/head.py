@@ -30,6 +30,35 @@ def _fake(
 
 
 # CUDA
+def launch_head(
+    residual: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    rms_eps: float,
+    hc_eps: float,
+    norm_weight: Tensor | None,
+    norm_eps: float | None,
+    out: Tensor,
+) -> None:
+    """``projection``, then ``head``, on checked arguments with at least one token."""
+    hidden = residual.shape[-1]
+    streams = residual.flatten(0, -3).contiguous()
+    jit.launch(
+        dispatch.head_key(hidden, support.arch(streams.device), norm_weight is not None),
+        streams.device,
+        streams,
+        launch_projection(streams, fn),
+        scale,
+        base.contiguous(),
+        *(() if norm_weight is None else (norm_weight.to(streams.dtype),)),
+        out.view(-1, hidden),
+        rms_eps,
+        hc_eps,
+        *(() if norm_weight is None else (norm_eps,)),
+    )
+
+
 def _cuda(
     residual: Tensor,
     fn: Tensor,
@@ -43,23 +72,9 @@ def _cuda(
 ) -> Tensor:
     check_head("head", residual, fn, scale, base, rms_eps, hc_eps, norm_weight, norm_eps)
     support.require("head", residual.device)
-    hidden = residual.shape[-1]
-    out = residual.new_empty((*residual.shape[:-2], hidden))
+    out = residual.new_empty((*residual.shape[:-2], residual.shape[-1]))
     if residual.numel():
-        streams = residual.flatten(0, -3).contiguous()
-        jit.launch(
-            dispatch.head_key(hidden, support.arch(streams.device), norm_weight is not None),
-            streams.device,
-            streams,
-            launch_projection(streams, fn),
-            scale,
-            base.contiguous(),
-            *(() if norm_weight is None else (norm_weight.to(streams.dtype),)),
-            out.view(-1, hidden),
-            rms_eps,
-            hc_eps,
-            *(() if norm_weight is None else (norm_eps,)),
-        )
+        launch_head(residual, fn, scale, base, rms_eps, hc_eps, norm_weight, norm_eps, out)
     return out
 
 

@@ -1,0 +1,241 @@
+"""``mhc::expand_pre``: the residual streams that a model starts from, and its first pre step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, jit, reference, support
+from .._checks import check_expand, check_mixing
+from .._library import register
+from .pre import launch_pre
+
+
+# checks: _checks.check_expand, then _checks.check_mixing
+def _check(
+    x: Tensor,
+    fn: Tensor,
+    hc_scale: Tensor,
+    hc_base: Tensor,
+    rms_eps: float,
+    hc_pre_eps: float,
+    hc_sinkhorn_eps: float,
+    hc_post_mult_value: float,
+    sinkhorn_repeat: int,
+    norm_weight: Tensor | None,
+    norm_eps: float | None,
+) -> int:
+    """Returns hc_mult."""
+    hc_mult, hidden = check_expand("expand_pre", x, fn)
+    check_mixing(
+        "expand_pre", x, hc_mult, hidden, fn, hc_scale, hc_base, rms_eps, hc_pre_eps,
+        hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps,
+    )  # fmt: skip
+    return hc_mult
+
+
+# fake
+def _empty_outputs(x: Tensor, hc_mult: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised (residual_out, post_mix, comb_mix, layer_input)."""
+    *leading, hidden = x.shape
+    return (
+        x.new_empty((*leading, hc_mult, hidden)),
+        x.new_empty((*leading, hc_mult, 1), dtype=torch.float32),
+        x.new_empty((*leading, hc_mult, hc_mult), dtype=torch.float32),
+        x.new_empty((*leading, hidden)),
+    )
+
+
+def _fake(
+    x: Tensor,
+    fn: Tensor,
+    hc_scale: Tensor,
+    hc_base: Tensor,
+    rms_eps: float,
+    hc_pre_eps: float,
+    hc_sinkhorn_eps: float,
+    hc_post_mult_value: float,
+    sinkhorn_repeat: int,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hc_mult = _check(
+        x, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
+        sinkhorn_repeat, norm_weight, norm_eps,
+    )  # fmt: skip
+    return _empty_outputs(x, hc_mult)
+
+
+# CUDA
+def _cuda(
+    x: Tensor,
+    fn: Tensor,
+    hc_scale: Tensor,
+    hc_base: Tensor,
+    rms_eps: float,
+    hc_pre_eps: float,
+    hc_sinkhorn_eps: float,
+    hc_post_mult_value: float,
+    sinkhorn_repeat: int,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hc_mult = _check(
+        x, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
+        sinkhorn_repeat, norm_weight, norm_eps,
+    )  # fmt: skip
+    support.require("expand_pre", x.device)
+    outputs = _empty_outputs(x, hc_mult)
+    if not x.numel():
+        return outputs
+    residual_out, post_mix, comb_mix, layer_input = outputs
+    hidden, arch = x.shape[-1], support.arch(x.device)
+    tokens = x.numel() // hidden
+    streams = residual_out.view(tokens, hc_mult, hidden)
+    if dispatch.takes_one_launch_end(hidden, arch):
+        jit.launch(
+            dispatch.expand_pre_key(hidden, arch, norm_weight is not None),
+            x.device,
+            x.reshape(tokens, hidden).contiguous(),
+            fn.contiguous(),
+            hc_scale.contiguous(),
+            hc_base.contiguous(),
+            *(() if norm_weight is None else (norm_weight.to(x.dtype),)),
+            streams,
+            post_mix.view(tokens, hc_mult),
+            comb_mix.view(tokens, hc_mult, hc_mult),
+            layer_input.view(tokens, hidden),
+            rms_eps,
+            hc_pre_eps,
+            hc_sinkhorn_eps,
+            hc_post_mult_value,
+            sinkhorn_repeat,
+            *(() if norm_weight is None else (norm_eps,)),
+            dispatch.end_group_tokens(tokens),
+        )
+    else:
+        residual_out.copy_(x.unsqueeze(-2).expand_as(residual_out))
+        launch_pre(
+            streams, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
+            hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps,
+            (post_mix, comb_mix, layer_input),
+        )  # fmt: skip
+    return outputs
+
+
+# CPU
+def _cpu(
+    x: Tensor,
+    fn: Tensor,
+    hc_scale: Tensor,
+    hc_base: Tensor,
+    rms_eps: float,
+    hc_pre_eps: float,
+    hc_sinkhorn_eps: float,
+    hc_post_mult_value: float,
+    sinkhorn_repeat: int,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hc_mult = _check(
+        x, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
+        sinkhorn_repeat, norm_weight, norm_eps,
+    )  # fmt: skip
+    residual_out = reference.expand(x, hc_mult)
+    return (
+        residual_out,
+        *reference.pre(
+            residual_out, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
+            hc_post_mult_value, sinkhorn_repeat, norm_weight=norm_weight, norm_eps=norm_eps,
+        ),
+    )  # fmt: skip
+
+
+# autograd: forward only, registered for every op by _library.register
+register("expand_pre", fake=_fake, cuda=_cuda, cpu=_cpu)
+
+
+# public function
+class ExpandPreOutput(NamedTuple):
+    """What :func:`expand_pre` returns.
+
+    Attributes:
+        residual_out: [..., n, H] bf16, the residual streams: n copies of the embedding.
+        post_mix: [..., n, 1] fp32, weight of the first sublayer's output in each new stream.
+        comb_mix: [..., n, n] fp32, its stream mixing, indexed [old stream, new stream].
+        layer_input: [..., H] bf16, input of the first sublayer.
+    """
+
+    residual_out: Tensor
+    post_mix: Tensor
+    comb_mix: Tensor
+    layer_input: Tensor
+
+
+def expand_pre(
+    x: Tensor,
+    fn: Tensor,
+    hc_scale: Tensor,
+    hc_base: Tensor,
+    rms_eps: float,
+    hc_pre_eps: float,
+    hc_sinkhorn_eps: float,
+    hc_post_mult_value: float,
+    sinkhorn_repeat: int,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> ExpandPreOutput:
+    r"""The start of a model: its residual streams from the embedding, and the first pre step.
+
+    .. math::
+        r_j = x,\qquad
+        (p, C, y) = \mathrm{pre}(r, \mathrm{fn}, s, b, \dots)
+
+    with the formula of :func:`mhc_ops.pre`; the number n of streams is that which ``fn`` is made
+    for.
+
+    Source: mHC (Xie et al., 2026); ``DeepseekV4Model.forward`` of transformers.
+
+    Args:
+        x: [..., H] bf16, the embedding; H a multiple of 256 on CUDA.
+        fn: [n * (n + 2), n * H] fp32, projection of the first sublayer's hyper-connection; column
+            index = stream * H + h; n = 4 on CUDA.
+        hc_scale: [3] fp32, its scales s (pre, post, comb).
+        hc_base: [n * (n + 2)] fp32, its biases b.
+        rms_eps: added to the mean square of the streams; at least 0.
+        hc_pre_eps: added to the collapse weights; at least 0.
+        hc_sinkhorn_eps: added to the softmax and to every row and column sum; at least 0.
+        hc_post_mult_value: factor of the post weights; 2.0 in DeepSeek-V4.
+        sinkhorn_repeat: rounds of Sinkhorn, counting the first; 1 to 10000, 20 in DeepSeek-V4.
+        norm_weight: [H] bf16 (fp32 is cast), weight of the first RMSNorm; None for no norm.
+        norm_eps: its epsilon; given exactly when ``norm_weight`` is.
+
+    Returns:
+        (residual_out [..., n, H] bf16, post_mix [..., n, 1] fp32, comb_mix [..., n, n] fp32,
+        layer_input [..., H] bf16).
+
+    Raises:
+        ValueError: an argument of a wrong dtype, shape, device, memory layout or value, or only
+            one of ``norm_weight`` and ``norm_eps``.
+        RuntimeError: the CUDA kernels cannot serve the device, or a backward is asked for.
+
+    Example:
+        >>> import torch, mhc_ops
+        >>> x = torch.ones(1, 256, dtype=torch.bfloat16)
+        >>> fn, scale, base = torch.zeros(24, 1024), torch.ones(3), torch.zeros(24)
+        >>> out = mhc_ops.expand_pre(x, fn, scale, base, 1e-6, 0.0, 1e-6, 2.0, 20)
+        >>> out.residual_out.shape, out.layer_input.unique()
+        (torch.Size([1, 4, 256]), tensor([2.], dtype=torch.bfloat16))
+    """
+    return ExpandPreOutput(
+        *torch.ops.mhc.expand_pre.default(
+            x, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
+            sinkhorn_repeat, norm_weight=norm_weight, norm_eps=norm_eps,
+        )
+    )  # fmt: skip

@@ -1,0 +1,186 @@
+"""``mhc::post_head_streams``: ``post_head``, with the new streams written as well."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, reference, support
+from .._library import register
+from .head import launch_head
+from .post import launch_post
+from .post_head import check_post_head, launch_post_head
+
+# checks: post_head.check_post_head
+
+
+# fake
+def _fake(
+    x: Tensor,
+    residual: Tensor,
+    post_layer_mix: Tensor,
+    comb_res_mix: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    rms_eps: float,
+    hc_eps: float,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    check_post_head(
+        "post_head_streams", x, residual, post_layer_mix, comb_res_mix, fn, scale, base, rms_eps,
+        hc_eps, norm_weight, norm_eps,
+    )  # fmt: skip
+    return (
+        residual.new_empty(residual.shape),
+        residual.new_empty((*residual.shape[:-2], residual.shape[-1])),
+    )
+
+
+# CUDA
+def _cuda(
+    x: Tensor,
+    residual: Tensor,
+    post_layer_mix: Tensor,
+    comb_res_mix: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    rms_eps: float,
+    hc_eps: float,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    check_post_head(
+        "post_head_streams", x, residual, post_layer_mix, comb_res_mix, fn, scale, base, rms_eps,
+        hc_eps, norm_weight, norm_eps,
+    )  # fmt: skip
+    support.require("post_head_streams", residual.device)
+    hidden = residual.shape[-1]
+    out = residual.new_empty((*residual.shape[:-2], hidden))
+    if not residual.numel():
+        return residual.new_empty(residual.shape), out
+    if dispatch.takes_one_launch_end(hidden, support.arch(residual.device)):
+        residual_out = residual.new_empty(residual.shape)
+        launch_post_head(
+            x, residual, post_layer_mix, comb_res_mix, fn, scale, base, rms_eps, hc_eps,
+            norm_weight, norm_eps, residual_out, out,
+        )  # fmt: skip
+    else:
+        residual_out = launch_post(x, residual, post_layer_mix, comb_res_mix)
+        launch_head(residual_out, fn, scale, base, rms_eps, hc_eps, norm_weight, norm_eps, out)
+    return residual_out, out
+
+
+# CPU
+def _cpu(
+    x: Tensor,
+    residual: Tensor,
+    post_layer_mix: Tensor,
+    comb_res_mix: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    rms_eps: float,
+    hc_eps: float,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    check_post_head(
+        "post_head_streams", x, residual, post_layer_mix, comb_res_mix, fn, scale, base, rms_eps,
+        hc_eps, norm_weight, norm_eps,
+    )  # fmt: skip
+    residual_out = reference.post(x, residual, post_layer_mix, comb_res_mix).contiguous()
+    return residual_out, reference.head(
+        residual_out, fn, scale, base, rms_eps, hc_eps, norm_weight=norm_weight, norm_eps=norm_eps
+    )
+
+
+# autograd: forward only, registered for every op by _library.register
+register("post_head_streams", fake=_fake, cuda=_cuda, cpu=_cpu)
+
+
+# public function
+class PostHeadOutput(NamedTuple):
+    """What :func:`post_head_streams` returns.
+
+    Attributes:
+        residual_out: [..., n, H] bf16, the new residual streams.
+        hidden: [..., H] bf16, the hidden state.
+    """
+
+    residual_out: Tensor
+    hidden: Tensor
+
+
+def post_head_streams(
+    x: Tensor,
+    residual: Tensor,
+    post_layer_mix: Tensor,
+    comb_res_mix: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    rms_eps: float,
+    hc_eps: float,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> PostHeadOutput:
+    r"""The end of a model whose streams are needed as well: a draft layer starts from them.
+
+    .. math::
+        r' = \mathrm{post}(x, r, p, C),\qquad
+        h = \mathrm{head}(r', \mathrm{fn}, s, b, \dots)
+
+    with the formulas of :func:`mhc_ops.post` and :func:`mhc_ops.head`; the new streams are equal
+    to those of :func:`mhc_ops.post` bit for bit, the hidden state to that of
+    :func:`mhc_ops.post_head`.
+
+    Source: mHC (Xie et al., 2026); ``DeepseekV4Model.forward`` of transformers.
+
+    Args:
+        x: [..., H] bf16, output of the last sublayer.
+        residual: [..., n, H] bf16, the n residual streams before it; n = 4 and H a multiple of
+            256 on CUDA.
+        post_layer_mix: [..., n, 1] or [..., n] fp32, weight of x in each new stream (p).
+        comb_res_mix: [..., n, n] fp32, stream mixing C, indexed [old stream, new stream].
+        fn: [n, n * H] fp32, projection of the head; column index = stream * H + h.
+        scale: [1] fp32, scale s of the weights.
+        base: [n] fp32, their biases b.
+        rms_eps: added to the mean square of the new streams; at least 0.
+        hc_eps: added to the weights; at least 0.
+        norm_weight: [H] bf16 (fp32 is cast), weight of the final RMSNorm; None for none.
+        norm_eps: its epsilon; given exactly when ``norm_weight`` is.
+
+    Returns:
+        (residual_out [..., n, H] bf16, hidden [..., H] bf16), each in memory of its own.
+
+    Raises:
+        ValueError: an argument of a wrong dtype, shape, device, memory layout or value, or only
+            one of ``norm_weight`` and ``norm_eps``.
+        RuntimeError: the CUDA kernels cannot serve the device, or a backward is asked for.
+
+    Example:
+        >>> import torch, mhc_ops
+        >>> x, residual = (torch.ones(1, *s, dtype=torch.bfloat16) for s in ((256,), (4, 256)))
+        >>> post_mix, comb_mix = torch.ones(1, 4), torch.full((1, 4, 4), 0.25)
+        >>> fn, scale, base = torch.zeros(4, 1024), torch.ones(1), torch.zeros(4)
+        >>> out = mhc_ops.post_head_streams(
+        ...     x, residual, post_mix, comb_mix, fn, scale, base, 1e-6, 0.0
+        ... )
+        >>> out.residual_out.unique(), out.hidden.unique()
+        (tensor([2.], dtype=torch.bfloat16), tensor([4.], dtype=torch.bfloat16))
+    """
+    return PostHeadOutput(
+        *torch.ops.mhc.post_head_streams.default(
+            x, residual, post_layer_mix, comb_res_mix, fn, scale, base, rms_eps, hc_eps,
+            norm_weight=norm_weight, norm_eps=norm_eps,
+        )
+    )  # fmt: skip
