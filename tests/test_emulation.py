@@ -315,7 +315,9 @@ def test_each_barrier_is_needed(monkeypatch, folder, lowered, op, key, barriers)
 # --------------------------------------------------------------------- the emulation and its twins
 
 
-DEVICE_FUNCTION = re.compile(r"__device__ __forceinline__ (.*?\))\s*\{", re.S)
+DEVICE_FUNCTION = re.compile(
+    r"((?:template <[^>]*>\n)?__device__ __forceinline__ [^{};]*?\))\s*\{", re.S
+)
 
 
 def test_every_device_function_has_a_twin():
