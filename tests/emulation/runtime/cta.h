@@ -64,6 +64,7 @@ struct Load {
 struct Member {
   unsigned arrivals = 0, waits = 0;  // at the cluster barrier
   Barrier::Opening next{};
+  std::vector<Barrier::Opening> passed;  // the start of the cluster among them
   unsigned groups = 0;  // of loads, committed
   std::vector<Load> loads;
   // all shared memory of the CTA at this thread's last bulk_fence, by declaration
@@ -224,7 +225,7 @@ inline void run(const Grid& grid, const std::function<void()>& kernel, bool clos
       }
       const auto start = cluster.turn.wait(cluster.threads, "start of CTA", c - cta.rank);
       Member& member = cta.members[thread.linear];
-      member = {.next = start};
+      member = {.next = start, .passed = {start}};
       kernel();
       cta.leave(member);
       cluster.turn.wait(cluster.threads, "end of CTA", c - cta.rank);

@@ -48,17 +48,18 @@ struct Inbox : Mbarrier {
 
   Inbox(std::string name, unsigned arrivals) : Mbarrier(std::move(name), SEAL, arrivals) {}
 
-  // The checks are done in what follows, and the caller holds the lock.
+  // The checks are done before these, by the caller, who holds the lock.
   void arm(unsigned bytes) {
     armed = true;
     missing += int(bytes);
     finish();
   }
-  void take(Message message) {
+  void take(Message message, bool again, const std::vector<Barrier::Opening>& passed) {
     missing -= int(message.data.size());
-    past.overwrite(message.slot, message.data.size());
+    if (again) past.overwrite(message.slot, message.data.size());
     phases.tell();
-    courier.run([&] { Courier::write(message.slot, POISON.data(), message.data.size()); });
+    courier.run(passed,
+                [&] { Courier::write(message.slot, POISON.data(), message.data.size()); });
     messages.push_back(std::move(message));
     finish();
   }
@@ -82,7 +83,7 @@ struct Inbox : Mbarrier {
       if (m.source != nullptr && std::memcmp(m.source, m.data.data(), m.data.size()) != 0)
         fail("data race: the source of a send_bulk to the %s was written before all had come",
              name.c_str());
-    courier.run([&] {
+    courier.run({}, [&] {
       for (const Message& m : messages) Courier::write(m.slot, m.data.data(), m.data.size());
       phases.order();
     });
@@ -114,9 +115,11 @@ struct Mail {
     unsigned phase;
   };
 
-  // Two sends to the same bytes are not ordered, whoever sends, unless a wait lies between.
-  void claim(const Message& message, Inbox& inbox) {
+  // Two sends to the same bytes are not ordered, whoever sends, unless a wait lies between. Returns
+  // whether this is not the first.
+  bool claim(const Message& message, Inbox& inbox) {
     const size_t bytes = message.data.size();
+    bool again = false;
     auto next = slots.lower_bound(message.slot + bytes);
     while (next != slots.begin()) {
       const auto before = std::prev(next);
@@ -125,8 +128,10 @@ struct Mail {
         fail("data race: a slot of the %s is sent to twice, %zu bytes at %ld bytes from each other",
              inbox.name.c_str(), bytes, labs(message.slot - before->first));
       next = slots.erase(before);
+      again = true;
     }
     slots[message.slot] = {bytes, &inbox, inbox.phases.ended()};
+    return again;
   }
 
   Lock lock;

@@ -109,6 +109,7 @@ void wait_for_cluster() {
   if (self.waits++ == self.arrivals)
     fail("cluster barrier: a thread waits without having arrived");
   running->cta->cluster.barrier.await(self.next, "cluster barrier");
+  self.passed.push_back(self.next);
 }
 
 // Finds a place in the CTA's own shared memory.
@@ -289,8 +290,8 @@ static void send(const char* operation, void* slot, void* inbox, int rank, const
     fail("%s: the %s expects %d bytes and not %zu more", operation, name.c_str(), box.missing, bytes);
   if (int(bytes) - box.missing > int(Mbarrier::MOST))
     fail("%s: too many bytes for the %s", operation, name.c_str());
-  peer.mail.claim(message, box);
-  box.take(std::move(message));
+  const bool again = peer.mail.claim(message, box);
+  box.take(std::move(message), again, member().passed);
   peer.mail.lock.unlock();
 }
 

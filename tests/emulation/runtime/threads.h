@@ -120,10 +120,9 @@ struct Point {
 // What the running thread knows to be over, as against what it would see. Who waits for a message
 // sees what was sent to it and nothing else of the sender; but what the sender had read before, and
 // all that it knew to have been read, is over. So a slot may be written again when its readers are
-// known to have gone on, be it from their messages alone; ThreadSanitizer, which has one order for
-// both, must not be shown that one. What an asynchronous operation overwrites is compared with the
-// past here, in the place of the thread's own order. Messages, barriers and gates hand the past on;
-// shuffles and atomics do not.
+// known to have gone on, be it from their messages alone. ThreadSanitizer has one order for both, so
+// what an asynchronous operation overwrites is compared with the past in another fiber, and forgotten.
+// Messages, barriers and gates hand the past on; shuffles and atomics do not.
 class Past {
  public:
   Past() = default;
@@ -150,7 +149,8 @@ class Past {
     AnnotateHappensBefore(__FILE__, __LINE__, &point.time);
     __tsan_switch_to_fiber(thread, NO_ORDER);
   }
-  // What is there must be over; after that it is forgotten. After note().
+  // What was done to so many bytes, or to their neighbours in 8 that are aligned, must be over, and is
+  // forgotten. After note().
   void overwrite(void* address, size_t bytes) const {
     void* thread = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(fiber_, NO_ORDER);
@@ -312,8 +312,9 @@ inline void Past::note() {
 }
 
 // Does what a thread has started and not waited for, as a thread of its own in the eyes of
-// ThreadSanitizer: who waits for the courier does not see what the starter did. One thread at a time
-// may run it.
+// ThreadSanitizer. It is ordered after the cluster barriers that the starter has passed and not after
+// what that one did since: so who waits for the courier does not see the starter's own accesses. One
+// thread at a time may run it.
 class Courier {
  public:
   Courier() {
@@ -325,10 +326,12 @@ class Courier {
   ~Courier() { __tsan_destroy_fiber(fiber_); }
 
   template <class Action>
-  void run(Action action) {
+  void run(const std::vector<Barrier::Opening>& passed, Action action) {
     void* starter = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(fiber_, NO_ORDER);
     hide(true);  // the variables of the starter
+    for (const Barrier::Opening opening : passed)
+      AnnotateHappensAfter(__FILE__, __LINE__, &opening->memory);
     action();
     hide(false);
     __tsan_switch_to_fiber(starter, NO_ORDER);
