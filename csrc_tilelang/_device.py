@@ -55,8 +55,8 @@ __device__ __forceinline__ void prefetch_l2_bulk(const void* address, unsigned b
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
 }
 
-// Global to shared memory without registers: 16 bytes, there after a wait in this thread. Not past L1
-// (.cg): with that, fused_post_pre took 1.3 us more for 128 tokens at H = 7168.
+// Global to shared memory without registers: 16 bytes, there after a wait in this thread. Not past
+// L1 (.cg): with that, fused_post_pre took 1.3 us more for 128 tokens at H = 7168.
 __device__ __forceinline__ void load_async16(void* shared, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16;"
                ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global)
@@ -71,7 +71,9 @@ __device__ __forceinline__ void load_stream16(void* shared, const void* global) 
 }
 
 // What this thread has loaded since the last commit becomes a group, be it empty.
-__device__ __forceinline__ void loads_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void loads_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Waits for all of this thread's groups but the last so many.
 template <int groups>
@@ -89,8 +91,8 @@ __device__ __forceinline__ float rcp(float x) {
   return y;
 }
 
-// An inbox is an mbarrier. Its first phase ends when `bytes` bytes have been sent to it. Open it in one
-// thread, then pass a cluster barrier before anyone sends.
+// An inbox is an mbarrier. Its first phase ends when `bytes` bytes have been sent to it. Open it in
+// one thread, then pass a cluster barrier before anyone sends.
 __device__ __forceinline__ void inbox_open(void* inbox, unsigned bytes) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(inbox));
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
@@ -99,9 +101,10 @@ __device__ __forceinline__ void inbox_open(void* inbox, unsigned bytes) {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Waits until all bytes of a phase of this CTA's inbox have come and are visible; phases are 0, 1, 0, 1
-// and so on, and the next one must not end before everyone has seen this one's end. The order is that
-// of a CTA: what the messages wrote is shared memory. With .acquire.cluster each wait dropped all of L1.
+// Waits until all bytes of a phase of this CTA's inbox have come and are visible. Phases have parity
+// 0, 1, 0 and so on; the next one must not end before everyone has seen the end of this one. The
+// scope is the CTA: what messages write is shared memory. With .acquire.cluster each wait dropped
+// the whole L1.
 __device__ __forceinline__ void inbox_wait(void* inbox, int parity = 0) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(inbox));
   asm volatile("{\n"
@@ -113,23 +116,23 @@ __device__ __forceinline__ void inbox_wait(void* inbox, int parity = 0) {
                : "memory");
 }
 
-// The phase after ends when `bytes` more bytes have been sent, counting those that came already. In one
-// thread, which has waited for the phase before.
+// The next phase ends when `bytes` bytes have been sent, those that came already among them. In one
+// thread, which has waited for the phase before. After the last phase it may be left so.
 __device__ __forceinline__ void inbox_again(void* inbox, unsigned bytes) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(inbox));
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
                : "memory");
 }
 
-// A gate is an mbarrier too: a phase of it ends when it has been passed `count` times, by threads of
-// this CTA. Open it in one thread, then pass a barrier.
+// A gate is an mbarrier too: a phase of it ends when threads of this CTA have passed it `count`
+// times, and the next one begins. Open it in one thread, then pass a barrier.
 __device__ __forceinline__ void gate_open(void* gate, unsigned count) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(gate));
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address), "r"(count) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// What this thread did before, or saw done by others, is visible to who has waited for the phase.
+// What this thread did before, or saw done by others, is visible to who waits for the phase.
 __device__ __forceinline__ void gate_pass(void* gate) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(gate));
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
