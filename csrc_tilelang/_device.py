@@ -101,10 +101,10 @@ __device__ __forceinline__ void inbox_open(void* inbox, unsigned bytes) {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Waits until all bytes of a phase of this CTA's inbox have come and are visible. Phases have parity
-// 0, 1, 0 and so on; the next one must not end before everyone has seen the end of this one. The
-// scope is the CTA: what messages write is shared memory. With .acquire.cluster each wait dropped
-// the whole L1.
+// Waits until all bytes of a phase of this CTA's inbox have come and are visible. Phases have the
+// parities 0, 1, 0 and so on; the next one must not end before all have seen the end of this one.
+// The scope is the CTA: what messages write is shared memory. With .acquire.cluster each wait
+// dropped the whole L1.
 __device__ __forceinline__ void inbox_wait(void* inbox, int parity = 0) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(inbox));
   asm volatile("{\n"
