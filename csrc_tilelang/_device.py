@@ -55,13 +55,33 @@ __device__ __forceinline__ void prefetch_l2_bulk(const void* address, unsigned b
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
 }
 
-// Global to shared memory without registers: 16 bytes, there after loads_wait in this thread. Not
-// past L1 (.cg): with that, fused_post_pre took 1.3 us more for 128 tokens at H = 7168.
+// Global to shared memory without registers: 16 bytes, there after a wait in this thread. Not past
+// L1 (.cg): with that, fused_post_pre took 1.3 us more for 128 tokens at H = 7168.
 __device__ __forceinline__ void load_async16(void* shared, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16;"
                ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global)
                : "memory");
 }
+
+// The same past L1.
+__device__ __forceinline__ void load_stream16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+               ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global)
+               : "memory");
+}
+
+// What this thread has loaded since the last commit becomes a group, be it empty.
+__device__ __forceinline__ void loads_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits for all of this thread's groups but the last so many.
+template <int groups>
+__device__ __forceinline__ void loads_wait_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+}
+
+// Waits for all of this thread's loads, committed or not.
 __device__ __forceinline__ void loads_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // 1 / x to 1 ulp in one instruction; Sinkhorn corrects itself.
@@ -71,7 +91,7 @@ __device__ __forceinline__ float rcp(float x) {
   return y;
 }
 
-// An inbox is an mbarrier of one phase: it ends when `bytes` bytes have been sent to it. Open it in
+// An inbox is an mbarrier. Its first phase ends when `bytes` bytes have been sent to it. Open it in
 // one thread, then pass a cluster barrier before anyone sends.
 __device__ __forceinline__ void inbox_open(void* inbox, unsigned bytes) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(inbox));
@@ -81,15 +101,52 @@ __device__ __forceinline__ void inbox_open(void* inbox, unsigned bytes) {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Waits until all bytes of this CTA's inbox have come and are visible.
-__device__ __forceinline__ void inbox_wait(void* inbox) {
+// Waits until all bytes of a phase of this CTA's inbox have come and are visible. Phases have the
+// parities 0, 1, 0 and so on; the next one must not end before all have seen the end of this one.
+// The scope is the CTA: what messages write is shared memory. With .acquire.cluster each wait
+// dropped the whole L1.
+__device__ __forceinline__ void inbox_wait(void* inbox, int parity = 0) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(inbox));
   asm volatile("{\n"
                ".reg .pred full;\n"
                "again:\n"
-               "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 full, [%0], 0;\n"
+               "mbarrier.try_wait.parity.shared::cta.b64 full, [%0], %1;\n"
                "@!full bra again;\n"
-               "}" ::"r"(address)
+               "}" ::"r"(address), "r"(parity)
+               : "memory");
+}
+
+// The next phase ends when `bytes` bytes have been sent, those that came already among them. In one
+// thread, which has waited for the phase before. After the last phase it may be left so.
+__device__ __forceinline__ void inbox_again(void* inbox, unsigned bytes) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(inbox));
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
+               : "memory");
+}
+
+// A gate is an mbarrier too: a phase of it ends when threads of this CTA have passed it `count`
+// times, and the next one begins. Open it in one thread, then pass a barrier.
+__device__ __forceinline__ void gate_open(void* gate, unsigned count) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(gate));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address), "r"(count) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// What this thread did before, or saw done by others, is visible to who waits for the phase.
+__device__ __forceinline__ void gate_pass(void* gate) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(gate));
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
+}
+
+// Waits for the end of a phase, as inbox_wait.
+__device__ __forceinline__ void gate_wait(void* gate, int parity) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(gate));
+  asm volatile("{\n"
+               ".reg .pred ended;\n"
+               "again:\n"
+               "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
+               "@!ended bra again;\n"
+               "}" ::"r"(address), "r"(parity)
                : "memory");
 }
 
@@ -108,6 +165,21 @@ __device__ __forceinline__ void send(void* slot, void* inbox, int rank, float va
                : "memory");
 }
 
+// The same with 8 bytes.
+__device__ __forceinline__ void send2(void* slot, void* inbox, int rank, float a, float b) {
+  unsigned to, box;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(to)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(slot))), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(box)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(inbox))), "r"(rank));
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+      ::"r"(to), "f"(a), "f"(b), "r"(box)
+      : "memory");
+}
+
 // The same with 16 bytes.
 __device__ __forceinline__ void send4(void* slot, void* inbox, int rank, const float* values) {
   unsigned to, box;
@@ -120,6 +192,28 @@ __device__ __forceinline__ void send4(void* slot, void* inbox, int rank, const f
   asm volatile(
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
       ::"r"(to), "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(box)
+      : "memory");
+}
+
+// What this thread wrote to shared memory, or saw written by others, is what it sends by send_bulk.
+__device__ __forceinline__ void bulk_fence() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// *slot = *source, `bytes` bytes of this CTA's shared memory: a multiple of 16 up to 1024, from
+// and to multiples of 16. The source must not change before the phase of the inbox has ended.
+__device__ __forceinline__ void send_bulk(void* slot, void* inbox, int rank, const void* source,
+                                          unsigned bytes) {
+  unsigned to, box;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(to)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(slot))), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(box)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(inbox))), "r"(rank));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+      ::"r"(to), "r"(static_cast<unsigned>(__cvta_generic_to_shared(source))), "r"(bytes), "r"(box)
       : "memory");
 }
 

@@ -372,7 +372,9 @@ def test_each_barrier_is_needed(monkeypatch, folder, lowered, op, key, barriers)
 # --------------------------------------------------------------------- the emulation and its twins
 
 
-DEVICE_FUNCTION = re.compile(r"__device__ __forceinline__ (.*?\))\s*\{", re.S)
+DEVICE_FUNCTION = re.compile(
+    r"((?:template <[^>]*>\n)?__device__ __forceinline__ [^{};]*?\))\s*\{", re.S
+)
 
 
 def test_every_device_function_has_a_twin():
@@ -450,6 +452,18 @@ def sample(folder) -> Callable[..., Tensor]:
         ("SHUFFLE_WITHOUT_LANE", r"deadlock: .* one waits for exchange of warp 0"),
         ("SHUFFLE_FROM_OUTSIDE", r"shuffle from lane 0, which is not in the mask 0xfffffffe"),
         ("ENDLESS_WAIT", r"did not end within 2 s"),
+        ("LOAD_NOT_AWAITED", r"a thread ends without having waited for its asynchronous loads"),
+        ("LOAD_TWICE", r"load_stream16: the target is loaded twice without a wait"),
+        ("LOAD_OUTSIDE", r"load_async16: the target is not in shared memory"),
+        ("LOAD_MISALIGNED", r"load_stream16: the target at byte 8 .* is not aligned to 16 bytes"),
+        ("LOAD_SOURCE_WRITTEN", r"the source of an asynchronous load was written before the wait"),
+        ("REGISTERS_ODD", r"setmaxnreg: 100 registers, expected a multiple of 8 from 24 to 256"),
+        ("GATE_TWICE", r"gate_open: the gate at byte 0 of static shared memory .* is opened twice"),
+        ("GATE_OF_NOBODY", r"gate_open: nobody would pass"),
+        ("GATE_CLOSED", r"gate_pass: the gate at byte 8 of static .* is not open"),
+        ("GATE_MISSED", r"deadlock: .* the gate at byte 0 .*: 1 threads have not passed"),
+        ("GATE_IS_INBOX", r"gate_pass: the gate at byte 0 of static .* is not open"),
+        ("GATE_OVERWRITTEN", r"the gate at byte 0 of static shared memory .* was overwritten"),
     ],
 )
 def test_what_no_kernel_may_do(sample, monkeypatch, name, message):
@@ -482,6 +496,23 @@ def test_what_no_kernel_may_do(sample, monkeypatch, name, message):
         ("SEND4_MISALIGNED", r"the slot at byte 8 of dynamic shared memory is not aligned to 16"),
         ("NOBODY_WAITS", r"nobody waits for the inbox at byte 8 of static shared memory"),
         ("INBOX_OVERWRITTEN", r"the inbox at byte 8 of static shared memory .* was overwritten"),
+        ("AGAIN_TOO_EARLY", r"inbox_again: the inbox at byte 0 .* expects 4 bytes already"),
+        ("AGAIN_TWICE", r"inbox_again: the inbox at byte 0 .* expects 4 bytes already"),
+        ("AGAIN_WITHOUT_WAIT", r"this thread has not waited for the phase before of the inbox"),
+        ("AGAIN_TOO_LITTLE", r"inbox_again: 8 bytes have come to the inbox at byte 0 .* and not 4"),
+        ("AGAIN_MISSED", r"deadlock: .*the inbox at byte 0 .*: nobody has called inbox_again"),
+        ("AGAIN_SEND_TOO_MUCH", r"send: the inbox at byte 0 .* expects 2 bytes and not 4 more"),
+        ("AGAIN_SEND_TWICE", r"data race: a slot of the inbox at byte 0 .* is sent to twice"),
+        ("AGAIN_NOBODY_WAITS", r"nobody waits for the inbox at byte 0 .* may come after"),
+        ("AGAIN_INCOMPLETE", r"some of a phase has come, and 4 bytes are missing"),
+        ("PHASES_UNTOLD", r"data race"),
+        ("BULK_NOT_FENCED", r"send_bulk: this thread has not called bulk_fence"),
+        ("BULK_FENCED_TOO_EARLY", r"the source at byte 0 .* after this thread's bulk_fence"),
+        ("BULK_ODD", r"send_bulk: 20 bytes, expected a multiple of 16 up to 1024"),
+        ("BULK_TOO_LARGE", r"send_bulk: 1040 bytes, expected a multiple of 16 up to 1024"),
+        ("BULK_MISALIGNED", r"send_bulk: the slot at byte 8 .* is not aligned to 16 bytes"),
+        ("BULK_SOURCE_WRITTEN", r"data race: the source of a send_bulk to the inbox at byte 0"),
+        ("BULK_SOURCE_OUTSIDE", r"send_bulk: the source is not in shared memory"),
     ],
 )
 @pytest.mark.parametrize("sanitize_threads", [False, True], ids=["fibers", "threads"])
@@ -504,6 +535,21 @@ def test_uninitialised_memory_is_poison(sample):
     assert sample("READ_IN_FRONT")[0].isnan()
     assert sample("READ_SHARED").isnan().all()
     assert (sample("READ_LOCAL").abs() > 1e30).all()
+
+
+def test_what_is_loaded_comes_with_its_wait(sample):
+    for name, there in (("LOADS", 48), ("LOADS_BUT_TWO", 16), ("LOADS_NONE", 0)):
+        out = sample(name)
+        assert torch.equal(out[:there], LANE[:there].float()), name
+        assert out[there:].isnan().all(), name
+    # what is in no group is not waited for with one
+    out = sample("LOADS_UNCOMMITTED")
+    assert torch.equal(out[:32], LANE[:32].float())
+    assert out[32:].isnan().all()
+
+
+def test_registers_of_a_warpgroup(sample):
+    assert sample("REGISTERS").isnan().all()
 
 
 def test_memory_after_the_dependency(sample):
@@ -530,7 +576,11 @@ def test_ctas_of_a_cluster(sample):
 def test_what_ctas_send_each_other(sample, ctas, resident):
     options = {"ctas": ctas, "cluster": 2, "resident": resident}
     assert torch.equal(sample("SEND", **options), LANE.float())
-    assert torch.equal(sample("SEND4", **options), LANE + 100.0)
+    for name in ("SEND2", "SEND4", "SEND_BULK"):
+        assert torch.equal(sample(name, **options), LANE + 100.0)
+    for name in ("PHASES", "PHASES_EARLY", "PHASES_TOLD"):
+        assert torch.equal(sample(name, **options), LANE % 32 * 15 + 40.0)
+    assert torch.equal(sample("LOAD_BEHIND", **options), LANE % 32 * 2 + 32.0)
     # not even what has been sent can be read before everything has
     late = sample("SEND_LATE", **options)
     assert late[LANE % 32 < 31].isnan().all()
@@ -598,6 +648,14 @@ def test_split3_keeps_every_bit(sample):
         ("BY_SYNCWARP", False),
         ("BY_NAMED_BARRIER", False),
         ("BY_ARRIVE", False),
+        ("BY_GATE", False),
+        ("BY_SECOND_PHASE", False),
+        # a pass orders what was done before it, and a wait what is done after it
+        ("BY_FORMER_PHASE", True),
+        ("BY_LATE_GATE", True),
+        ("BY_LOAD", False),
+        # a wait for loads is one of their thread
+        ("BY_LATE_LOAD", True),
         # a shuffle hands over a register and orders no memory
         ("BY_SHUFFLE", True),
         ("BY_NOTHING", True),
@@ -634,7 +692,9 @@ def test_what_orders_memory(sample, name, races):
         ("CLUSTER_BARRIER_APART", False),
         ("CLUSTER_BARRIER_RELAXED", True),
         ("SEND", False),
+        ("SEND2", False),
         ("SEND4", False),
+        ("SEND_BULK", False),
         ("SEND_LATE", True),
         ("INBOX", False),
         # the opening of an inbox has a fence of its own
@@ -648,6 +708,14 @@ def test_what_orders_memory(sample, name, races):
         ("INBOX_OTHER_MEMORY", True),
         ("INBOX_AFTER_READ", True),
         ("SLOT_AGAIN", False),
+        # who has had a message back may write again what its sender had read
+        ("PHASES", False),
+        ("PHASES_EARLY", False),
+        ("PHASES_TOLD", False),
+        ("PHASES_UNREAD", True),
+        ("PHASES_WITHOUT_WAIT", True),
+        ("LOAD_BEHIND", False),
+        ("LOAD_UNREAD", True),
     ],
 )
 def test_what_orders_memory_in_a_cluster(sample, name, races):
@@ -662,6 +730,6 @@ def test_what_orders_memory_in_a_cluster(sample, name, races):
         with pytest.raises(EmulationError, match="data race"):
             sample(name, **options)
     else:
-        # two clusters, one after the other and side by side; those of SEND write the same elements
-        for resident in (1, 2) if name.startswith("SEND") else (1, 4):
+        # two clusters, one after the other and side by side; some write the same elements
+        for resident in (1, 2) if name.startswith(("SEND", "PHASES", "LOAD")) else (1, 4):
             sample(name, **{**options, "ctas": 4, "resident": resident})

@@ -18,6 +18,18 @@ enum Sample {
   SHUFFLE_WITHOUT_LANE,
   SHUFFLE_FROM_OUTSIDE,
   ENDLESS_WAIT,
+  LOAD_NOT_AWAITED,
+  LOAD_TWICE,
+  LOAD_OUTSIDE,
+  LOAD_MISALIGNED,
+  LOAD_SOURCE_WRITTEN,
+  REGISTERS_ODD,
+  GATE_TWICE,
+  GATE_OF_NOBODY,
+  GATE_CLOSED,
+  GATE_MISSED,
+  GATE_IS_INBOX,
+  GATE_OVERWRITTEN,
   // refused, of a cluster
   CLUSTER_ARRIVE_TWICE,
   CLUSTER_WAIT_TWICE,
@@ -37,11 +49,31 @@ enum Sample {
   SEND4_MISALIGNED,
   NOBODY_WAITS,
   INBOX_OVERWRITTEN,
+  AGAIN_TOO_EARLY,
+  AGAIN_TWICE,
+  AGAIN_WITHOUT_WAIT,
+  AGAIN_TOO_LITTLE,
+  AGAIN_MISSED,
+  AGAIN_SEND_TOO_MUCH,
+  AGAIN_SEND_TWICE,
+  AGAIN_NOBODY_WAITS,
+  AGAIN_INCOMPLETE,
+  BULK_NOT_FENCED,
+  BULK_FENCED_TOO_EARLY,
+  BULK_ODD,
+  BULK_TOO_LARGE,
+  BULK_MISALIGNED,
+  BULK_SOURCE_WRITTEN,
+  BULK_SOURCE_OUTSIDE,
   // poison
   NOTHING,
   READ_IN_FRONT,
   READ_SHARED,
   READ_LOCAL,
+  LOADS,
+  LOADS_BUT_TWO,
+  LOADS_NONE,
+  LOADS_UNCOMMITTED,
   // dependency
   AFTER_DEPENDENCY,
   ONE_THREAD_WAITS,
@@ -61,13 +93,22 @@ enum Sample {
   RANKS,
   CLUSTER_SIZE,
   SEND,
+  SEND2,
   SEND4,
+  SEND_BULK,
   SEND_LATE,
+  REGISTERS,
   // order of memory, in one CTA
   BY_SYNCTHREADS,
   BY_SYNCWARP,
   BY_NAMED_BARRIER,
   BY_ARRIVE,
+  BY_GATE,
+  BY_SECOND_PHASE,
+  BY_FORMER_PHASE,
+  BY_LATE_GATE,
+  BY_LOAD,
+  BY_LATE_LOAD,
   BY_SHUFFLE,
   BY_NOTHING,
   // order of memory, between two CTAs
@@ -91,6 +132,14 @@ enum Sample {
   SLOT_TWICE,
   SLOT_OF_TWO,
   SLOT_AGAIN,
+  PHASES,
+  PHASES_EARLY,
+  PHASES_TOLD,
+  PHASES_UNREAD,
+  PHASES_WITHOUT_WAIT,
+  PHASES_UNTOLD,
+  LOAD_BEHIND,
+  LOAD_UNREAD,
 };
 
 extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, const float* in, int* counter, int sample) {
@@ -135,11 +184,68 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
       while (AtomicLoad(&counter[0], 2) == 0) {
       }
       break;
+    case LOAD_NOT_AWAITED:
+      if (t == 0) mhc::load_async16((&(shared[0])), (&(in[0])));
+      break;
+    case LOAD_TWICE:
+      if (t == 0) mhc::load_async16((&(shared[0])), (&(in[0])));
+      if (t == 0) mhc::load_stream16((&(shared[0])), (&(in[4])));
+      break;
+    case LOAD_OUTSIDE: mhc::load_async16((&(out[0])), (&(in[0]))); break;
+    case LOAD_MISALIGNED: mhc::load_stream16((&(shared[2])), (&(in[0]))); break;
+    case LOAD_SOURCE_WRITTEN:
+      if (t == 0) {
+        mhc::load_async16((&(shared[0])), (&(out[0])));
+        out[3] = 1.0f;
+        mhc::loads_wait();
+      }
+      break;
+    case REGISTERS_ODD: tl::warpgroup_reg_alloc<100>(); break;
+    case GATE_TWICE:
+      if (t < 2) mhc::gate_open((&(inboxes[0])), 1);
+      break;
+    case GATE_OF_NOBODY: mhc::gate_open((&(inboxes[t % 4])), 0); break;
+    case GATE_CLOSED: mhc::gate_pass((&(inboxes[1]))); break;
+    case GATE_MISSED:
+    case GATE_OVERWRITTEN:
+      if (t == 0) mhc::gate_open((&(inboxes[0])), 64);
+      __syncthreads();
+      if (sample == GATE_OVERWRITTEN && t == 0) inboxes[0] = 0;
+      if (t != 5) mhc::gate_pass((&(inboxes[0])));
+      mhc::gate_wait((&(inboxes[0])), 0);
+      break;
+    case GATE_IS_INBOX:
+      if (t == 0) mhc::inbox_open((&(inboxes[0])), 4);
+      __syncthreads();
+      mhc::gate_pass((&(inboxes[0])));
+      break;
 
     case NOTHING: break;
     case READ_IN_FRONT: out[t] = in[t - 1]; break;
     case READ_SHARED: out[t] = shared[t] * sums[t]; break;
     case READ_LOCAL: out[t] = local[t % 4]; break;
+    case LOADS:
+    case LOADS_BUT_TWO:
+    case LOADS_NONE:
+    case LOADS_UNCOMMITTED:
+      // three groups, the last of them committed or not
+      if (t < 4) {
+        for (int i = 0; i < 3; ++i) {
+          if (i % 2 == 0) mhc::load_async16((&(shared[i * 16 + t * 4])), (&(in[i * 16 + t * 4])));
+          if (i % 2 == 1) mhc::load_stream16((&(shared[i * 16 + t * 4])), (&(in[i * 16 + t * 4])));
+          if (i < 2 || sample == LOADS_BUT_TWO) mhc::loads_commit();
+        }
+        if (sample == LOADS) mhc::loads_wait();
+        if (sample == LOADS_BUT_TWO) mhc::loads_wait_but<2>();
+        if (sample == LOADS_UNCOMMITTED) mhc::loads_wait_but<0>();
+        for (int i = 0; i < 12; ++i) out[i / 4 * 16 + t * 4 + i % 4] = shared[i / 4 * 16 + t * 4 + i % 4];
+        mhc::loads_wait();
+      }
+      break;
+    case REGISTERS:
+      if (t < 32) tl::warpgroup_reg_alloc<232>();
+      if (t >= 32) tl::warpgroup_reg_dealloc<24>();
+      break;
 
     case AFTER_DEPENDENCY:
       cudaGridDependencySynchronize();
@@ -185,10 +291,30 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
     case BY_SYNCWARP:
     case BY_NAMED_BARRIER:
     case BY_ARRIVE:
+    case BY_GATE:
+    case BY_SECOND_PHASE:
+    case BY_FORMER_PHASE:
+    case BY_LATE_GATE:
+    case BY_LOAD:
+    case BY_LATE_LOAD:
     case BY_SHUFFLE:
     case BY_NOTHING:
-      // the even lanes write for the odd ones
-      if (t % 2 == 0) shared[t] = in[t];
+      if (t == 0) mhc::gate_open((&(inboxes[0])), 64);
+      __syncthreads();
+      if (sample == BY_SECOND_PHASE || sample == BY_FORMER_PHASE || sample == BY_LATE_GATE) mhc::gate_pass((&(inboxes[0])));
+      if (sample == BY_SECOND_PHASE || sample == BY_FORMER_PHASE) mhc::gate_wait((&(inboxes[0])), 0);
+      // the even lanes write for the odd ones, or a lane in four loads for four
+      if (sample == BY_LOAD || sample == BY_LATE_LOAD) {
+        if (t % 4 == 0) mhc::load_async16((&(shared[t])), (&(in[t])));
+        if (sample == BY_LOAD) mhc::loads_wait();
+        __syncthreads();
+        if (sample == BY_LATE_LOAD) mhc::loads_wait();
+      } else if (t % 2 == 0) {
+        shared[t] = in[t];
+      }
+      if (sample == BY_GATE || sample == BY_SECOND_PHASE) mhc::gate_pass((&(inboxes[0])));
+      if (sample == BY_GATE || sample == BY_LATE_GATE) mhc::gate_wait((&(inboxes[0])), 0);
+      if (sample == BY_SECOND_PHASE) mhc::gate_wait((&(inboxes[0])), 1);
       if (sample == BY_SYNCTHREADS) __syncthreads();
       if (sample == BY_SYNCWARP) __syncwarp();
       if (sample == BY_NAMED_BARRIER) tl::__sync_thread_partial(3, 64);
@@ -275,6 +401,57 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
       if (sample == NOBODY_WAITS) tl::cluster_sync();
       break;
     }
+    case AGAIN_TOO_EARLY:
+    case AGAIN_TWICE:
+    case AGAIN_WITHOUT_WAIT:
+    case AGAIN_TOO_LITTLE:
+    case AGAIN_MISSED:
+    case AGAIN_SEND_TOO_MUCH:
+    case AGAIN_SEND_TWICE:
+    case AGAIN_NOBODY_WAITS:
+    case AGAIN_INCOMPLETE: {
+      // a phase of one number, then one of `bytes`
+      const int bytes = sample == AGAIN_SEND_TOO_MUCH ? 6 : sample == AGAIN_SEND_TWICE || sample == AGAIN_INCOMPLETE ? 8 : 4;
+      const int first = sample == AGAIN_WITHOUT_WAIT ? 32 : 0;
+      if (t == 0) mhc::inbox_open((&(inboxes[0])), 4);
+      tl::cluster_sync();
+      if (t == 0 && sample == AGAIN_TOO_EARLY) mhc::inbox_again((&(inboxes[0])), 4);
+      if (t == 0) mhc::send((&(shared[0])), (&(inboxes[0])), peer, 1.0f);
+      if (t == 0) mhc::inbox_wait((&(inboxes[0])));
+      tl::cluster_sync();
+      const bool again = t == first && sample != AGAIN_TOO_LITTLE && sample != AGAIN_MISSED;
+      if (again) mhc::inbox_again((&(inboxes[0])), bytes);
+      if (again && sample == AGAIN_TWICE) mhc::inbox_again((&(inboxes[0])), bytes);
+      tl::cluster_sync();
+      if (t == 0) mhc::send((&(shared[0])), (&(inboxes[0])), peer, 2.0f);
+      if (t == 0 && sample == AGAIN_SEND_TWICE) mhc::send((&(shared[0])), (&(inboxes[0])), peer, 3.0f);
+      if (t == 0 && (sample == AGAIN_SEND_TOO_MUCH || sample == AGAIN_TOO_LITTLE)) mhc::send((&(shared[1])), (&(inboxes[0])), peer, 3.0f);
+      tl::cluster_sync();
+      if (t == 0 && sample == AGAIN_TOO_LITTLE) mhc::inbox_again((&(inboxes[0])), 4);
+      if (sample == AGAIN_MISSED) mhc::inbox_wait((&(inboxes[0])), 1);
+      break;
+    }
+    case BULK_NOT_FENCED:
+    case BULK_FENCED_TOO_EARLY:
+    case BULK_ODD:
+    case BULK_TOO_LARGE:
+    case BULK_MISALIGNED:
+    case BULK_SOURCE_WRITTEN:
+    case BULK_SOURCE_OUTSIDE:
+      if (t == 0) mhc::inbox_open((&(inboxes[0])), 32);
+      if (t == 0 && sample == BULK_FENCED_TOO_EARLY) mhc::bulk_fence();
+      sums[t] = in[t];
+      tl::cluster_sync();
+      if (t == 0) {
+        const float* source = sample == BULK_SOURCE_OUTSIDE ? in : sums;
+        const int bytes = sample == BULK_ODD ? 20 : sample == BULK_TOO_LARGE ? 1040 : 16;
+        if (sample != BULK_NOT_FENCED && sample != BULK_FENCED_TOO_EARLY) mhc::bulk_fence();
+        mhc::send_bulk((&(shared[sample == BULK_MISALIGNED ? 2 : 0])), (&(inboxes[0])), peer, source, bytes);
+        if (sample == BULK_SOURCE_WRITTEN) sums[1] = -1.0f;
+        mhc::send_bulk((&(shared[4])), (&(inboxes[0])), peer, (&(sums[4])), 16);
+      }
+      mhc::inbox_wait((&(inboxes[0])));
+      break;
     case SEND_TO_ENDED:
       if (t == 0) mhc::inbox_open((&(inboxes[0])), 8);
       tl::cluster_sync();
@@ -319,10 +496,18 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
       if (sample == SEND_LATE && t == 31) mhc::send((&(shared[rank * 32 + t])), (&(inboxes[2])), 1, in[rank * 32 + t]);
       mhc::inbox_wait((&(inboxes[2])));
       break;
+    case SEND2:
     case SEND4:
+    case SEND_BULK:
       if (t == 0) mhc::inbox_open((&(inboxes[3])), 256);
+      shared[t] = in[t] + float(rank) * 100.0f;
       tl::cluster_sync();
-      if (t < 16) {
+      if (sample == SEND2 && t < 32) mhc::send2((&(sums[t * 2])), (&(inboxes[3])), peer, shared[t * 2], shared[t * 2 + 1]);
+      if (sample == SEND_BULK && t < 4) {
+        mhc::bulk_fence();
+        mhc::send_bulk((&(sums[t * 16])), (&(inboxes[3])), peer, (&(shared[t * 16])), 64);
+      }
+      if (sample == SEND4 && t < 16) {
         for (int i = 0; i < 4; ++i) acc[i] = in[t * 4 + i] + float(rank) * 100.0f;
         mhc::send4((&(sums[t * 4])), (&(inboxes[3])), peer, acc);
       }
@@ -400,6 +585,69 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
       if (t == 33) mhc::send((&(shared[0])), (&(inboxes[1])), peer, in[8]);
       mhc::inbox_wait((&(inboxes[1])));
       if (t == 3) out[32 + cta] = shared[0];
+      break;
+    case PHASES:
+    case PHASES_EARLY:
+    case PHASES_TOLD:
+    case PHASES_UNREAD:
+    case PHASES_WITHOUT_WAIT:
+    case PHASES_UNTOLD: {
+      // Five rounds without a barrier: warp 0 sends to the peer's warp 1, which sends back that it has
+      // read. Inbox 0: the numbers; 1: they have been read; 2: they are under way, which makes room
+      // for messages that come before inbox_again.
+      float total = 0.0f;
+      if (t < 3) mhc::inbox_open((&(inboxes[t])), t == 0 ? 128 : 4);
+      tl::cluster_sync();
+      for (int i = 0; i < 5; ++i) {
+        if (t < 32) {
+          const bool one_waits = sample == PHASES_TOLD || sample == PHASES_UNTOLD;
+          if (i > 0 && (t == 0 || !one_waits)) mhc::inbox_wait((&(inboxes[1])), (i - 1) % 2);
+          if (i > 0 && t == 0) mhc::inbox_again((&(inboxes[1])), 4);
+          if (sample == PHASES_TOLD) __syncwarp();
+          mhc::send((&(shared[t])), (&(inboxes[0])), peer, in[t] + float(i));
+          __syncwarp();
+          if (t == 0) mhc::send((&(sums[8])), (&(inboxes[2])), peer, 1.0f);
+        } else {
+          if (i > 0 && t == 32 && sample == PHASES_EARLY) {
+            mhc::inbox_wait((&(inboxes[2])), i % 2);
+            mhc::inbox_again((&(inboxes[0])), 128);
+          }
+          if (sample != PHASES_WITHOUT_WAIT || t != 40) mhc::inbox_wait((&(inboxes[0])), i % 2);
+          if (t == 32 && (i == 0 || sample != PHASES_EARLY)) mhc::inbox_wait((&(inboxes[2])), i % 2);
+          if (t == 32) mhc::inbox_again((&(inboxes[2])), 4);
+          if (t == 32 && sample != PHASES_EARLY) mhc::inbox_again((&(inboxes[0])), 128);
+          total += float(i + 1) * shared[t - 32];
+          if (sample != PHASES_UNREAD) __syncwarp();
+          if (t == 32) mhc::send((&(sums[0])), (&(inboxes[1])), peer, 1.0f);
+        }
+      }
+      if (t < 32) mhc::inbox_wait((&(inboxes[1])), 0);
+      if (t >= 32) out[rank * 32 + t - 32] = total;
+      break;
+    }
+    case LOAD_BEHIND:
+    case LOAD_UNREAD:
+      // warp 0 loads twice into what warp 1 reads, and knows from a message that it has read
+      if (t == 0) mhc::inbox_open((&(inboxes[0])), 4);
+      if (t == 0) mhc::gate_open((&(inboxes[1])), 8);
+      tl::cluster_sync();
+      acc[0] = 0.0f;
+      for (int i = 0; i < 2; ++i) {
+        if (t < 8) {
+          if (i == 1 && sample == LOAD_BEHIND) mhc::inbox_wait((&(inboxes[0])));
+          mhc::load_stream16((&(sums[t * 4])), (&(in[i * 32 + t * 4])));
+          if (i == 1 && sample == LOAD_UNREAD) mhc::inbox_wait((&(inboxes[0])));
+          mhc::loads_wait();
+          mhc::gate_pass((&(inboxes[1])));
+        }
+        if (t >= 32) {
+          mhc::gate_wait((&(inboxes[1])), i);
+          acc[0] += sums[t - 32];
+          __syncwarp();
+          if (t == 32 && i == 0) mhc::send((&(shared[0])), (&(inboxes[0])), rank, 1.0f);
+        }
+      }
+      if (t >= 32) out[rank * 32 + t - 32] = acc[0];
       break;
   }
 }

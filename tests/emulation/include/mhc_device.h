@@ -42,26 +42,67 @@ __device__ __forceinline__ void prefetch_l2(const void* address) {}
 
 __device__ __forceinline__ void prefetch_l2_bulk(const void* address, unsigned bytes) {}
 
+// What is loaded is poison until a wait that covers its group.
 __device__ __forceinline__ void load_async16(void* shared, const void* global) {
-  std::memcpy(shared, global, 16);
+  emulation::load("load_async16", shared, global);
 }
-__device__ __forceinline__ void loads_wait() {}
+__device__ __forceinline__ void load_stream16(void* shared, const void* global) {
+  emulation::load("load_stream16", shared, global);
+}
+__device__ __forceinline__ void loads_commit() { emulation::commit_loads(); }
+template <int groups>
+__device__ __forceinline__ void loads_wait_but() {
+  emulation::wait_for_loads(groups);
+}
+__device__ __forceinline__ void loads_wait() {
+  emulation::commit_loads();
+  emulation::wait_for_loads(0);
+}
 
 __device__ __forceinline__ float rcp(float x) { return 1.0f / x; }
 
-// A slot is poisoned when something is sent to it, and gets its value when the inbox is full.
+// A slot is poisoned when something is sent to it, and gets its value when the phase of the inbox ends.
 __device__ __forceinline__ void inbox_open(void* inbox, unsigned bytes) {
   emulation::open_inbox(inbox, bytes);
 }
 
-__device__ __forceinline__ void inbox_wait(void* inbox) { emulation::wait_for_inbox(inbox); }
+__device__ __forceinline__ void inbox_wait(void* inbox, int parity = 0) {
+  emulation::wait_for_inbox(inbox, parity);
+}
+
+__device__ __forceinline__ void inbox_again(void* inbox, unsigned bytes) {
+  emulation::arm_inbox(inbox, bytes);
+}
+
+__device__ __forceinline__ void gate_open(void* gate, unsigned count) {
+  emulation::open_gate(gate, count);
+}
+
+__device__ __forceinline__ void gate_pass(void* gate) { emulation::pass_gate(gate); }
+
+__device__ __forceinline__ void gate_wait(void* gate, int parity) {
+  emulation::wait_for_gate(gate, parity);
+}
 
 __device__ __forceinline__ void send(void* slot, void* inbox, int rank, float value) {
   emulation::send("send", slot, inbox, rank, &value, sizeof(value));
 }
 
+__device__ __forceinline__ void send2(void* slot, void* inbox, int rank, float a, float b) {
+  const float values[2] = {a, b};
+  emulation::send("send2", slot, inbox, rank, values, sizeof(values));
+}
+
 __device__ __forceinline__ void send4(void* slot, void* inbox, int rank, const float* values) {
   emulation::send("send4", slot, inbox, rank, values, 4 * sizeof(*values));
+}
+
+// All of shared memory is kept as it is now: what is sent after that must not have changed.
+__device__ __forceinline__ void bulk_fence() { emulation::fence_bulk(); }
+
+__device__ __forceinline__ void send_bulk(void* slot, void* inbox, int rank, const void* source,
+                                          unsigned bytes) {
+  emulation::send_bulk(slot, inbox, rank, source, bytes);
 }
 
 }  // namespace mhc

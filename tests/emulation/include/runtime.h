@@ -60,8 +60,20 @@ unsigned rank_in_cluster();
 
 // See mhc_device.h. The slot and the inbox of CTA `rank` are given by this CTA's own addresses.
 void open_inbox(void* inbox, unsigned bytes);
-void wait_for_inbox(void* inbox);
+void wait_for_inbox(void* inbox, int parity);
+void arm_inbox(void* inbox, unsigned bytes);
 void send(const char* operation, void* slot, void* inbox, int rank, const void* data, size_t bytes);
+void fence_bulk();
+void send_bulk(void* slot, void* inbox, int rank, const void* source, unsigned bytes);
+void open_gate(void* gate, unsigned count);
+void pass_gate(void* gate);
+void wait_for_gate(void* gate, int parity);
+
+// Loads 16 bytes, which are there after a wait that covers their group.
+void load(const char* operation, void* shared, const void* global);
+void commit_loads();
+// For all groups but the last so many that were committed.
+void wait_for_loads(unsigned groups);
 
 void wait_for_dependency();
 

@@ -22,6 +22,17 @@ inline void cluster_sync() {
 }
 inline int block_rank_in_cluster() { return emulation::rank_in_cluster(); }
 
+// setmaxnreg: registers of a thread.
+template <uint32_t registers>
+void warpgroup_reg_alloc() {
+  if (registers < 24 || registers > 256 || registers % 8 != 0)
+    emulation::fail("setmaxnreg: %u registers, expected a multiple of 8 from 24 to 256", registers);
+}
+template <uint32_t registers>
+void warpgroup_reg_dealloc() {
+  warpgroup_reg_alloc<registers>();
+}
+
 struct SumOp {
   template <class T>
   T operator()(T a, T b) const {

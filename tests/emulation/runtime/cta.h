@@ -51,11 +51,24 @@ struct Place {
   }
 };
 
-// A thread at the cluster barrier. Only that thread touches it.
+// An asynchronous load that has not been waited for.
+struct Load {
+  static constexpr unsigned BYTES = 16;
+  unsigned char* to;
+  const unsigned char* from;
+  unsigned char data[BYTES];
+  unsigned group;
+};
+
+// What a thread has under way. Only that thread touches it.
 struct Member {
-  unsigned arrivals = 0, waits = 0;
-  Barrier::Opening next;
+  unsigned arrivals = 0, waits = 0;  // at the cluster barrier
+  Barrier::Opening next{};
   std::vector<Barrier::Opening> passed;  // the start of the cluster among them
+  unsigned groups = 0;  // of loads, committed
+  std::vector<Load> loads;
+  // all shared memory of the CTA at this thread's last bulk_fence, by declaration
+  std::map<const void*, std::vector<unsigned char>> fenced;
 };
 
 struct Cluster;
@@ -73,7 +86,9 @@ struct Cta {
     for (auto& [declaration, memory] : static_shared) memory.poison();
   }
   // A thread has returned from the kernel.
-  void leave() {
+  void leave(const Member& member) {
+    if (!member.loads.empty())
+      fail("a thread ends without having waited for its asynchronous loads");
     Unobserved bookkeeping;
     mail.lock.lock();
     ++returned;
@@ -86,12 +101,18 @@ struct Cta {
     if (!intact) fail("a write out of the bounds of shared memory");
     // what came before the end of the CTA came so by luck
     Unobserved bookkeeping;
-    for (auto& [address, inbox] : mail.inboxes)
-      if (!inbox.messages.empty() && !inbox.awaited)
+    for (auto& [address, inbox] : mail.inboxes) {
+      if (inbox.brought && inbox.awaited < inbox.phases.ended())
         fail("nobody waits for the %s: what is sent there may come after the CTA has ended",
              inbox.name.c_str());
+      // an inbox may be left armed when nothing is sent to it any more
+      if (!inbox.messages.empty())
+        fail("nobody waits for the %s: some of a phase has come, and %s", inbox.name.c_str(),
+             inbox.lacks().c_str());
+    }
     mail.slots.clear();
     mail.inboxes.clear();
+    mail.gates.clear();
     returned = 0;
   }
 
@@ -203,10 +224,12 @@ inline void run(const Grid& grid, const std::function<void()>& kernel, bool clos
         if (close_global && cta.rank == 0) dependency.set(dependency.open = false);
       }
       const auto start = cluster.turn.wait(cluster.threads, "start of CTA", c - cta.rank);
-      cta.members[thread.linear] = {.next = start, .passed = {start}};
+      Member& member = cta.members[thread.linear];
+      member = {.next = start, .passed = {start}};
       kernel();
-      cta.leave();
+      cta.leave(member);
       cluster.turn.wait(cluster.threads, "end of CTA", c - cta.rank);
+      past.forget();
       if (thread.linear == 0) cta.end();
     }
   });

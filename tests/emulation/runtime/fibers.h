@@ -9,6 +9,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <string>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <vector>
@@ -38,9 +39,9 @@ struct Fiber : Thread {
   std::jmp_buf registers;
   ucontext_t start;
   Stack stack;
-  const char* waits_for = nullptr;  // name of the barrier or gate, while it waits
+  const char* waits_for = nullptr;  // name of the barrier, inbox or gate, while it waits
   unsigned barrier = 0;
-  const unsigned* missing = nullptr;  // bytes that keep the gate closed
+  const std::function<std::string()>* lacks = nullptr;  // what an inbox or a gate waits for
 };
 
 class Scheduler {
@@ -87,10 +88,10 @@ class Scheduler {
   [[noreturn]] void report_deadlock(const std::vector<std::unique_ptr<Fiber>>& fibers) {
     // those that wait for bytes first: the others wait for them
     for (auto& fiber : fibers)
-      if (fiber->missing != nullptr) {
+      if (fiber->lacks != nullptr) {
         running = fiber.get();
-        fail("deadlock: %u threads wait and none can run; one waits for the %s: %u bytes are missing",
-             live_, fiber->waits_for, *fiber->missing);
+        fail("deadlock: %u threads wait and none can run; one waits for the %s: %s", live_,
+             fiber->waits_for, (*fiber->lacks)().c_str());
       }
     for (auto& fiber : fibers)
       if (fiber->waits_for != nullptr) {
@@ -137,7 +138,7 @@ class Barrier {
  public:
   using Opening = unsigned;  // how many came before it
 
-  Opening wait(unsigned expected, const char* name, unsigned id = 0) {
+  Opening wait(unsigned expected, const char* name, unsigned id = 0, bool = true) {
     const Opening opening = arrive(expected, name, id);
     await(opening, name, id);
     return opening;
@@ -172,29 +173,35 @@ class Barrier {
   std::vector<Fiber*> waiting_;
 };
 
-// Closed until it is opened, once.
-class Gate {
+// Phases that end one after the other, those of an mbarrier.
+class Phases {
  public:
-  // `missing`: the bytes that keep it closed, for the message about a deadlock.
-  void wait(const char* name, const unsigned& missing) {
-    if (open_) return;
+  // Returns when the phase that is under way has not this parity; the number of phases that have
+  // ended. `lacks` says what is missing, for the message about a deadlock.
+  unsigned wait(unsigned parity, const char* name, const std::function<std::string()>& lacks) {
     Fiber* fiber = scheduler.current();
-    fiber->waits_for = name;
-    fiber->missing = &missing;
-    waiting_.push_back(fiber);
-    scheduler.suspend();
+    while (ended_ % 2 == parity) {
+      fiber->waits_for = name;
+      fiber->lacks = &lacks;
+      waiting_.push_back(fiber);
+      scheduler.suspend();
+    }
     fiber->waits_for = nullptr;
-    fiber->missing = nullptr;
+    fiber->lacks = nullptr;
+    return ended_;
   }
-  void open() {
-    open_ = true;
+  unsigned ended() const { return ended_; }
+  void end() {
+    ++ended_;
     for (Fiber* fiber : waiting_) scheduler.ready(fiber);
     waiting_.clear();
   }
-  void order() const {}
+  // What orders memory and what tells of the past is for threads.h.
+  void order() {}
+  void tell() {}
 
  private:
-  bool open_ = false;
+  unsigned ended_ = 0;
   std::vector<Fiber*> waiting_;
 };
 
@@ -215,5 +222,12 @@ class Courier {
   }
   static void write(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
 };
+struct Past {
+  void note() {}
+  bool knows() const { return false; }
+  void forget() {}
+  void overwrite(void*, size_t) {}
+};
+inline Past past;
 
 }  // namespace emulation

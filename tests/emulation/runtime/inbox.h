@@ -1,9 +1,12 @@
-// Inboxes: mbarriers in shared memory that count the bytes which CTAs of a cluster send.
+// Mbarriers in shared memory: inboxes, which count the bytes that CTAs of a cluster send, and gates,
+// which count the threads that pass.
 #pragma once
 
 #include <cstring>
+#include <functional>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "memory.h"
@@ -16,69 +19,124 @@
 namespace emulation {
 
 struct Message {
-  static constexpr unsigned MOST = 16;  // bytes
+  static constexpr unsigned MOST = 1024;  // bytes
   unsigned char* slot;
-  unsigned bytes;
-  unsigned char data[MOST];
+  std::vector<unsigned char> data;
+  const unsigned char* source;  // of a bulk copy, which reads it at any time until it has come
 };
 
 inline const std::vector<unsigned char> POISON(Message::MOST, GuardedMemory::POISON);
 
-// Nothing is delivered before everything has come: who does not wait reads poison, in whatever order
-// the sends happen.
-struct Inbox {
-  static constexpr uint64_t SEAL = 0x6d6265746c69616d;  // what an open inbox holds in shared memory
-  static constexpr size_t BYTES = sizeof(SEAL);
-  static constexpr unsigned MOST_BYTES = (1u << 20) - 1;  // that an mbarrier can expect
+struct Mbarrier {
+  static constexpr size_t BYTES = 8;
+  static constexpr unsigned MOST = (1u << 20) - 1;  // bytes or threads that it can expect
 
-  Inbox(std::string name, unsigned bytes, unsigned arrivals)
-      : name(std::move(name)), missing(bytes), arrivals(arrivals) {}
-
-  // The checks of a message are done; the caller holds the lock.
-  void take(const Message& message, const std::vector<Barrier::Opening>& passed) {
-    messages.push_back(message);
-    missing -= message.bytes;
-    courier.run(passed, [&] {
-      Courier::write(message.slot, POISON.data(), message.bytes);
-      if (missing != 0) return;
-      for (const Message& m : messages) Courier::write(m.slot, m.data, m.bytes);
-      full.order();
-    });
-    if (missing == 0) full.open();
-  }
+  Mbarrier(std::string name, uint64_t seal, unsigned arrivals)
+      : name(std::move(name)), seal(seal), arrivals(arrivals) {}
 
   const std::string name;
-  unsigned missing;         // bytes
-  const unsigned arrivals;  // of the opener at the cluster barrier, before it opened the inbox
-  bool awaited = false;     // somebody has waited, so everything has come
-  std::vector<Message> messages;
-  Gate full;
-  Courier courier;
+  const uint64_t seal;      // what it holds in shared memory
+  const unsigned arrivals;  // of the opener at the cluster barrier, before it opened it
+  Phases phases;
 };
 
-// The inboxes of a CTA.
+// A phase ends when the inbox is armed, that is told how many bytes to expect, and they have come.
+// Messages may come before that, for the phase that is under way. Nothing is delivered before its
+// phase ends: who does not wait reads poison, in whatever order the sends happen.
+struct Inbox : Mbarrier {
+  static constexpr uint64_t SEAL = 0x6d6265746c69616d;
+
+  Inbox(std::string name, unsigned arrivals) : Mbarrier(std::move(name), SEAL, arrivals) {}
+
+  // The checks are done before these, by the caller, who holds the lock.
+  void arm(unsigned bytes) {
+    armed = true;
+    missing += int(bytes);
+    finish();
+  }
+  void take(Message message, bool again, const std::vector<Barrier::Opening>& passed) {
+    missing -= int(message.data.size());
+    if (again) past.overwrite(message.slot, message.data.size());
+    phases.tell();
+    courier.run(passed,
+                [&] { Courier::write(message.slot, POISON.data(), message.data.size()); });
+    messages.push_back(std::move(message));
+    finish();
+  }
+  std::string lacks() const {
+    if (!armed) return "nobody has called inbox_again";
+    return std::to_string(missing) + " bytes are missing";
+  }
+
+  int missing = 0;  // bytes; below zero when they come before it is armed
+  bool armed = false;
+  unsigned awaited = 0;            // phases that somebody has waited for, so everything has come
+  std::vector<unsigned> waited;    // the same of each thread of the CTA
+  std::vector<Message> messages;   // of the phase under way
+  bool brought = false;            // whether the phase before had any
+  Courier courier;
+
+ private:
+  void finish() {
+    if (!armed || missing != 0) return;
+    for (const Message& m : messages)
+      if (m.source != nullptr && std::memcmp(m.source, m.data.data(), m.data.size()) != 0)
+        fail("data race: the source of a send_bulk to the %s was written before all had come",
+             name.c_str());
+    courier.run({}, [&] {
+      for (const Message& m : messages) Courier::write(m.slot, m.data.data(), m.data.size());
+      phases.order();
+    });
+    brought = !messages.empty();
+    messages.clear();
+    armed = false;
+    phases.end();
+  }
+};
+
+struct Gate : Mbarrier {
+  static constexpr uint64_t SEAL = 0x6d62657467617465;
+
+  Gate(std::string name, unsigned count, unsigned arrivals)
+      : Mbarrier(std::move(name), SEAL, arrivals), count(count), missing(count) {}
+
+  std::string lacks() const { return std::to_string(missing) + " threads have not passed"; }
+
+  const unsigned count;
+  unsigned missing;
+  Lock lock;
+};
+
+// The inboxes and gates of a CTA, by address.
 struct Mail {
   struct Sent {
-    unsigned bytes;
+    size_t bytes;
     const Inbox* inbox;
+    unsigned phase;
   };
 
-  // Two sends to the same bytes are not ordered, whoever sends, unless a wait lies between.
-  void claim(const Message& message, const Inbox& inbox) {
-    auto next = slots.lower_bound(message.slot + message.bytes);
+  // Two sends to the same bytes are not ordered, whoever sends, unless a wait lies between. Returns
+  // whether this is not the first.
+  bool claim(const Message& message, Inbox& inbox) {
+    const size_t bytes = message.data.size();
+    bool again = false;
+    auto next = slots.lower_bound(message.slot + bytes);
     while (next != slots.begin()) {
       const auto before = std::prev(next);
       if (before->first + before->second.bytes <= message.slot) break;
-      if (!before->second.inbox->awaited)
-        fail("data race: a slot of the %s is sent to twice, %u bytes at %ld bytes from each other",
-             inbox.name.c_str(), message.bytes, labs(message.slot - before->first));
+      if (before->second.inbox->awaited <= before->second.phase)
+        fail("data race: a slot of the %s is sent to twice, %zu bytes at %ld bytes from each other",
+             inbox.name.c_str(), bytes, labs(message.slot - before->first));
       next = slots.erase(before);
+      again = true;
     }
-    slots[message.slot] = {message.bytes, &inbox};
+    slots[message.slot] = {bytes, &inbox, inbox.phases.ended()};
+    return again;
   }
 
   Lock lock;
-  std::map<const void*, Inbox> inboxes;  // by address
+  std::map<const void*, Inbox> inboxes;
+  std::map<const void*, Gate> gates;
   std::map<unsigned char*, Sent> slots;
 };
 

@@ -6,6 +6,7 @@
 // with one ARGUMENT a parameter, in order: `name=file` for a pointer to const, `name@file` for a
 // pointer whose memory is written back, `name:number` for a value. `name+file` is a pointer to const
 // that may be read before cudaGridDependencySynchronize.
+#include <algorithm>
 #include <atomic>
 #include <bit>
 #include <csignal>
@@ -85,7 +86,7 @@ void exchange(unsigned mask, const void* value, size_t bytes, void* values) {
   const unsigned lane = running->lane();
   auto& slots = exchange.slots[exchange.round[lane]++ % 2];
   std::memcpy(slots[lane], value, bytes);
-  exchange.all.wait(std::popcount(mask), "exchange of warp", running->warp());
+  exchange.all.wait(std::popcount(mask), "exchange of warp", running->warp(), false);
   for (unsigned other = 0; other < WARP; ++other)
     std::memcpy(static_cast<unsigned char*>(values) + other * bytes, slots[other], bytes);
 }
@@ -123,95 +124,244 @@ static Place place_of(const char* operation, const char* what, const void* addre
   return *place;
 }
 
-static std::string name_of(const Cta& cta, const Place& place) {
-  return "inbox at " + place.text() + " of the cluster's CTA " + std::to_string(cta.rank);
+static std::string name_of(const char* what, const Cta& cta, const Place& place) {
+  return std::string(what) + " at " + place.text() + " of the cluster's CTA " +
+         std::to_string(cta.rank);
 }
 
-// The seal goes into shared memory like the mbarrier: who writes there without knowing of the inbox is
+// The seal goes into shared memory like the mbarrier: who writes there without knowing of it is
 // noticed, by ThreadSanitizer too.
-static void check_seal(const Inbox& inbox, uint64_t seal) {
-  if (seal != Inbox::SEAL) fail("the %s was overwritten", inbox.name.c_str());
+static void check_seal(const Mbarrier& mbarrier, uint64_t seal) {
+  if (seal != mbarrier.seal) fail("the %s was overwritten", mbarrier.name.c_str());
+}
+static void set_seal(void* address, uint64_t seal) {
+  __atomic_store_n(static_cast<uint64_t*>(address), seal, __ATOMIC_RELAXED);
+}
+// The opening is fenced for the next cluster barrier, be it relaxed. Without one between it must be
+// ordered as all memory is, which ThreadSanitizer checks by the plain read.
+static void check_own_seal(const Mbarrier& mbarrier, void* address) {
+  uint64_t* seal = static_cast<uint64_t*>(address);
+  const bool fenced = member().waits > mbarrier.arrivals;
+  check_seal(mbarrier, fenced ? __atomic_load_n(seal, __ATOMIC_RELAXED) : *seal);
+}
+
+// Opens an inbox or a gate; returns what it is from now on.
+template <class T, class... Arguments>
+static T& open(std::map<const void*, T> Mail::* boxes, const char* operation, const char* what,
+               void* address, unsigned most, Arguments... arguments) {
+  const Place place = place_of(operation, what, address, Mbarrier::BYTES, Mbarrier::BYTES);
+  Cta& cta = *running->cta;
+  Unobserved bookkeeping;
+  const std::string name = name_of(what, cta, place);
+  if (most > Mbarrier::MOST) fail("%s: %u, too many for an mbarrier", operation, most);
+  cta.mail.lock.lock();
+  const bool taken = cta.mail.inboxes.count(address) || cta.mail.gates.count(address);
+  if (taken) fail("%s: the %s is opened twice", operation, name.c_str());
+  T& box = (cta.mail.*boxes).try_emplace(address, name, arguments..., member().arrivals)
+               .first->second;
+  cta.mail.lock.unlock();
+  return box;
+}
+
+// An inbox or a gate of the thread's own CTA.
+template <class T>
+static T& find(std::map<const void*, T> Mail::* boxes, const char* operation, const char* what,
+               void* address) {
+  const Place place = place_of(operation, what, address, Mbarrier::BYTES, Mbarrier::BYTES);
+  Cta& cta = *running->cta;
+  Unobserved bookkeeping;
+  cta.mail.lock.lock();
+  const auto entry = (cta.mail.*boxes).find(address);
+  if (entry == (cta.mail.*boxes).end())
+    fail("%s: the %s is not open", operation, name_of(what, cta, place).c_str());
+  cta.mail.lock.unlock();
+  return entry->second;
 }
 
 void open_inbox(void* address, unsigned bytes) {
-  const char* const operation = "inbox_open";
-  const Place place = place_of(operation, "inbox", address, Inbox::BYTES, Inbox::BYTES);
-  Cta& cta = *running->cta;
-  const Member& self = member();
+  Inbox& inbox = open(&Mail::inboxes, "inbox_open", "inbox", address, bytes);
   {
     Unobserved bookkeeping;
-    const std::string name = name_of(cta, place);
-    if (bytes > Inbox::MOST_BYTES) fail("%s: %u bytes, too many for an mbarrier", operation, bytes);
-    cta.mail.lock.lock();
-    const auto [entry, is_new] = cta.mail.inboxes.try_emplace(address, name, bytes, self.arrivals);
-    if (!is_new) fail("%s: the %s is opened twice", operation, name.c_str());
-    Inbox& inbox = entry->second;
-    inbox.courier.run(self.passed, [] {});
-    if (bytes == 0) inbox.full.open();
-    cta.mail.lock.unlock();
+    inbox.waited.resize(running->cta->grid.threads.count());
+    inbox.arm(bytes);
   }
-  __atomic_store_n(static_cast<uint64_t*>(address), Inbox::SEAL, __ATOMIC_RELAXED);
+  set_seal(address, Inbox::SEAL);
 }
 
-void wait_for_inbox(void* address) {
-  const char* const operation = "inbox_wait";
-  const Place place = place_of(operation, "inbox", address, Inbox::BYTES, Inbox::BYTES);
-  Cta& cta = *running->cta;
-  Inbox* inbox;
-  {
-    Unobserved bookkeeping;
-    cta.mail.lock.lock();
-    const auto entry = cta.mail.inboxes.find(address);
-    if (entry == cta.mail.inboxes.end())
-      fail("%s: the %s is not open", operation, name_of(cta, place).c_str());
-    inbox = &entry->second;
-    cta.mail.lock.unlock();
-  }
-  // The opening is fenced for the next cluster barrier, be it relaxed. Without one between it must be
-  // ordered as all memory is, which ThreadSanitizer checks by the plain read.
-  uint64_t* seal = static_cast<uint64_t*>(address);
-  const bool fenced = member().waits > inbox->arrivals;
-  check_seal(*inbox, fenced ? __atomic_load_n(seal, __ATOMIC_RELAXED) : *seal);
-  inbox->full.wait(inbox->name.c_str(), inbox->missing);
+void wait_for_inbox(void* address, int parity) {
+  Inbox& inbox = find(&Mail::inboxes, "inbox_wait", "inbox", address);
+  if (parity != 0 && parity != 1) fail("inbox_wait: parity %d", parity);
+  check_own_seal(inbox, address);
+  const unsigned ended =
+      inbox.phases.wait(parity, inbox.name.c_str(), [&] { return inbox.lacks(); });
   Unobserved bookkeeping;
-  cta.mail.lock.lock();
-  inbox->awaited = true;
-  cta.mail.lock.unlock();
+  Lock& lock = running->cta->mail.lock;
+  lock.lock();
+  inbox.awaited = std::max(inbox.awaited, ended);
+  inbox.waited[running->linear] = ended;
+  lock.unlock();
 }
 
-void send(const char* operation, void* slot, void* inbox, int rank, const void* data, size_t bytes) {
-  const Place slot_place = place_of(operation, "slot", slot, bytes, bytes);
-  const Place inbox_place = place_of(operation, "inbox", inbox, Inbox::BYTES, Inbox::BYTES);
+void arm_inbox(void* address, unsigned bytes) {
+  const char* const operation = "inbox_again";
+  Inbox& inbox = find(&Mail::inboxes, operation, "inbox", address);
+  check_own_seal(inbox, address);
+  past.note();
+  Unobserved bookkeeping;
+  Lock& lock = running->cta->mail.lock;
+  lock.lock();
+  const char* const name = inbox.name.c_str();
+  if (bytes > Mbarrier::MOST) fail("%s: %u, too many for an mbarrier", operation, bytes);
+  if (inbox.armed) fail("%s: the %s expects %d bytes already", operation, name, inbox.missing);
+  if (inbox.waited[running->linear] != inbox.phases.ended())
+    fail("%s: this thread has not waited for the phase before of the %s", operation, name);
+  if (-inbox.missing > int(bytes))
+    fail("%s: %d bytes have come to the %s, and not %u", operation, -inbox.missing, name, bytes);
+  inbox.phases.tell();
+  inbox.arm(bytes);
+  lock.unlock();
+}
+
+void open_gate(void* address, unsigned count) {
+  if (count == 0) fail("gate_open: nobody would pass");
+  open(&Mail::gates, "gate_open", "gate", address, count, count);
+  set_seal(address, Gate::SEAL);
+}
+
+void pass_gate(void* address) {
+  Gate& gate = find(&Mail::gates, "gate_pass", "gate", address);
+  check_own_seal(gate, address);
+  past.note();
+  {
+    Unobserved bookkeeping;
+    gate.lock.lock();
+  }
+  gate.phases.order();
+  gate.phases.tell();
+  Unobserved bookkeeping;
+  if (--gate.missing == 0) {
+    gate.missing = gate.count;
+    gate.phases.end();
+  }
+  gate.lock.unlock();
+}
+
+void wait_for_gate(void* address, int parity) {
+  Gate& gate = find(&Mail::gates, "gate_wait", "gate", address);
+  if (parity != 0 && parity != 1) fail("gate_wait: parity %d", parity);
+  check_own_seal(gate, address);
+  gate.phases.wait(parity, gate.name.c_str(), [&] { return gate.lacks(); });
+}
+
+// `source` of a bulk copy, or null.
+static void send(const char* operation, void* slot, void* inbox, int rank, const void* data,
+                 size_t bytes, size_t alignment, const unsigned char* source) {
+  const Place slot_place = place_of(operation, "slot", slot, bytes, alignment);
+  const Place inbox_place =
+      place_of(operation, "inbox", inbox, Mbarrier::BYTES, Mbarrier::BYTES);
   Cluster& cluster = running->cta->cluster;
   if (rank < 0 || rank >= int(cluster.ctas.size()))
     fail("%s: CTA %d of a cluster of %zu", operation, rank, cluster.ctas.size());
   Cta& peer = *cluster.ctas[rank];
-  const Member& self = member();
-  Message message;
+  unsigned char copy[Message::MOST];
+  std::memcpy(copy, data, bytes);
+  Message message{nullptr, {}, source};
   uint64_t* seal;
   {
     Unobserved bookkeeping;
-    message = {peer.at(slot_place), unsigned(bytes), {}};
-    std::memcpy(message.data, data, bytes);
+    message.slot = peer.at(slot_place);
+    message.data.assign(copy, copy + bytes);
     seal = reinterpret_cast<uint64_t*>(peer.at(inbox_place));
   }
   const uint64_t sealed = __atomic_load_n(seal, __ATOMIC_RELAXED);
+  past.note();
   Unobserved bookkeeping;
   peer.mail.lock.lock();
-  const std::string name = name_of(peer, inbox_place);
+  const std::string name = name_of("inbox", peer, inbox_place);
   const auto entry = peer.mail.inboxes.find(seal);
   if (entry == peer.mail.inboxes.end()) fail("%s: the %s is not open", operation, name.c_str());
   if (peer.ended()) fail("%s: the CTA of the %s has ended", operation, name.c_str());
   Inbox& box = entry->second;
   // no thread knows otherwise that another CTA's inbox is open
-  if (self.waits <= box.arrivals)
+  if (member().waits <= box.arrivals)
     fail("%s: no cluster barrier was passed since the %s was opened", operation, name.c_str());
   check_seal(box, sealed);
-  if (bytes > box.missing)
-    fail("%s: the %s expects %u bytes and not %zu more", operation, name.c_str(), box.missing, bytes);
-  peer.mail.claim(message, box);
-  box.take(message, self.passed);
+  if (box.armed && int(bytes) > box.missing)
+    fail("%s: the %s expects %d bytes and not %zu more", operation, name.c_str(), box.missing, bytes);
+  if (int(bytes) - box.missing > int(Mbarrier::MOST))
+    fail("%s: too many bytes for the %s", operation, name.c_str());
+  const bool again = peer.mail.claim(message, box);
+  box.take(std::move(message), again, member().passed);
   peer.mail.lock.unlock();
+}
+
+void send(const char* operation, void* slot, void* inbox, int rank, const void* data, size_t bytes) {
+  send(operation, slot, inbox, rank, data, bytes, bytes, nullptr);
+}
+
+void fence_bulk() {
+  Cta& cta = *running->cta;
+  Unobserved bookkeeping;
+  auto& fenced = member().fenced;
+  const auto keep = [&](const void* declaration, const GuardedMemory& memory) {
+    fenced[declaration].assign(memory.data(), memory.data() + memory.size());
+  };
+  keep(nullptr, cta.dynamic_shared);
+  cta.lock.lock();
+  for (auto& [declaration, memory] : cta.static_shared) keep(declaration, memory);
+  cta.lock.unlock();
+}
+
+void send_bulk(void* slot, void* inbox, int rank, const void* source, unsigned bytes) {
+  const char* const operation = "send_bulk";
+  constexpr unsigned UNIT = 16;
+  if (bytes == 0 || bytes % UNIT != 0 || bytes > Message::MOST)
+    fail("%s: %u bytes, expected a multiple of %u up to %u", operation, bytes, UNIT, Message::MOST);
+  const Place place = place_of(operation, "source", source, bytes, UNIT);
+  const auto* first = static_cast<const unsigned char*>(source);
+  {
+    Unobserved bookkeeping;
+    const auto& fenced = member().fenced;
+    const auto entry = fenced.find(place.declaration);
+    if (entry == fenced.end()) fail("%s: this thread has not called bulk_fence", operation);
+    if (std::memcmp(entry->second.data() + place.offset, first, bytes) != 0)
+      fail("%s: the source at %s was written after this thread's bulk_fence", operation,
+           place.text().c_str());
+  }
+  send(operation, slot, inbox, rank, source, bytes, UNIT, first);
+}
+
+// --- asynchronous loads
+
+void load(const char* operation, void* shared, const void* global) {
+  place_of(operation, "target", shared, Load::BYTES, Load::BYTES);
+  if (reinterpret_cast<uintptr_t>(global) % Load::BYTES != 0)
+    fail("%s: the source is not aligned to %u bytes", operation, Load::BYTES);
+  Member& self = member();
+  Load load{static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), {},
+            self.groups};
+  for (const Load& other : self.loads)
+    if (other.to == load.to) fail("%s: the target is loaded twice without a wait", operation);
+  std::memcpy(load.data, global, Load::BYTES);
+  self.loads.push_back(load);
+  if (past.knows()) {
+    past.note();
+    past.overwrite(shared, Load::BYTES);
+  }
+  std::memcpy(shared, POISON.data(), Load::BYTES);
+}
+
+void commit_loads() { ++member().groups; }
+
+void wait_for_loads(unsigned groups) {
+  Member& self = member();
+  std::erase_if(self.loads, [&](const Load& load) {
+    if (load.group + groups >= self.groups) return false;
+    if (std::memcmp(load.data, load.from, Load::BYTES) != 0)
+      fail("the source of an asynchronous load was written before the wait for it");
+    std::memcpy(load.to, load.data, Load::BYTES);
+    return true;
+  });
 }
 
 void wait_for_dependency() { dependency.wait(); }

@@ -1,16 +1,19 @@
 // Every CUDA thread an OS thread, for ThreadSanitizer.
 //
 // Only what orders memory on the GPU may order it here: __syncthreads, named barriers, __syncwarp,
-// cluster barriers, full inboxes and atomics. Shuffles and mma.sync hand over registers and order
-// nothing, so they run Unobserved.
+// cluster barriers, full inboxes, gates and atomics. Shuffles and mma.sync hand over registers and
+// order nothing, so they run Unobserved.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <mutex>
+#include <string>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -31,6 +34,9 @@ void AnnotateIgnoreSyncBegin(const char* file, int line);
 void AnnotateIgnoreSyncEnd(const char* file, int line);
 void AnnotateHappensBefore(const char* file, int line, const volatile void* address);
 void AnnotateHappensAfter(const char* file, int line, const volatile void* address);
+// Together they make it forget all accesses to a range.
+void __tsan_java_free(unsigned long address, unsigned long bytes);
+void __tsan_java_alloc(unsigned long address, unsigned long bytes);
 }
 
 namespace emulation {
@@ -83,6 +89,92 @@ struct Unobserved {
   }
 };
 
+constexpr unsigned NO_ORDER = 1;  // of __tsan_switch_to_fiber
+
+inline void hide(bool yes) {
+  (yes ? AnnotateIgnoreReadsBegin : AnnotateIgnoreReadsEnd)(__FILE__, __LINE__);
+  (yes ? AnnotateIgnoreWritesBegin : AnnotateIgnoreWritesEnd)(__FILE__, __LINE__);
+}
+
+// A fiber of ThreadSanitizer that has seen nothing.
+inline void* create_fiber() {
+  const std::lock_guard<std::mutex> guard(origin.mutex);
+  // a fiber is ordered after the one that makes it
+  void* starter = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(origin.fiber, NO_ORDER);
+  void* fiber = __tsan_create_fiber(0);
+  __tsan_switch_to_fiber(starter, NO_ORDER);
+  return fiber;
+}
+
+class Phases;
+using Ended = std::map<Phases*, unsigned>;  // how many phases of an inbox are known to have ended
+
+// An end of waiting. Only the addresses of the first two count, for ThreadSanitizer.
+struct Point {
+  char memory;  // what is visible to who has waited
+  char time;    // what is over for it: see Past
+  Ended ended;  // and what those who came here knew
+};
+
+// What the running thread knows to be over, as against what it would see. Who waits for a message
+// sees what was sent to it and nothing else of the sender; but what the sender had read before, and
+// all that it knew to have been read, is over. So a slot may be written again when its readers are
+// known to have gone on, be it from their messages alone. ThreadSanitizer has one order for both, so
+// what an asynchronous operation overwrites is compared with the past in another fiber, and forgotten.
+// Messages, barriers and gates hand the past on; shuffles and atomics do not.
+class Past {
+ public:
+  Past() = default;
+  Past(const Past&) = delete;
+  Past& operator=(const Past&) = delete;
+  ~Past() {
+    if (fiber_ != nullptr) __tsan_destroy_fiber(fiber_);
+  }
+
+  // Everything that the thread has done so far is part of it.
+  void note();
+  void give(Ended& to) const { merge(ended_, to); }
+  void take(const Ended& from) { merge(from, ended_); }
+  void take(Phases* phases, unsigned ended) { take(Ended{{phases, ended}}); }
+  bool knows() const { return !ended_.empty(); }  // more than the thread's own order
+  void forget() {
+    ended_.clear();
+    noted_.clear();
+  }
+  // Tells whoever waits at a point. After note().
+  void tell(Point& point) const {
+    void* thread = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(fiber_, NO_ORDER);
+    AnnotateHappensBefore(__FILE__, __LINE__, &point.time);
+    __tsan_switch_to_fiber(thread, NO_ORDER);
+  }
+  // What was done to so many bytes, or to their neighbours in 8 that are aligned, must be over, and is
+  // forgotten. After note().
+  void overwrite(void* address, size_t bytes) const {
+    void* thread = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(fiber_, NO_ORDER);
+    std::memset(address, 0xff, bytes);
+    const unsigned long first = reinterpret_cast<unsigned long>(address) & -8ul;
+    const unsigned long end = (reinterpret_cast<unsigned long>(address) + bytes + 7) & -8ul;
+    __tsan_java_free(first, end - first);
+    __tsan_java_alloc(first, end - first);
+    __tsan_switch_to_fiber(thread, NO_ORDER);
+  }
+
+ private:
+  static void merge(const Ended& from, Ended& to) {
+    for (const auto& [phases, ended] : from) {
+      unsigned& known = to[phases];
+      known = std::max(known, ended);
+    }
+  }
+
+  Ended ended_, noted_;
+  void* fiber_ = nullptr;
+};
+inline thread_local Past past;
+
 // bar.sync and bar.arrive: opens when `expected` threads have come. All that come to one opening must
 // expect the same number.
 //
@@ -90,10 +182,10 @@ struct Unobserved {
 // goes unobserved, because a thread that is slow to wake takes it after others have taken it again.
 class Barrier {
  public:
-  using Opening = const uint64_t*;
+  using Opening = Point*;
 
-  Opening wait(unsigned expected, const char* name, unsigned id = 0) {
-    const Opening opening = arrive(expected, name, id);
+  Opening wait(unsigned expected, const char* name, unsigned id = 0, bool orders = true) {
+    const Opening opening = arrive(expected, name, id, orders);
     await(opening, name, id);
     return opening;
   }
@@ -107,11 +199,12 @@ class Barrier {
       guard.lock();
       opening = &openings_.back();
     }
-    if (orders) AnnotateHappensBefore(__FILE__, __LINE__, opening);
+    if (orders) AnnotateHappensBefore(__FILE__, __LINE__, &opening->memory);
     Unobserved bookkeeping;
     if (arrived_ != 0 && expected != expected_)
       fail("%s %u: expects %u threads here and %u elsewhere", name, id, expected, expected_);
     expected_ = expected;
+    if (orders) past.give(opening->ended);
     if (++arrived_ == expected) {
       arrived_ = 0;
       openings_.emplace_back();
@@ -131,61 +224,102 @@ class Barrier {
             opening == &openings_.back())
           fail("deadlock: %s %u still waits for %u of %u threads", name, id, expected_ - arrived_,
                expected_);
+      past.take(opening->ended);
     }
-    AnnotateHappensAfter(__FILE__, __LINE__, opening);
+    AnnotateHappensAfter(__FILE__, __LINE__, &opening->memory);
   }
 
  private:
   std::mutex mutex_;
   std::condition_variable opened_;
   unsigned arrived_ = 0, expected_ = 0;
-  std::deque<uint64_t> openings_ = std::deque<uint64_t>(1);  // only their addresses count
+  std::deque<Point> openings_ = std::deque<Point>(1);
 };
 
-// Closed until it is opened, once. What was done before order() is ordered before what is done after
-// a wait, and nothing else.
-class Gate {
+// Phases that end one after the other, those of an mbarrier. What was done before order() is ordered
+// before what is done after a wait for the same phase, and nothing else.
+class Phases {
  public:
-  // `missing`: the bytes that keep it closed, for the message about a deadlock.
-  void wait(const char* name, const unsigned& missing) {
+  // Returns when the phase that is under way has not this parity; the number of phases that have
+  // ended. `lacks` says what is missing, for the message about a deadlock.
+  unsigned wait(unsigned parity, const char* name, const std::function<std::string()>& lacks) {
+    unsigned ended;
+    Point* point = nullptr;
     {
       Unobserved bookkeeping;
       std::unique_lock<std::mutex> guard(mutex_);
       const auto deadline = std::chrono::system_clock::now() + patience;
-      while (!open_)
-        if (opened_.wait_until(guard, deadline) == std::cv_status::timeout && !open_)
-          fail("deadlock: the %s still waits: %u bytes are missing", name, missing);
+      while (ended_ % 2 == parity)
+        if (changed_.wait_until(guard, deadline) == std::cv_status::timeout && ended_ % 2 == parity)
+          fail("deadlock: the %s still waits: %s", name, lacks().c_str());
+      ended = ended_;
+      if (ended != 0) {
+        point = &points_[ended - 1];
+        past.take(point->ended);
+        past.take(this, ended);
+      }
     }
-    AnnotateHappensAfter(__FILE__, __LINE__, this);
+    if (point != nullptr) AnnotateHappensAfter(__FILE__, __LINE__, &point->memory);
+    return ended;
   }
-  void open() {
+  unsigned ended() {
     Unobserved bookkeeping;
     const std::lock_guard<std::mutex> guard(mutex_);
-    open_ = true;
-    opened_.notify_all();
+    return ended_;
   }
-  void order() const { AnnotateHappensBefore(__FILE__, __LINE__, this); }
+  void end() {
+    Unobserved bookkeeping;
+    const std::lock_guard<std::mutex> guard(mutex_);
+    ++ended_;
+    points_.emplace_back();
+    changed_.notify_all();
+  }
+  // For the phase under way, which the caller keeps from ending meanwhile.
+  void order() { AnnotateHappensBefore(__FILE__, __LINE__, &points_.back().memory); }
+  // Who will wait for this phase knows what the running thread knows to be over.
+  void tell() {
+    past.tell(points_.back());
+    Unobserved bookkeeping;
+    const std::lock_guard<std::mutex> guard(mutex_);
+    past.give(points_.back().ended);
+  }
+  const Point& point(unsigned phase) {
+    Unobserved bookkeeping;
+    const std::lock_guard<std::mutex> guard(mutex_);
+    return points_[phase];
+  }
 
  private:
   std::mutex mutex_;
-  std::condition_variable opened_;
-  bool open_ = false;
+  std::condition_variable changed_;
+  unsigned ended_ = 0;
+  std::deque<Point> points_ = std::deque<Point>(1);
 };
 
+inline void Past::note() {
+  if (fiber_ == nullptr) fiber_ = create_fiber();
+  void* thread = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(fiber_, 0);  // ordered after the thread
+  hide(true);
+  for (const auto& [phases, ended] : ended_) {
+    unsigned& noted = noted_[phases];
+    if (noted < ended)
+      AnnotateHappensAfter(__FILE__, __LINE__, &phases->point(ended - 1).time);
+    noted = ended;
+  }
+  hide(false);
+  __tsan_switch_to_fiber(thread, NO_ORDER);
+}
+
 // Does what a thread has started and not waited for, as a thread of its own in the eyes of
-// ThreadSanitizer. It is ordered after the barriers that the starter has passed and not after what
-// that one did since: so who waits for the courier does not see the starter's own accesses. One
+// ThreadSanitizer. It is ordered after the cluster barriers that the starter has passed and not after
+// what that one did since: so who waits for the courier does not see the starter's own accesses. One
 // thread at a time may run it.
 class Courier {
  public:
   Courier() {
     Unobserved bookkeeping;
-    const std::lock_guard<std::mutex> guard(origin.mutex);
-    // a fiber is ordered after the one that makes it
-    void* starter = __tsan_get_current_fiber();
-    __tsan_switch_to_fiber(origin.fiber, NO_ORDER);
-    fiber_ = __tsan_create_fiber(0);
-    __tsan_switch_to_fiber(starter, NO_ORDER);
+    fiber_ = create_fiber();
   }
   Courier(const Courier&) = delete;
   Courier& operator=(const Courier&) = delete;
@@ -197,7 +331,7 @@ class Courier {
     __tsan_switch_to_fiber(fiber_, NO_ORDER);
     hide(true);  // the variables of the starter
     for (const Barrier::Opening opening : passed)
-      AnnotateHappensAfter(__FILE__, __LINE__, opening);
+      AnnotateHappensAfter(__FILE__, __LINE__, &opening->memory);
     action();
     hide(false);
     __tsan_switch_to_fiber(starter, NO_ORDER);
@@ -210,13 +344,6 @@ class Courier {
   }
 
  private:
-  static constexpr unsigned NO_ORDER = 1;  // of __tsan_switch_to_fiber
-
-  static void hide(bool yes) {
-    (yes ? AnnotateIgnoreReadsBegin : AnnotateIgnoreReadsEnd)(__FILE__, __LINE__);
-    (yes ? AnnotateIgnoreWritesBegin : AnnotateIgnoreWritesEnd)(__FILE__, __LINE__);
-  }
-
   void* fiber_;
 };
 
