@@ -10,15 +10,13 @@ what the memory needs for the bytes of one pass.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import mhc_ops
+import records
 from mhc_ops import bench, dispatch, nn
 
 TOKENS = (1, 8, 32, 64, 128, 129, 512, 2048, 8192)
@@ -108,37 +106,29 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--hidden", type=int, nargs="+", default=list(HIDDEN))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--output", type=Path, help="file that JSON records are appended to")
+    records.add_arguments(parser)
     arguments = parser.parse_args()
     mhc_ops.prewarm(arguments.hidden, max_tokens=max(arguments.tokens))
-    facts = {
-        "gpu": torch.cuda.get_device_name(),
-        "copy_tb_s": round(bench.copy_bandwidth(torch.device("cuda", 0)), 3),
-        "torch": torch.__version__,
-        "commit": bench.source_commit(),
-    }
-    print(facts)
+    copy_tb_s = round(bench.copy_bandwidth(torch.device("cuda", 0)), 3)
     print(
         f"{'hidden':>6} {'tokens':>6} {'part':18}{'fused':>9}{'unfused':>9}{'ratio':>7}{'floor':>9}"
     )
     for hidden in arguments.hidden:
         for tokens in arguments.tokens:
             for part in arguments.parts:
-                floor = part_bytes(part, tokens, hidden) / (facts["copy_tb_s"] * 1e6)
+                floor = part_bytes(part, tokens, hidden) / (copy_tb_s * 1e6)
                 medians = {}
                 for path in PATHS:
                     low, medians[path], high = time_part(part, path, tokens, hidden)
                     torch.cuda.empty_cache()
-                    record = {
-                        "part": part, "path": path, "tokens": tokens, "hidden": hidden,
-                        "us_median": round(medians[path], 3), "us_p10": round(low, 3),
-                        "us_p90": round(high, 3), "floor_us": round(floor, 3),
-                        "chain": chain_length(part, tokens, hidden), **facts,
-                        "utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-                    }  # fmt: skip
-                    if arguments.output is not None:
-                        with arguments.output.open("a") as file:
-                            file.write(json.dumps(record) + "\n")
+                    record = records.make_record(
+                        f"{part} of a model, {path}", "timed", commit=arguments.commit,
+                        command=records.command_line(), part=part, path=path, tokens=tokens,
+                        hidden=hidden, us_median=round(medians[path], 3), us_p10=round(low, 3),
+                        us_p90=round(high, 3), floor_us=round(floor, 3), copy_tb_s=copy_tb_s,
+                        chain=chain_length(part, tokens, hidden),
+                    )  # fmt: skip
+                    records.append(record, arguments.output)
                 fused, unfused = medians["fused"], medians["unfused"]
                 print(
                     f"{hidden:6} {tokens:6} {part:18}{fused:9.2f}{unfused:9.2f}"

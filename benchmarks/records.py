@@ -60,11 +60,15 @@ def make_record(
     }
 
 
-def write(record: dict[str, Any], output: Path | None) -> None:
-    """Print a record, and append it to a file if there is one."""
-    line = json.dumps(record)
-    print(line)
+def append(record: dict[str, Any], output: Path | None) -> None:
+    """Append a record to a file if there is one."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("a") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(record) + "\n")
+
+
+def write(record: dict[str, Any], output: Path | None) -> None:
+    """Print a record, and append it to a file if there is one."""
+    print(json.dumps(record))
+    append(record, output)

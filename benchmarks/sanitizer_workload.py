@@ -38,26 +38,34 @@ class Case(NamedTuple):
 
     Attributes:
         op, norm, tokens, hidden: what is called.
-        classical: as on a GPU without the kernel of one launch.
+        way: ``classical``, as on a GPU without kernels of one launch; ``invariant``, as with
+            MHC_OPS_BATCH_INVARIANT, which takes the persistent kernel for few tokens; ``own``.
     """
 
     op: str
     norm: bool
     tokens: int
     hidden: int
-    classical: bool
+    way: str
 
 
 def cases() -> list[Case]:
     """All of them: each kernel at its smallest size first."""
     return [
-        Case(op, norm, tokens, hidden, classical)
+        Case(op, norm, tokens, hidden, way)
         for tokens in TOKENS
         for hidden in HIDDEN
         for op in OUTPUTS
         for norm in ((False,) if op == "post" else (False, True))
-        for classical in ((False, True) if op == "fused_post_pre" else (False,))
-        if not classical or dispatch.takes_post_projection(tokens, hidden)
+        for way in ("own", "classical", "invariant")
+        if way == "own"
+        or (
+            op == "fused_post_pre"
+            and {
+                "classical": dispatch.takes_post_projection(tokens, hidden),
+                "invariant": tokens > dispatch.ONE_LAUNCH_MAX_TOKENS,
+            }[way]
+        )
     ]
 
 
@@ -74,10 +82,14 @@ def keys(arch: str) -> set[dispatch.Key]:
 
 
 @contextlib.contextmanager
-def path(classical: bool) -> Iterator[None]:
-    """While it lasts, ``fused_post_pre`` takes the path of a GPU without one launch, or its own."""
-    if not classical:
+def path(way: str) -> Iterator[None]:
+    """While it lasts, ``fused_post_pre`` goes this way of a :class:`Case`."""
+    if way == "own":
         yield
+        return
+    if way == "invariant":
+        with mock.patch.dict(os.environ, {"MHC_OPS_BATCH_INVARIANT": "1"}):
+            yield
         return
     host.forget()  # of the native calls, which know nothing of what follows
     with mock.patch.object(dispatch, "ONE_LAUNCH_ARCHS", frozenset()):
@@ -97,7 +109,7 @@ def run(case: Case, device: str) -> None:
         for name, value in inputs.items()
     }
     call = getattr(torch.ops.mhc, case.op).default
-    with path(case.classical):
+    with path(case.way):
         first, second = (
             {name: value.cpu() for name, value in as_outputs(case.op, call(**there)).items()}
             for _ in range(2)

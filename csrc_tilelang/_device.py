@@ -84,6 +84,17 @@ __device__ __forceinline__ void loads_wait_but() {
 // Waits for all of this thread's loads, committed or not.
 __device__ __forceinline__ void loads_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// `bytes` bytes, a multiple of 16, of which an inbox of this CTA is told when they have come. Call
+// bulk_fence before, where the CTA has used the place.
+__device__ __forceinline__ void load_bulk(void* shared, const void* global, unsigned bytes,
+                                          void* inbox) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+               "[%0], [%1], %2, [%3];"
+               ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global),
+               "r"(bytes), "r"(static_cast<unsigned>(__cvta_generic_to_shared(inbox)))
+               : "memory");
+}
+
 // 1 / x to 1 ulp in one instruction; Sinkhorn corrects itself.
 __device__ __forceinline__ float rcp(float x) {
   float y;

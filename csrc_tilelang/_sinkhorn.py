@@ -25,6 +25,23 @@ def softmax_row(logit, eps, out):
 
 
 @T.macro
+def softmax_rows(c, eps):
+    """The rows of a matrix in one thread's registers: the bits of :func:`softmax_row`."""
+    for i in T.unroll(HC_MULT):
+        most = T.alloc_var("float32", init=0.0)
+        total = T.alloc_var("float32", init=0.0)
+        most = T.max(
+            T.max(c[i * HC_MULT], c[i * HC_MULT + 1]), T.max(c[i * HC_MULT + 2], c[i * HC_MULT + 3])
+        )
+        for j in T.unroll(HC_MULT):
+            c[i * HC_MULT + j] = T.exp(c[i * HC_MULT + j] - most)
+        total = (c[i * HC_MULT] + c[i * HC_MULT + 1]) + (c[i * HC_MULT + 2] + c[i * HC_MULT + 3])
+        total = T.call_extern("float32", "mhc::rcp", total)
+        for j in T.unroll(HC_MULT):
+            c[i * HC_MULT + j] = c[i * HC_MULT + j] * total + eps
+
+
+@T.macro
 def rescale(c, outer, inner, eps, others, scales, furthest):
     """scale /= sum + eps, sum = scale * (c . others); ``furthest``: the largest |sum + eps - 1|."""
     for i in T.unroll(HC_MULT):

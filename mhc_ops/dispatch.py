@@ -30,6 +30,12 @@ FEW_CLUSTERS_TOKENS = 48  # up to which they are faster: 6.4 us for 48 at H = 40
 MORE_CLUSTERS = 5  # beyond: for 64 at H = 7168 4, 5, 6, 7 took 11.46, 11.28, 11.40 and 11.86 us
 MORE_GROUP_TOKENS = 16  # two token tiles: more clusters only where groups would be larger
 
+# From so many tokens on, where it beats three launches, fused_post_pre is one launch again: of the
+# persistent kernel, on the same GPUs and up to the same hidden size. Its bits are those of the
+# kernel for few tokens, which the three launches' are not.
+PERSISTENT = "fused_post_pre_persistent"
+PERSISTENT_MIN_TOKENS = 768
+
 # post_head and expand_pre are one launch of any number of tokens, on the same GPUs and up to the
 # same hidden size, each of the kernel of its name: clusters take groups of whole mma tiles.
 END_TILE = 8  # tokens of an mma tile
@@ -131,6 +137,30 @@ def group_tokens(tokens: int) -> int:
         return _ceildiv(tokens, FEW_CLUSTERS)
     clusters = max(MORE_CLUSTERS, _ceildiv(tokens, MORE_GROUP_TOKENS))
     return _ceildiv(tokens, min(CLUSTERS, clusters))
+
+
+def takes_persistent(tokens: int, hidden: int, arch: str, batch_invariant: bool) -> bool:
+    """Whether ``fused_post_pre`` runs the ``fused_post_pre_persistent`` kernel.
+
+    Args:
+        tokens: at least 1.
+        hidden: H.
+        arch: such as ``sm_90a``.
+        batch_invariant: whether every number of tokens must give the same bits.
+    """
+    least = ONE_LAUNCH_MAX_TOKENS + 1 if batch_invariant else PERSISTENT_MIN_TOKENS
+    return tokens >= least and hidden <= ONE_LAUNCH_MAX_HIDDEN and arch in ONE_LAUNCH_ARCHS
+
+
+@functools.cache
+def persistent_key(hidden: int, arch: str, norm: bool) -> Key:
+    """The ``fused_post_pre_persistent`` kernel, with or without the RMSNorm."""
+    return Key(PERSISTENT, arch, hidden, (("norm", norm),))
+
+
+def persistent_group_tokens(tokens: int) -> int:
+    """Tokens of a cluster of the ``fused_post_pre_persistent`` kernel: each cluster runs once."""
+    return _ceildiv(tokens, CLUSTERS)
 
 
 def takes_one_launch_end(hidden: int, arch: str) -> bool:
@@ -250,6 +280,8 @@ def path_tokens(hidden: int, arch: str, max_tokens: int) -> tuple[int, ...]:
     least = ONE_LAUNCH_MAX_TOKENS if one_launch else post_projection_max_tokens(hidden)
     starts = {1, least + 1}
     starts.update(tile.max_tokens + 1 for tile in PROJECTION_TILES)
+    if one_launch:
+        starts.add(PERSISTENT_MIN_TOKENS)
     return tuple(sorted(tokens for tokens in starts if tokens <= max_tokens))
 
 
@@ -268,6 +300,8 @@ def keys(hidden: int, arch: str, max_tokens: int) -> Iterator[Key]:
     if takes_one_launch(1, hidden, arch):
         for norm in (False, True):
             yield fused_post_pre_key(hidden, arch, norm)
+            if max_tokens > ONE_LAUNCH_MAX_TOKENS:
+                yield persistent_key(hidden, arch, norm)
     else:
         yield post_projection_plan(1, hidden, arch, 1).key
     for rows in (MIXES, HC_MULT):

@@ -23,6 +23,12 @@ MAX_TOKENS = 8192
 CASES = [("sm_90a", hidden) for hidden in (4096, 7168)]
 CASES += [(arch, 4096) for arch in ("sm_80", "sm_100a", "sm_120a")]
 
+# Of kernels that take long to lower and differ by the norm or the streams alone, the largest, where
+# that is enough.
+LONG_TO_LOWER = {dispatch.ONE_LAUNCH, dispatch.PERSISTENT, "expand_pre", "post_head"}
+# Its warps have two roles with 184 and 72 registers; what is spilled is addresses above all.
+MAY_SPILL = {dispatch.PERSISTENT: 400}  # bytes
+
 WAIT = "cudaGridDependencySynchronize()"
 PDL = (WAIT, "cudaTriggerProgrammaticLaunchCompletion()", "griddepcontrol")
 USAGE = re.compile(
@@ -71,11 +77,9 @@ def sources(arch: str, hidden: int) -> dict[dispatch.Key, str]:
     return {
         key: lower(jit.program(key), arch, jit.pass_configs()).source
         for key in dispatch.keys(hidden, arch, MAX_TOKENS)
-        # of two kernels that differ by the norm alone the larger one, where that is enough: these
-        # take long to lower
-        if key.kernel not in ("expand_pre", "post_head")
-        or dict(key.options)["norm"]
-        or (arch, hidden) == ("sm_90a", 4096)
+        if key.kernel not in LONG_TO_LOWER
+        or all(dict(key.options).values())
+        or ((arch, hidden) == ("sm_90a", 4096) and key.kernel != dispatch.PERSISTENT)
     }
 
 
@@ -89,7 +93,8 @@ def test_every_kernel_compiles(arch, hidden, tmp_path):
         assert len(usage) == 1, f"{key}: expected the usage of one kernel in {report!r}"
         if arch == "sm_90a":
             # no stack frame either: every local array lies in registers
-            assert usage[0] == ("0", "0", "0"), f"{key}: stack, spill stores, spill loads"
+            most = MAY_SPILL.get(key.kernel, 0)
+            assert all(int(n) <= most for n in usage[0]), f"{key}: stack, spilled: {usage[0]}"
 
 
 @pytest.mark.parametrize(("arch", "hidden"), [case for case in CASES if case[1] == 4096])
@@ -98,5 +103,6 @@ def test_programmatic_launch_from_hopper_on(arch, hidden):
         if arch == "sm_80":
             assert not any(word in source for word in PDL), key
         else:
-            # fused_post_pre waits before it reads fn or after that
-            assert source.count(WAIT) == 1 + (key.kernel == "fused_post_pre"), key
+            # fused_post_pre waits before it reads fn or after that, in the persistent one each role
+            waits = {dispatch.ONE_LAUNCH: 2, dispatch.PERSISTENT: 4}
+            assert source.count(WAIT) == waits.get(key.kernel, 1), key

@@ -39,6 +39,7 @@ ARCH = "sm_90a"
 MAX_TOKENS = 300  # beyond every threshold of the dispatch
 HIDDEN = 1280  # several warps of a collapse, the last of them partly idle
 CASES = tuple((op, norm) for op in OUTPUTS for norm in (False, True) if not (op == "post" and norm))
+TOKENWISE = ("x", "residual", "post_layer_mix", "comb_res_mix")
 ENDS = ("expand_pre", "post_head")  # kernels in clusters; post_head_streams is the latter's too
 
 
@@ -74,7 +75,7 @@ class Device:
 
         def launch(key: dispatch.Key, device: torch.device, *args: Any) -> None:
             run = kernel(key)
-            if key.kernel == "fused_post_pre" and args[-1]:
+            if key.kernel in (dispatch.ONE_LAUNCH, dispatch.PERSISTENT) and args[-1]:
                 run.early = ("fn",)
             self.launched.add(key)
             run(*args)
@@ -121,7 +122,8 @@ def test_every_kernel_matches_the_oracle(device, hidden, arch):
                 continue
             device.check(op, make_inputs(op, tokens, hidden, norm=norm, seed=tokens))
     keys = dispatch.keys(hidden, arch, MAX_TOKENS)
-    assert device.launched == {key for key in keys if hidden != 256 or key.kernel not in ENDS}
+    elsewhere = {dispatch.PERSISTENT, *(ENDS if hidden == 256 else ())}
+    assert device.launched == {key for key in keys if key.kernel not in elsewhere}
 
 
 @pytest.mark.parametrize(("op", "norm"), CASES)
@@ -210,6 +212,25 @@ def test_batches_give_the_bits_of_single_tokens(device, op, tokens):
         assert_equal(alone, {name: value[token : token + 1] for name, value in batch.items()})
 
 
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("hidden", [HIDDEN, 5376], ids=["16_tokens_a_tile", "8_tokens_a_tile"])
+def test_the_persistent_kernel(monkeypatch, device, hidden, norm):
+    """It loops over tiles, and its bits are those of the kernel for few tokens."""
+    if hidden != HIDDEN and not norm:
+        pytest.skip("one norm of the larger hidden size: a minute each")
+    tokens = 69 if hidden == HIDDEN else 37  # 5 tiles, the last one short, all of one cluster
+    inputs = make_inputs("fused_post_pre", tokens, hidden, norm=norm, seed=3)
+    few = {name: value[:5] if name in TOKENWISE else value for name, value in inputs.items()}
+    expected = device.run("fused_post_pre", few)
+    monkeypatch.setattr(dispatch, "ONE_LAUNCH_MAX_TOKENS", 0)
+    monkeypatch.setattr(dispatch, "CLUSTERS", 1)
+    monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
+    many = device.run("fused_post_pre", inputs)
+    assert dispatch.persistent_key(hidden, ARCH, norm) in device.launched
+    assert_matches_oracle("fused_post_pre", inputs, tuple(many.values()))
+    assert_equal(expected, {name: value[:5] for name, value in many.items()})
+
+
 @pytest.mark.parametrize("op", OUTPUTS)
 def test_nan_stays_in_its_token(device, op):
     inputs = make_inputs(op, 18, HIDDEN, norm=True)
@@ -250,7 +271,7 @@ def test_no_races(monkeypatch, folder, lowered, arch):
     assert device.launched == {
         key
         for key in dispatch.keys(256, arch, MAX_TOKENS)
-        if key.kernel not in (dispatch.ONE_LAUNCH, *ENDS)
+        if key.kernel not in (dispatch.ONE_LAUNCH, dispatch.PERSISTENT, *ENDS)
     }
 
 

@@ -18,7 +18,9 @@ def kernels_of(case):
     """The keys that a case launches on an H100."""
     keys = set()
     size = (case.tokens, case.hidden)
-    one_launch = dispatch.takes_one_launch(*size, ARCH) and not case.classical
+    one_launch = dispatch.takes_one_launch(*size, ARCH) and case.way != "classical"
+    if case.way == "invariant":
+        return {dispatch.persistent_key(case.hidden, ARCH, case.norm)}
     if case.op == "fused_post_pre" and one_launch:
         return {dispatch.fused_post_pre_key(case.hidden, ARCH, case.norm)}
     if case.op == "expand_pre":
@@ -45,12 +47,12 @@ def test_every_kernel_is_reached_in_the_first_half():
     assert reached == workload.keys(ARCH)
     assert {key.kernel for key in reached} == {
         "post", "projection", "finish", "post_projection", "head", "fused_post_pre",
-        "expand_pre", "post_head",
+        "expand_pre", "post_head", "fused_post_pre_persistent",
     }  # fmt: skip
 
 
 def test_the_path_of_other_gpus():
-    with workload.path(classical=True):
+    with workload.path("classical"):
         assert not dispatch.takes_one_launch(1, 256, ARCH)
     assert dispatch.takes_one_launch(1, 256, ARCH)
 
@@ -64,7 +66,7 @@ def test_cases_run(op):
 
 
 def test_a_wrong_result(monkeypatch):
-    case = workload.Case("post", False, 3, 256, False)
+    case = workload.Case("post", False, 3, 256, "own")
     monkeypatch.setattr(workload, "as_outputs", lambda op, out: {"residual_out": out + 1})
     with pytest.raises(AssertionError, match=r"residual_out: .* beyond the bound"):
         workload.run(case, "cpu")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch, host, jit, reference, support
+from .. import config, dispatch, host, jit, reference, support
 from .._checks import check_mixing, check_post
 from .._library import register
 from .post import launch_post
@@ -90,15 +90,25 @@ def launch_fused(
     streams_out: Tensor,
     outputs: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """The whole op as one launch of the ``fused_post_pre`` kernel, which writes the outputs.
+    """The whole op as one launch, which writes the outputs.
 
-    ``mhc_ops/_host.cpp`` does the same for the calls that follow.
+    For few tokens, ``mhc_ops/_host.cpp`` does the same for the calls that follow.
     """
     tokens, hc_mult, hidden = streams.shape
     post_mix, comb_mix, layer_input = outputs
     fn = fn.contiguous()
-    norm = norm_weight is not None
-    key = dispatch.fused_post_pre_key(hidden, support.arch(streams.device), norm)
+    norm, arch = norm_weight is not None, support.arch(streams.device)
+    few = dispatch.takes_one_launch(tokens, hidden, arch)
+    if few:
+        key, group_tokens = (
+            dispatch.fused_post_pre_key(hidden, arch, norm),
+            dispatch.group_tokens(tokens),
+        )
+    else:
+        key, group_tokens = (
+            dispatch.persistent_key(hidden, arch, norm),
+            dispatch.persistent_group_tokens(tokens),
+        )
     entry_point = jit.entry_point(key, streams.device)  # first: the table of what was read is there
     jit.launch(
         key,
@@ -121,10 +131,11 @@ def launch_fused(
         hc_post_mult_value,
         sinkhorn_repeat,
         *(() if norm_weight is None else (norm_eps,)),
-        dispatch.group_tokens(tokens),
+        group_tokens,
         int(host.may_read_early(fn)),
     )
-    host.remember(streams.device, hidden, norm, entry_point, _GROUP_TOKENS)
+    if few:
+        host.remember(streams.device, hidden, norm, entry_point, _GROUP_TOKENS)
 
 
 def launch_post_projection(
@@ -187,7 +198,10 @@ def _cuda(
     if not streams.numel():
         return (residual.new_empty(residual.shape), *outputs)
     tokens, _, hidden = streams.shape
-    if dispatch.takes_one_launch(tokens, hidden, support.arch(residual.device)):
+    size = tokens, hidden, support.arch(residual.device)
+    if dispatch.takes_one_launch(*size) or dispatch.takes_persistent(
+        *size, config.switch("MHC_OPS_BATCH_INVARIANT")
+    ):
         residual_out = residual.new_empty(residual.shape)
         launch_fused(
             x, streams.contiguous(), post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, rms_eps,

@@ -105,4 +105,9 @@ __device__ __forceinline__ void send_bulk(void* slot, void* inbox, int rank, con
   emulation::send_bulk(slot, inbox, rank, source, bytes);
 }
 
+__device__ __forceinline__ void load_bulk(void* shared, const void* global, unsigned bytes,
+                                          void* inbox) {
+  emulation::load_bulk(shared, global, bytes, inbox);
+}
+
 }  // namespace mhc

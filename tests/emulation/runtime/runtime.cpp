@@ -299,6 +299,8 @@ void send(const char* operation, void* slot, void* inbox, int rank, const void* 
   send(operation, slot, inbox, rank, data, bytes, bytes, nullptr);
 }
 
+constexpr unsigned BULK_UNIT = 16;  // bytes
+
 void fence_bulk() {
   Cta& cta = *running->cta;
   Unobserved bookkeeping;
@@ -312,12 +314,25 @@ void fence_bulk() {
   cta.lock.unlock();
 }
 
+static void check_bulk(const char* operation, unsigned bytes) {
+  if (bytes == 0 || bytes % BULK_UNIT != 0 || bytes > Message::MOST)
+    fail("%s: %u bytes, expected a multiple of %u up to %u", operation, bytes, BULK_UNIT,
+         Message::MOST);
+}
+
+// A message from memory to this CTA itself.
+void load_bulk(void* shared, const void* global, unsigned bytes, void* inbox) {
+  const char* const operation = "load_bulk";
+  check_bulk(operation, bytes);
+  if (reinterpret_cast<uintptr_t>(global) % BULK_UNIT != 0)
+    fail("%s: the source is not aligned to %u bytes", operation, BULK_UNIT);
+  send(operation, shared, inbox, int(rank_in_cluster()), global, bytes, BULK_UNIT, nullptr);
+}
+
 void send_bulk(void* slot, void* inbox, int rank, const void* source, unsigned bytes) {
   const char* const operation = "send_bulk";
-  constexpr unsigned UNIT = 16;
-  if (bytes == 0 || bytes % UNIT != 0 || bytes > Message::MOST)
-    fail("%s: %u bytes, expected a multiple of %u up to %u", operation, bytes, UNIT, Message::MOST);
-  const Place place = place_of(operation, "source", source, bytes, UNIT);
+  check_bulk(operation, bytes);
+  const Place place = place_of(operation, "source", source, bytes, BULK_UNIT);
   const auto* first = static_cast<const unsigned char*>(source);
   {
     Unobserved bookkeeping;
@@ -328,7 +343,7 @@ void send_bulk(void* slot, void* inbox, int rank, const void* source, unsigned b
       fail("%s: the source at %s was written after this thread's bulk_fence", operation,
            place.text().c_str());
   }
-  send(operation, slot, inbox, rank, source, bytes, UNIT, first);
+  send(operation, slot, inbox, rank, source, bytes, BULK_UNIT, first);
 }
 
 // --- asynchronous loads

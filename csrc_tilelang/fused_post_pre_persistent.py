@@ -1,0 +1,758 @@
+"""fused_post_pre_persistent: the whole boundary in one pass over memory, for many tokens.
+
+Algorithm: as in ``fused_post_pre``, a cluster of 16 CTAs shares the hidden dimension and keeps its
+slices of fn on the chip, in three bf16 terms; but clusters stay, as many as run at once, and loop
+over tiles of 16 tokens (8 where a slice has more than 320 columns). Each token is read once and
+written once. A CTA's warps have two roles, with registers to match:
+
+* 8 token warps own 1 or 2 tokens of a tile. They make the new streams in shared memory and in
+  global memory (post), then finish tiles before: the collapse of the last one, the RMSNorm of the
+  one before that, so that what CTAs tell each other has a tile's time to travel.
+* 8 projection warps hold fn, 144 registers a thread and the rest of it in shared memory. They
+  project a tile when it is posted, send its sums to the tokens' owners, and load the tile after the
+  next when the one before has been collapsed; one of them makes the collapse weights of the token
+  that this CTA owns. When all tiles are done they make post weights and combs, a token a thread:
+  Sinkhorn in the loop spilled the terms of fn and took 1.5 times as long.
+
+Loads are bulk copies, a row each: one instruction for 512 bytes. Their number counts, not their
+bytes: with 32 small ones more a tile, 8192 tokens took 341 us in place of 318 at H = 4096, and with
+64 bulk stores more 403.
+
+What CTAs tell each other goes through inboxes as in ``fused_post_pre``, of two sets by the tile's
+parity, opened again for the tile after the next by a thread that has waited. Nothing else has to
+say that a slot is free: a CTA sends for tile i + 2 only when it has the weights of tile i, which
+its owner sent when it had read all sums of tile i. All waits are for CTAs of the same cluster,
+which the hardware starts together, or for warps of the same CTA; no cluster waits for another.
+A CTA ends only when all that was sent to it has come.
+
+The arithmetic and its order are those of ``fused_post_pre``, whose bits these are.
+"""
+
+import tilelang.language as T
+
+from ..dispatch import CLUSTER
+from ._collapse import sigmoid
+from ._device import DEVICE_SOURCE, HC_MULT, MIXES, MMA_COLUMNS, SQUARES, VECTOR, WARP
+from ._operands import (
+    CHUNK,
+    SUMS,
+    SUMS_PITCH,
+    UNIT_TERMS,
+    UNIT_WEIGHTS,
+    add_tree,
+    split_unit,
+    store_sums,
+)
+from ._sinkhorn import COMB, sinkhorn, softmax_rows
+from ._steps import mix_stream, widen
+from .fused_post_pre import (
+    PAD,
+    REGISTER_UNITS,
+    SLICE_TREE,
+    WARP_TREE,
+    WARPS,
+    add_unit,
+    copy_unit,
+    load_unit,
+    shared_units,
+    slice_size,
+)
+
+THREADS = WARPS * WARP
+PROJECTION_WARPS = 8  # each with the units of two warps of fused_post_pre
+HALVES = WARPS // PROJECTION_WARPS
+PROJECTION_THREADS = PROJECTION_WARPS * WARP
+TOKEN_WARPS = WARPS - PROJECTION_WARPS
+# of 512 a thread of each sub-core's four warps: 144 of fn and 40, and what the token warps need
+PROJECTION_REGISTERS = 184
+TOKEN_REGISTERS = 512 // 2 - PROJECTION_REGISTERS
+BUFFERS = 3  # of streams: a tile under way, one posted, one to be collapsed
+LOAD_TOKENS = 8  # of a warp that loads
+LOAD_WARP = 4  # the first of them: those before send sums
+WEIGHTS_WARP = PROJECTION_WARPS - 1
+PROJECTION_BARRIER = 1  # named barrier of the projection warps; 0 is the whole CTA's
+WIDE_TILE_COLUMNS = 320  # columns of a slice up to which 16 tokens fit
+
+
+def tile_tokens(hidden: int) -> int:
+    """Tokens of a tile: 16, or 8 where 16 do not fit in shared memory."""
+    return 16 if slice_size(hidden) <= WIDE_TILE_COLUMNS else 8
+
+
+def warp_tokens(hidden: int) -> int:
+    """Tokens of a token warp in a tile."""
+    return tile_tokens(hidden) // TOKEN_WARPS
+
+
+def tokens_here(i, size, count):
+    """Tokens of tile ``i`` of ``size`` tokens, 0 past the end."""
+    return T.max(T.min(size, count - i * size), 0)
+
+
+def load_bytes(i, part, hidden, count):
+    """What is loaded of part ``part`` of tile ``i``: x, streams, post weights and combs."""
+    row = HC_MULT + 1
+    here = T.max(T.min(LOAD_TOKENS, count - i * tile_tokens(hidden) - part * LOAD_TOKENS), 0)
+    return here * (row * slice_size(hidden) * 2 + row * HC_MULT * 4)
+
+
+def weights_bytes(i, hidden, count):
+    """What the owners send of tile ``i``: 4 weights a token."""
+    return tokens_here(i, tile_tokens(hidden), count) * (HC_MULT * 4)
+
+
+def squares_bytes(i, hidden, count):
+    """What 16 CTAs send of tile ``i``: a sum a token, as many at once as a token warp has."""
+    each = warp_tokens(hidden)
+    return T.ceildiv(tokens_here(i, tile_tokens(hidden), count), each) * (each * CLUSTER * 4)
+
+
+@T.macro
+def load_tile(
+    x, residual, post_layer_mix, comb_res_mix, first, count, i, rank, part, lane, hidden,
+    x_shared, streams_shared, post_shared, comb_shared, inbox,
+):  # fmt: skip
+    """A warp's part of tile ``i``: rows of 4 tokens at a time, one a lane, then the mixes."""
+    tile = tile_tokens(hidden)
+    size = slice_size(hidden)
+    here = T.min(LOAD_TOKENS, count - i * tile - part * LOAD_TOKENS)
+    what = lane % 8
+    for half in T.unroll(2, unroll_factor=1):
+        row = part * LOAD_TOKENS + half * 4 + lane // 8
+        t = first + i * tile + row
+        if half * 4 + lane // 8 < here:
+            if what < HC_MULT:
+                T.call_extern(
+                    "handle",
+                    "mhc::load_bulk",
+                    T.access_ptr(streams_shared[i % BUFFERS * tile + row, what * size], "w"),
+                    T.access_ptr(residual[t, what, rank * size], "r"),
+                    size * 2,
+                    inbox,
+                )
+            elif what == HC_MULT:
+                T.call_extern(
+                    "handle",
+                    "mhc::load_bulk",
+                    T.access_ptr(x_shared[i % 2 * tile + row, 0], "w"),
+                    T.access_ptr(x[t, rank * size], "r"),
+                    size * 2,
+                    inbox,
+                )
+    if lane == 0 and here > 0:
+        row = part * LOAD_TOKENS
+        t = first + i * tile + row
+        T.call_extern(
+            "handle",
+            "mhc::load_bulk",
+            T.access_ptr(post_shared[i % 2 * tile + row, 0], "w"),
+            T.access_ptr(post_layer_mix[t, 0, 0], "r"),
+            here * (HC_MULT * 4),
+            inbox,
+        )
+        T.call_extern(
+            "handle",
+            "mhc::load_bulk",
+            T.access_ptr(comb_shared[i % 2 * tile + row, 0], "w"),
+            T.access_ptr(comb_res_mix[t, 0, 0], "r"),
+            here * (HC_MULT * HC_MULT * 4),
+            inbox,
+        )
+
+
+@T.macro
+def post_token(
+    x_shared, streams_shared, post_shared, comb_shared, residual_out, x_row, row, t, rank, lane,
+    hidden,
+):  # fmt: skip
+    """post: r'[j] = bf16(post[j] * x + sum_i comb[i, j] * r[i]) of one token, in place and out."""
+    size = slice_size(hidden)
+    new_local = T.alloc_local((HC_MULT * CHUNK,), "bfloat16")
+    mixes_local = T.alloc_local(((HC_MULT + 1) * HC_MULT,), "float32")
+    for j in T.vectorized(HC_MULT):
+        mixes_local[j] = post_shared[x_row, j]
+    for i in T.unroll(HC_MULT):
+        for j in T.vectorized(HC_MULT):
+            mixes_local[(i + 1) * HC_MULT + j] = comb_shared[x_row, i * HC_MULT + j]
+    # not unrolled: with all of a token's columns at once it spilled 13 registers
+    for r in T.unroll(-(-size // (WARP * CHUNK)), unroll_factor=1):
+        h = (r * WARP + lane) * CHUNK
+        x_local = T.alloc_local((CHUNK,), "bfloat16")
+        streams_local = T.alloc_local((HC_MULT * CHUNK,), "bfloat16")
+        if size % (WARP * CHUNK) == 0 or h < size:
+            for v in T.vectorized(CHUNK):
+                x_local[v] = x_shared[x_row, h + v]
+            for j in T.unroll(HC_MULT):
+                for v in T.vectorized(CHUNK):
+                    streams_local[j * CHUNK + v] = streams_shared[row, j * size + h + v]
+            for j in T.unroll(HC_MULT):
+                mix_stream(
+                    x_local, 0, streams_local, 0, mixes_local[j], mixes_local, HC_MULT + j, HC_MULT,
+                    new_local, j * CHUNK, CHUNK,
+                )  # fmt: skip
+            for j in T.unroll(HC_MULT):
+                for v in T.vectorized(CHUNK):
+                    residual_out[t, j, rank * size + h + v] = new_local[j * CHUNK + v]
+                for v in T.vectorized(CHUNK):
+                    streams_shared[row, j * size + h + v] = new_local[j * CHUNK + v]
+
+
+@T.macro
+def add_slices(value):
+    """value[0] summed up over 16 aligned lanes, in the order of SLICE_TREE."""
+    for half in SLICE_TREE:
+        value[0] = value[0] + T.shfl_xor(value[0], half)
+
+
+@T.macro
+def boundary(
+    x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, gain, residual_out, post_mix,
+    comb_mix, layer_input, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
+    sinkhorn_repeat, norm_eps, group_tokens, early, tokens, i_c, hidden, norm,
+):  # fmt: skip
+    """One CTA; ``gain`` and ``norm_eps`` are read when ``norm`` is true."""
+    T.import_source(DEVICE_SOURCE)
+    size = slice_size(hidden)
+    n_shared = shared_units(hidden)
+    tile = tile_tokens(hidden)
+    per = warp_tokens(hidden)
+    reps = -(-size // (WARP * VECTOR))  # 16-byte vectors of a lane, in the collapse
+    every = CLUSTER // tile  # a CTA owns one token in every so many tiles
+    owned = 2 // every  # sets of what an owner is sent
+    parts = tile // LOAD_TOKENS
+    mma_tiles = tile // MMA_COLUMNS
+    shared_rounds = -(-n_shared // WARPS)
+    rank = i_c % CLUSTER
+    first = T.alloc_var("int32", init=i_c // CLUSTER * group_tokens)
+    count = T.alloc_var("int32", init=T.min(group_tokens, tokens - first))
+    tiles = T.alloc_var("int32", init=T.ceildiv(count, tile))
+    tx = T.get_thread_binding()
+    lane = tx % WARP
+    warp = T.alloc_var("int32", init=T.shfl_sync(tx // WARP, 0))
+
+    streams_shared = T.alloc_shared((BUFFERS * tile, HC_MULT * size + PAD), "bfloat16")
+    x_shared = T.alloc_shared((2 * tile, size), "bfloat16")
+    post_shared = T.alloc_shared((2 * tile, HC_MULT), "float32")
+    comb_shared = T.alloc_shared((2 * tile, HC_MULT * HC_MULT), "float32")
+    terms_shared = T.alloc_shared((max(1, n_shared), UNIT_TERMS // 4, WARP, 4), "uint32")
+    sums_shared = T.alloc_shared(
+        (2 * mma_tiles, PROJECTION_WARPS, MMA_COLUMNS, SUMS_PITCH), "float32"
+    )
+    slices_shared = T.alloc_shared((owned, CLUSTER, SUMS_PITCH), "float32")
+    squares_shared = T.alloc_shared((2, CLUSTER, tile), "float32")
+    weights_shared = T.alloc_shared((2, tile, HC_MULT), "float32")
+    hc_shared = T.alloc_shared((3 + MIXES,), "float32")
+    sums_inbox = T.alloc_shared((owned,), "uint64")
+    squares_inbox = T.alloc_shared((2,), "uint64")
+    weights_inbox = T.alloc_shared((2,), "uint64")
+    loads_inbox = T.alloc_shared((BUFFERS, parts), "uint64")
+    posted = T.alloc_shared((2,), "uint64")
+    freed = T.alloc_shared((2,), "uint64")
+
+    terms_local = T.alloc_local((HALVES * REGISTER_UNITS * UNIT_TERMS,), "uint32")
+    split_terms_local = T.alloc_local((UNIT_TERMS,), "uint32")
+    weights_local = T.alloc_local((REGISTER_UNITS * UNIT_WEIGHTS,), "float32")
+    shared_weights_local = T.alloc_local((UNIT_WEIGHTS,), "float32")
+    sums_local = T.alloc_local((8,), "float32")
+    both_local = T.alloc_local((8,), "float32")
+    slices_local = T.alloc_local((CLUSTER,), "float32")
+    vectors_local = T.alloc_local((PROJECTION_WARPS // 2 * 4,), "float32")
+    upper_local = T.alloc_local((4,), "float32")
+    comb_local = T.alloc_local((HC_MULT * HC_MULT,), "float32")
+    pre_local = T.alloc_local((HC_MULT,), "float32")
+    collapse_weights = T.alloc_local((per * HC_MULT,), "float32")
+    value_local = T.alloc_local((per * reps * VECTOR,), "bfloat16")
+    gain_local = T.alloc_local((reps * VECTOR,), "bfloat16")
+    out_local = T.alloc_local((VECTOR,), "bfloat16")
+    collapse_local = T.alloc_local((HC_MULT * VECTOR,), "bfloat16")
+    wide_local = T.alloc_local((VECTOR,), "float32")
+    total_local = T.alloc_local((VECTOR,), "float32")
+    squares_local = T.alloc_local((per,), "float32")
+    squares = T.alloc_local((1,), "float32")
+    scale = T.alloc_local((1,), "float32")
+    base = T.alloc_local((1,), "float32")
+    logit = T.alloc_local((1,), "float32")
+    mix = T.alloc_local((1,), "float32")
+
+    if tx < owned:
+        T.call_extern(
+            "handle", "mhc::inbox_open", T.access_ptr(sums_inbox[tx], "w"), CLUSTER * SUMS_PITCH * 4
+        )
+    elif tx < owned + 2:
+        T.call_extern(
+            "handle",
+            "mhc::inbox_open",
+            T.access_ptr(squares_inbox[tx - owned], "w"),
+            squares_bytes(tx - owned, hidden, count),
+        )
+    elif tx < owned + 4:
+        T.call_extern(
+            "handle",
+            "mhc::inbox_open",
+            T.access_ptr(weights_inbox[tx - owned - 2], "w"),
+            weights_bytes(tx - owned - 2, hidden, count),
+        )
+    elif tx < owned + 6:
+        T.call_extern(
+            "handle", "mhc::gate_open", T.access_ptr(posted[tx - owned - 4], "w"), TOKEN_WARPS
+        )
+    elif tx < owned + 8:
+        T.call_extern(
+            "handle", "mhc::gate_open", T.access_ptr(freed[tx - owned - 6], "w"), TOKEN_WARPS
+        )
+    elif tx < owned + 8 + BUFFERS * parts:
+        T.call_extern(
+            "handle",
+            "mhc::inbox_open",
+            T.access_ptr(loads_inbox[(tx - owned - 8) // parts, (tx - owned - 8) % parts], "w"),
+            load_bytes((tx - owned - 8) // parts, (tx - owned - 8) % parts, hidden, count),
+        )
+    T.cluster_arrive()
+    if tx < MIXES * HC_MULT and i_c < CLUSTER:
+        T.call_extern(
+            "handle",
+            "mhc::prefetch_l2_bulk",
+            T.access_ptr(fn[tx // HC_MULT, tx % HC_MULT * hidden + rank * size], "r"),
+            size * 4,
+        )
+
+    if warp < PROJECTION_WARPS:
+        T.set_max_nreg(PROJECTION_REGISTERS, 1)
+        if early == 0:
+            T.pdl_sync()
+        T.pdl_trigger()
+        # fn, split, as in fused_post_pre; this warp has the units of its warps p and p + 8
+        for half in T.unroll(HALVES):
+            for u in T.unroll(shared_rounds):
+                slot = u * WARPS + half * PROJECTION_WARPS + warp
+                if slot < n_shared:
+                    copy_unit(
+                        fn, slot + REGISTER_UNITS * WARPS, rank, lane, hidden, terms_shared, slot
+                    )
+        for half in T.unroll(HALVES):
+            unit = half * PROJECTION_WARPS + warp
+            t0 = half * REGISTER_UNITS * UNIT_TERMS
+            for u in T.unroll(REGISTER_UNITS):
+                load_unit(fn, unit + u * WARPS, rank, lane, hidden, weights_local, u * UNIT_WEIGHTS)
+            for u in T.unroll(REGISTER_UNITS):
+                split_unit(weights_local, u * UNIT_WEIGHTS, terms_local, t0 + u * UNIT_TERMS)
+        if n_shared > 0:
+            T.call_extern("handle", "mhc::loads_wait")
+            T.sync_warp()
+            for half in T.unroll(HALVES):
+                for u in T.unroll(shared_rounds):
+                    slot = u * WARPS + half * PROJECTION_WARPS + warp
+                    if slot < n_shared:
+                        for q in T.unroll(UNIT_WEIGHTS // 4):
+                            for v in T.vectorized(4):
+                                shared_weights_local[q * 4 + v] = T.reinterpret(
+                                    terms_shared[slot, q, lane, v], "float32"
+                                )
+                        split_unit(shared_weights_local, 0, split_terms_local, 0)
+                        for q in T.unroll(UNIT_TERMS // 4):
+                            for v in T.vectorized(4):
+                                terms_shared[slot, q, lane, v] = split_terms_local[q * 4 + v]
+        T.cluster_wait()
+        T.pdl_sync()
+        for i in T.serial(tiles):
+            here = T.min(tile, count - i * tile)
+            set0 = i % 2 * mma_tiles
+            # projection and sum of squares, 8 tokens at a time
+            T.call_extern("handle", "mhc::gate_wait", T.access_ptr(posted[i % 2], "r"), i // 2 % 2)
+            for n in T.serial(T.ceildiv(here, MMA_COLUMNS)):
+                row = i % BUFFERS * tile + T.min(n * MMA_COLUMNS + lane // 4, here - 1)
+                for half in T.unroll(HALVES):
+                    for q in T.unroll(8):
+                        sums_local[q] = 0.0
+                    unit = half * PROJECTION_WARPS + warp
+                    t0 = half * REGISTER_UNITS * UNIT_TERMS
+                    for u in T.unroll(REGISTER_UNITS):
+                        add_unit(
+                            streams_shared, row, unit + u * WARPS, lane, hidden,
+                            terms_local, t0 + u * UNIT_TERMS, terms_shared, None, sums_local,
+                        )  # fmt: skip
+                    for u in T.unroll(shared_rounds):
+                        if unit + u * WARPS < n_shared:
+                            add_unit(
+                                streams_shared, row, unit + (u + REGISTER_UNITS) * WARPS, lane,
+                                hidden, terms_local, 0, terms_shared, unit + u * WARPS, sums_local,
+                            )  # fmt: skip
+                    if half == 0:
+                        for q in T.unroll(8):
+                            both_local[q] = sums_local[q]
+                    else:
+                        for q in T.unroll(8):
+                            sums_local[q] = both_local[q] + sums_local[q]
+                store_sums(sums_local, lane, warp, set0 + n, sums_shared)
+            T.sync_threads(PROJECTION_BARRIER, PROJECTION_THREADS)
+            # the warps' sums added up, 4 of a token a thread, and sent to the token's owner
+            sent = tx // 8
+            if sent < here and tx % 8 < SUMS_PITCH // 4:
+                for w in T.unroll(PROJECTION_WARPS // 2):
+                    for v in T.vectorized(4):
+                        pre_local[v] = sums_shared[
+                            set0 + sent // MMA_COLUMNS, w, sent % MMA_COLUMNS, tx % 8 * 4 + v
+                        ]
+                    for v in T.vectorized(4):
+                        upper_local[v] = sums_shared[
+                            set0 + sent // MMA_COLUMNS,
+                            w + PROJECTION_WARPS // 2,
+                            sent % MMA_COLUMNS,
+                            tx % 8 * 4 + v,
+                        ]
+                    for v in T.unroll(4):
+                        vectors_local[w * 4 + v] = pre_local[v] + upper_local[v]
+                for half in WARP_TREE[2:]:
+                    for q in T.unroll(half * 4):
+                        vectors_local[q] = vectors_local[q] + vectors_local[half * 4 + q]
+                T.call_extern(
+                    "handle",
+                    "mhc::send4",
+                    T.access_ptr(slices_shared[i % owned, rank, tx % 8 * 4], "w"),
+                    T.access_ptr(sums_inbox[i % owned], "w"),
+                    i % every * tile + sent,
+                    T.access_ptr(vectors_local[0], "r"),
+                )
+            # loads of the tile after the next, when the tile before has been collapsed
+            part = warp - LOAD_WARP
+            if part >= 0 and part < parts and i + 2 < tiles:
+                T.call_extern(
+                    "handle", "mhc::gate_wait", T.access_ptr(freed[i % 2], "r"), i // 2 % 2
+                )
+                T.call_extern("handle", "mhc::bulk_fence")
+                load_tile(
+                    x, residual, post_layer_mix, comb_res_mix, first, count, i + 2, rank, part,
+                    lane, hidden, x_shared, streams_shared, post_shared, comb_shared,
+                    T.access_ptr(loads_inbox[(i + 2) % BUFFERS, part], "w"),
+                )  # fmt: skip
+            if warp == WEIGHTS_WARP:
+                own = rank - i % every * tile
+                if own >= 0 and own < here:
+                    # m = projection * rsqrt(mean square + rms_eps), one column a lane; scale, base
+                    scale[0] = hc_shared[
+                        T.if_then_else(lane < HC_MULT, 0, T.if_then_else(lane < COMB, 1, 2))
+                    ]
+                    base[0] = hc_shared[3 + T.min(lane, MIXES - 1)]
+                    T.call_extern(
+                        "handle",
+                        "mhc::inbox_wait",
+                        T.access_ptr(sums_inbox[i % owned], "r"),
+                        i // 2 % 2,
+                    )
+                    for c in T.unroll(CLUSTER):
+                        slices_local[c] = slices_shared[i % owned, c, T.min(lane, SUMS - 1)]
+                    T.sync_warp()
+                    if lane == 0:
+                        T.call_extern(
+                            "handle",
+                            "mhc::inbox_again",
+                            T.access_ptr(sums_inbox[i % owned], "w"),
+                            CLUSTER * SUMS_PITCH * 4,
+                        )
+                    add_tree(slices_local, SLICE_TREE)
+                    mix[0] = T.rsqrt(
+                        T.shfl_sync(slices_local[0], SQUARES) * (1.0 / (HC_MULT * hidden)) + rms_eps
+                    )
+                    logit[0] = slices_local[0] * mix[0] * scale[0] + base[0]
+                    # collapse weights: sigmoid(m) + hc_pre_eps, to everyone
+                    sigmoid(logit[0], mix)
+                    mix[0] = mix[0] + hc_pre_eps
+                    for j in T.unroll(HC_MULT):
+                        pre_local[j] = T.shfl_sync(mix[0], j)
+                    if lane < CLUSTER:
+                        T.call_extern(
+                            "handle",
+                            "mhc::send4",
+                            T.access_ptr(weights_shared[i % 2, own, 0], "w"),
+                            T.access_ptr(weights_inbox[i % 2], "w"),
+                            lane,
+                            T.access_ptr(pre_local[0], "r"),
+                        )
+                    # the other logits wait where their results will be
+                    t = first + i * tile + own
+                    if lane >= HC_MULT and lane < COMB:
+                        post_mix[t, lane - HC_MULT, 0] = logit[0]
+                    elif lane >= COMB and lane < MIXES:
+                        comb_mix[t, (lane - COMB) // HC_MULT, lane % HC_MULT] = logit[0]
+        T.sync_threads(PROJECTION_BARRIER, PROJECTION_THREADS)
+        # of the tokens that this CTA owns, one a thread: post' = sigmoid(m) * hc_post_mult_value,
+        # comb' = Sinkhorn(softmax_rows(m))
+        for k in T.serial(T.ceildiv(count, PROJECTION_THREADS * CLUSTER)):
+            t = (k * PROJECTION_THREADS + tx) * CLUSTER + rank
+            if t < count:
+                for j in T.vectorized(HC_MULT):
+                    pre_local[j] = post_mix[first + t, j, 0]
+                for r in T.unroll(HC_MULT):
+                    for j in T.vectorized(HC_MULT):
+                        comb_local[r * HC_MULT + j] = comb_mix[first + t, r, j]
+                for j in T.unroll(HC_MULT):
+                    sigmoid(pre_local[j], mix)
+                    pre_local[j] = mix[0] * hc_post_mult_value
+                for j in T.vectorized(HC_MULT):
+                    post_mix[first + t, j, 0] = pre_local[j]
+                softmax_rows(comb_local, hc_sinkhorn_eps)
+                sinkhorn(comb_local, hc_sinkhorn_eps, sinkhorn_repeat)
+                for r in T.unroll(HC_MULT):
+                    for j in T.vectorized(HC_MULT):
+                        comb_mix[first + t, r, j] = comb_local[r * HC_MULT + j]
+    else:
+        T.set_max_nreg(TOKEN_REGISTERS, 0)
+        me = warp - PROJECTION_WARPS
+        row0 = me * per
+        mine = lane // CLUSTER % per  # this half warp's token of the warp's
+        if early == 0:
+            T.pdl_sync()
+        T.pdl_trigger()
+        T.cluster_wait()
+        T.pdl_sync()
+        if warp == PROJECTION_WARPS and lane < 3:
+            hc_shared[lane] = hc_scale[lane]
+        if warp == PROJECTION_WARPS and lane < MIXES:
+            hc_shared[3 + lane] = hc_base[lane]
+        if me < parts:
+            for i in T.unroll(2):
+                load_tile(
+                    x, residual, post_layer_mix, comb_res_mix, first, count, i, rank, me, lane,
+                    hidden, x_shared, streams_shared, post_shared, comb_shared,
+                    T.access_ptr(loads_inbox[i, me], "w"),
+                )  # fmt: skip
+        for i in T.serial(tiles + 2):
+            # read every time: kept in registers, they were spilled
+            if norm:
+                for r in T.unroll(reps):
+                    if (r * WARP + lane) * VECTOR < size:
+                        for v in T.vectorized(VECTOR):
+                            gain_local[r * VECTOR + v] = gain[
+                                rank * size + (r * WARP + lane) * VECTOR + v
+                            ]
+            # post, as soon as the loads are there
+            if i < tiles:
+                if i * tile + row0 < count:
+                    T.call_extern(
+                        "handle",
+                        "mhc::inbox_wait",
+                        T.access_ptr(loads_inbox[i % BUFFERS, row0 // LOAD_TOKENS], "r"),
+                        i // BUFFERS % 2,
+                    )
+                    # not where nothing will be loaded: a phase of 0 bytes would end at once, before
+                    # the other warps have seen the end of this one
+                    if (
+                        lane == 0
+                        and row0 % LOAD_TOKENS == 0
+                        and (i + BUFFERS) * tile + row0 < count
+                    ):
+                        T.call_extern(
+                            "handle",
+                            "mhc::inbox_again",
+                            T.access_ptr(loads_inbox[i % BUFFERS, row0 // LOAD_TOKENS], "w"),
+                            load_bytes(i + BUFFERS, row0 // LOAD_TOKENS, hidden, count),
+                        )
+                for k in T.serial(T.max(T.min(per, count - i * tile - row0), 0)):
+                    post_token(
+                        x_shared, streams_shared, post_shared, comb_shared, residual_out,
+                        i % 2 * tile + row0 + k, i % BUFFERS * tile + row0 + k,
+                        first + i * tile + row0 + k, rank, lane, hidden,
+                    )  # fmt: skip
+                T.sync_warp()
+                if lane == 0:
+                    T.call_extern("handle", "mhc::gate_pass", T.access_ptr(posted[i % 2], "w"))
+            # RMSNorm of the tile before the last: bf16(bf16(v) * rsqrt(mean(v^2) + norm_eps) * g)
+            if norm and i >= 2 and (i - 2) * tile + row0 < count:
+                T.call_extern(
+                    "handle",
+                    "mhc::inbox_wait",
+                    T.access_ptr(squares_inbox[i % 2], "r"),
+                    (i - 2) // 2 % 2,
+                )
+                squares[0] = squares_shared[i % 2, lane % CLUSTER, row0 + mine]
+                T.sync_warp()
+                if me == 0 and lane == 0 and i < tiles:
+                    T.call_extern(
+                        "handle",
+                        "mhc::inbox_again",
+                        T.access_ptr(squares_inbox[i % 2], "w"),
+                        squares_bytes(i, hidden, count),
+                    )
+                add_slices(squares)
+                squares[0] = T.rsqrt(squares[0] * (1.0 / hidden) + norm_eps)
+                for k in T.unroll(per):
+                    squares_local[k] = T.shfl_sync(squares[0], k * CLUSTER)
+                for k in T.unroll(per):
+                    if (i - 2) * tile + row0 + k < count:
+                        for r in T.unroll(reps):
+                            if (r * WARP + lane) * VECTOR < size:
+                                widen(value_local, (k * reps + r) * VECTOR, VECTOR, wide_local)
+                                widen(gain_local, r * VECTOR, VECTOR, total_local)
+                                for v in T.unroll(VECTOR):
+                                    total_local[v] = (
+                                        wide_local[v] * squares_local[k] * total_local[v]
+                                    )
+                                for v in T.vectorized(VECTOR):
+                                    out_local[v] = T.cast(total_local[v], "bfloat16")
+                                for v in T.vectorized(VECTOR):
+                                    layer_input[
+                                        first + (i - 2) * tile + row0 + k,
+                                        rank * size + (r * WARP + lane) * VECTOR + v,
+                                    ] = out_local[v]
+            if i >= 1 and (i - 1) * tile + row0 < count:
+                T.call_extern(
+                    "handle",
+                    "mhc::inbox_wait",
+                    T.access_ptr(weights_inbox[(i - 1) % 2], "r"),
+                    (i - 1) // 2 % 2,
+                )
+                for k in T.unroll(per):
+                    for j in T.vectorized(HC_MULT):
+                        collapse_weights[k * HC_MULT + j] = weights_shared[(i - 1) % 2, row0 + k, j]
+                T.sync_warp()
+                if me == 0 and lane == 0 and i + 1 < tiles:
+                    T.call_extern(
+                        "handle",
+                        "mhc::inbox_again",
+                        T.access_ptr(weights_inbox[(i - 1) % 2], "w"),
+                        weights_bytes(i + 1, hidden, count),
+                    )
+                # collapse of the tile before: v = sum_j weight_j * r'_j
+                for k in T.unroll(per):
+                    squares_local[k] = 0.0
+                    if (i - 1) * tile + row0 + k < count:
+                        for r in T.unroll(reps):
+                            if (r * WARP + lane) * VECTOR < size:
+                                for j in T.unroll(HC_MULT):
+                                    for v in T.vectorized(VECTOR):
+                                        collapse_local[j * VECTOR + v] = streams_shared[
+                                            (i - 1) % BUFFERS * tile + row0 + k,
+                                            j * size + (r * WARP + lane) * VECTOR + v,
+                                        ]
+                                widen(collapse_local, 0, VECTOR, wide_local)
+                                for v in T.unroll(VECTOR):
+                                    total_local[v] = collapse_weights[k * HC_MULT] * wide_local[v]
+                                for j in T.unroll(HC_MULT - 1):
+                                    widen(collapse_local, (j + 1) * VECTOR, VECTOR, wide_local)
+                                    for v in T.unroll(VECTOR):
+                                        total_local[v] = (
+                                            total_local[v]
+                                            + collapse_weights[k * HC_MULT + j + 1] * wide_local[v]
+                                        )
+                                for v in T.unroll(VECTOR):
+                                    squares_local[k] = (
+                                        squares_local[k] + total_local[v] * total_local[v]
+                                    )
+                                for v in T.vectorized(VECTOR):
+                                    value_local[(k * reps + r) * VECTOR + v] = T.cast(
+                                        total_local[v], "bfloat16"
+                                    )
+                                if not norm:
+                                    for v in T.vectorized(VECTOR):
+                                        layer_input[
+                                            first + (i - 1) * tile + row0 + k,
+                                            rank * size + (r * WARP + lane) * VECTOR + v,
+                                        ] = value_local[(k * reps + r) * VECTOR + v]
+                if norm:
+                    for k in T.unroll(per):
+                        squares_local[k] = T.warp_reduce_sum(squares_local[k])
+                    if lane < CLUSTER:
+                        if per == 2:
+                            T.call_extern(
+                                "handle",
+                                "mhc::send2",
+                                T.access_ptr(squares_shared[(i - 1) % 2, rank, row0], "w"),
+                                T.access_ptr(squares_inbox[(i - 1) % 2], "w"),
+                                lane,
+                                squares_local[0],
+                                squares_local[per - 1],
+                            )
+                        else:
+                            T.call_extern(
+                                "handle",
+                                "mhc::send",
+                                T.access_ptr(squares_shared[(i - 1) % 2, rank, row0], "w"),
+                                T.access_ptr(squares_inbox[(i - 1) % 2], "w"),
+                                lane,
+                                squares_local[0],
+                            )
+            if i < tiles:
+                T.sync_warp()
+                if lane == 0:
+                    T.call_extern("handle", "mhc::gate_pass", T.access_ptr(freed[i % 2], "w"))
+
+
+def fused_post_pre_persistent(hidden: int, *, norm: bool, pdl: bool):
+    """Build the fused_post_pre_persistent kernel.
+
+    Args:
+        hidden: H, a multiple of 256 up to 7168.
+        norm: whether the RMSNorm follows; adds the arguments norm_weight and norm_eps.
+        pdl: must be true: clusters and programmatic dependent launch come together (sm_90).
+
+    Returns:
+        The TileLang program, with the arguments of fused_post_pre; group_tokens, the tokens of a
+        cluster, may be any number.
+    """
+    tokens = T.dynamic("tokens", "int32")
+
+    @T.prim_func
+    def mhc_fused_post_pre_persistent(
+        x: T.Tensor((tokens, hidden), "bfloat16"),
+        residual: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
+        post_layer_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
+        comb_res_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
+        fn: T.Tensor((MIXES, HC_MULT * hidden), "float32"),
+        hc_scale: T.Tensor((3,), "float32"),
+        hc_base: T.Tensor((MIXES,), "float32"),
+        residual_out: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
+        post_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
+        comb_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
+        layer_input: T.Tensor((tokens, hidden), "bfloat16"),
+        rms_eps: T.float32,
+        hc_pre_eps: T.float32,
+        hc_sinkhorn_eps: T.float32,
+        hc_post_mult_value: T.float32,
+        sinkhorn_repeat: T.int32,
+        group_tokens: T.int32,
+        early: T.int32,
+    ):
+        with T.Kernel(
+            T.ceildiv(tokens, group_tokens) * CLUSTER, threads=THREADS, cluster_dims=(CLUSTER, 1, 1)
+        ) as i_c:
+            boundary(
+                x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, None,
+                residual_out, post_mix, comb_mix, layer_input, rms_eps, hc_pre_eps,
+                hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, None, group_tokens, early,
+                tokens, i_c, hidden, False,
+            )  # fmt: skip
+
+    @T.prim_func
+    def mhc_fused_post_pre_persistent_norm(
+        x: T.Tensor((tokens, hidden), "bfloat16"),
+        residual: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
+        post_layer_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
+        comb_res_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
+        fn: T.Tensor((MIXES, HC_MULT * hidden), "float32"),
+        hc_scale: T.Tensor((3,), "float32"),
+        hc_base: T.Tensor((MIXES,), "float32"),
+        norm_weight: T.Tensor((hidden,), "bfloat16"),
+        residual_out: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
+        post_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
+        comb_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
+        layer_input: T.Tensor((tokens, hidden), "bfloat16"),
+        rms_eps: T.float32,
+        hc_pre_eps: T.float32,
+        hc_sinkhorn_eps: T.float32,
+        hc_post_mult_value: T.float32,
+        sinkhorn_repeat: T.int32,
+        norm_eps: T.float32,
+        group_tokens: T.int32,
+        early: T.int32,
+    ):
+        with T.Kernel(
+            T.ceildiv(tokens, group_tokens) * CLUSTER, threads=THREADS, cluster_dims=(CLUSTER, 1, 1)
+        ) as i_c:
+            boundary(
+                x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, norm_weight,
+                residual_out, post_mix, comb_mix, layer_input, rms_eps, hc_pre_eps,
+                hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_eps, group_tokens,
+                early, tokens, i_c, hidden, True,
+            )  # fmt: skip
+
+    return mhc_fused_post_pre_persistent_norm if norm else mhc_fused_post_pre_persistent

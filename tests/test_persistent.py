@@ -1,0 +1,73 @@
+"""fused_post_pre for many tokens, by the persistent kernel: the bits of the kernel for few."""
+
+import pytest
+import torch
+
+import mhc_ops
+from mhc_ops import dispatch
+from mhc_ops.testing import assert_matches_oracle, make_inputs, poisoned_memory
+
+pytestmark = pytest.mark.gpu
+
+OP = "fused_post_pre"
+TOKENWISE = ("x", "residual", "post_layer_mix", "comb_res_mix")
+
+
+def some(inputs, rows):
+    """The same call for some of its tokens."""
+    return {name: value[rows] if name in TOKENWISE else value for name, value in inputs.items()}
+
+
+def run(inputs):
+    with poisoned_memory():
+        return mhc_ops.fused_post_pre(**inputs)
+
+
+def assert_same_bits(got, expected):
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("hidden", [256, 2816, 4096, 5120, 7168])
+@pytest.mark.parametrize("tokens", [129, 300, 1111])
+def test_batch_invariance(monkeypatch, hidden, tokens, norm):
+    """Against the oracle, and bit for bit against a few tokens alone, wherever they stand."""
+    monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
+    assert dispatch.takes_persistent(tokens, hidden, "sm_90a", batch_invariant=True)
+    inputs = make_inputs(OP, tokens, hidden, device="cuda", norm=norm, seed=tokens)
+    many = run(inputs)
+    assert_matches_oracle(OP, inputs, many)
+    assert_same_bits(many, run(inputs))
+    for first in (0, tokens // 2, tokens - 1):
+        rows = slice(first, first + 7)
+        assert_same_bits([value[rows] for value in many], run(some(inputs, rows)))
+
+
+def test_nan_stays_in_its_token(monkeypatch):
+    monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
+    inputs = make_inputs(OP, 200, 4096, device="cuda", norm=True)
+    clean = run(inputs)
+    inputs["residual"][77, 2, 4095] = torch.nan
+    inputs["x"][130, 0] = torch.inf
+    dirty = run(inputs)
+    others = [token for token in range(200) if token not in (77, 130)]
+    assert_same_bits([value[others] for value in dirty], [value[others] for value in clean])
+    assert dirty.layer_input[77].isnan().all()
+
+
+def test_more_elements_than_32_bits_count():
+    """80,000 tokens at H = 7168: 2.3e9 elements; the last tokens against themselves."""
+    tokens, hidden = 80_000, 7168
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GB of free memory")
+    inputs = make_inputs(OP, 16, hidden, device="cuda", norm=True)
+    few = run(inputs)
+    repeats = tokens // 16
+    many = {
+        name: value.repeat(repeats, *(1,) * (value.dim() - 1)) if name in TOKENWISE else value
+        for name, value in inputs.items()
+    }
+    got = mhc_ops.fused_post_pre(**many)
+    for first in (0, tokens // 2, tokens - 16):
+        assert_same_bits([value[first : first + 16] for value in got], few)
