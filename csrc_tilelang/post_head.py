@@ -89,7 +89,7 @@ def finish_group(
     size = slice_size(hidden)
     warps = column_warps(hidden)
     threads = warps * WARP
-    rank = T.alloc_var("int32", init=T.cast(i_c % CLUSTER, "int32"))
+    rank = T.cast(i_c % CLUSTER, "int32")
     t0 = T.alloc_var("int64", init=T.cast(i_c // CLUSTER, "int64") * group_tokens)
     count = T.alloc_var(
         "int32", init=T.cast(T.min(T.cast(group_tokens, "int64"), tokens - t0), "int32")
