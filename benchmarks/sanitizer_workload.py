@@ -77,6 +77,7 @@ def keys(arch: str) -> set[dispatch.Key]:
         for key in (
             *dispatch.keys(hidden, arch, max(TOKENS)),
             dispatch.post_projection_plan(1, hidden, arch, 1).key,
+            *(dispatch.persistent_key(hidden, arch, norm) for norm in (False, True)),
         )
     }
 

@@ -34,12 +34,17 @@ MORE_GROUP_TOKENS = 16  # two token tiles: more clusters only where groups would
 # persistent kernel, on the same GPUs and up to the same hidden size. Its bits are those of the
 # kernel for few tokens, which the three launches' are not.
 PERSISTENT = "fused_post_pre_persistent"
-PERSISTENT_MIN_TOKENS = 768
+PERSISTENT_MIN_TOKENS = 640  # 32.1 us against 32.3 at H = 4096, 58.9 against 60.7 at 7168
+# where more than an eighth of a token warp's lanes have no columns: 69.6 against 70.5 at H = 5120
+PERSISTENT_MIN_TOKENS_PARTLY = 1024
+PERSISTENT_LANES_COLUMNS = 32 * 8  # of a token warp's lanes, at a time
 
-# post_head and expand_pre are one launch of any number of tokens, on the same GPUs and up to the
-# same hidden size, each of the kernel of its name: clusters take groups of whole mma tiles.
+# expand_pre and, for few tokens, post_head are one launch, on the same GPUs and up to the same
+# hidden size, each of the kernel of its name: clusters take groups of whole mma tiles.
 END_TILE = 8  # tokens of an mma tile
 END_GROUP_TOKENS = 32  # tokens of a cluster at most: fn is read once for them
+# beyond it post and head are faster: 11.5 us against 12.6 for 128 tokens at H = 7168
+POST_HEAD_MAX_ELEMENTS = ONE_LAUNCH_MAX_TOKENS * 4096
 
 # Elsewhere fused_post_pre runs post_projection + finish up to so many tokens, and fewer at larger
 # hidden sizes, where tokens * hidden counts; post + projection + finish beyond.
@@ -139,6 +144,13 @@ def group_tokens(tokens: int) -> int:
     return _ceildiv(tokens, min(CLUSTERS, clusters))
 
 
+def persistent_min_tokens(hidden: int) -> int:
+    """From how many tokens on the ``fused_post_pre_persistent`` kernel beats three launches."""
+    columns = hidden // CLUSTER
+    places = _ceildiv(columns, PERSISTENT_LANES_COLUMNS) * PERSISTENT_LANES_COLUMNS
+    return PERSISTENT_MIN_TOKENS if 8 * columns >= 7 * places else PERSISTENT_MIN_TOKENS_PARTLY
+
+
 def takes_persistent(tokens: int, hidden: int, arch: str, batch_invariant: bool) -> bool:
     """Whether ``fused_post_pre`` runs the ``fused_post_pre_persistent`` kernel.
 
@@ -148,7 +160,7 @@ def takes_persistent(tokens: int, hidden: int, arch: str, batch_invariant: bool)
         arch: such as ``sm_90a``.
         batch_invariant: whether every number of tokens must give the same bits.
     """
-    least = ONE_LAUNCH_MAX_TOKENS + 1 if batch_invariant else PERSISTENT_MIN_TOKENS
+    least = ONE_LAUNCH_MAX_TOKENS + 1 if batch_invariant else persistent_min_tokens(hidden)
     return tokens >= least and hidden <= ONE_LAUNCH_MAX_HIDDEN and arch in ONE_LAUNCH_ARCHS
 
 
@@ -164,8 +176,17 @@ def persistent_group_tokens(tokens: int) -> int:
 
 
 def takes_one_launch_end(hidden: int, arch: str) -> bool:
-    """Whether ``post_head`` and ``expand_pre`` run the kernels of these names."""
+    """Whether ``expand_pre`` and, for few tokens, ``post_head`` run the kernels of these names."""
     return hidden <= ONE_LAUNCH_MAX_HIDDEN and arch in ONE_LAUNCH_ARCHS
+
+
+def takes_post_head(tokens: int, hidden: int, arch: str) -> bool:
+    """Whether ``post_head`` and ``post_head_streams`` run the ``post_head`` kernel."""
+    return (
+        takes_one_launch_end(hidden, arch)
+        and tokens <= ONE_LAUNCH_MAX_TOKENS
+        and tokens * hidden <= POST_HEAD_MAX_ELEMENTS
+    )
 
 
 @functools.cache
@@ -281,7 +302,7 @@ def path_tokens(hidden: int, arch: str, max_tokens: int) -> tuple[int, ...]:
     starts = {1, least + 1}
     starts.update(tile.max_tokens + 1 for tile in PROJECTION_TILES)
     if one_launch:
-        starts.add(PERSISTENT_MIN_TOKENS)
+        starts.add(persistent_min_tokens(hidden))
     return tuple(sorted(tokens for tokens in starts if tokens <= max_tokens))
 
 
@@ -300,7 +321,7 @@ def keys(hidden: int, arch: str, max_tokens: int) -> Iterator[Key]:
     if takes_one_launch(1, hidden, arch):
         for norm in (False, True):
             yield fused_post_pre_key(hidden, arch, norm)
-            if max_tokens > ONE_LAUNCH_MAX_TOKENS:
+            if max_tokens >= persistent_min_tokens(hidden):
                 yield persistent_key(hidden, arch, norm)
     else:
         yield post_projection_plan(1, hidden, arch, 1).key

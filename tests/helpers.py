@@ -162,20 +162,23 @@ def path(op: str, hidden: int, tokens: int) -> str:
         return "nothing"
     if op == "post":
         return "post"
-    if op in ENDS and dispatch.takes_one_launch_end(hidden, "sm_90a"):
-        return op.removesuffix("_streams")
+    if op == "expand_pre" and dispatch.takes_one_launch_end(hidden, "sm_90a"):
+        return op
+    if op.startswith("post_head") and dispatch.takes_post_head(tokens, hidden, "sm_90a"):
+        return "post_head"
     if op == "fused_post_pre" and dispatch.takes_one_launch(tokens, hidden, "sm_90a"):
         return "fused_post_pre"
     if op == "fused_post_pre" and dispatch.takes_post_projection(tokens, hidden):
         plan = dispatch.post_projection_plan(tokens, hidden, "sm_90a", 132)
         return f"{kernel_name(plan.key)}+finish"
-    rows = dispatch.HC_MULT if op == "head" else dispatch.MIXES
+    rows = dispatch.HC_MULT if "head" in op else dispatch.MIXES
     projection = kernel_name(dispatch.projection_plan(tokens, hidden, rows, "sm_90a", 132).key)
     return {
         "pre": f"{projection}+finish",
         "head": f"{projection}+head",
         "fused_post_pre": f"post+{projection}+finish",
-    }[op]
+        "expand_pre": f"{projection}+finish",
+    }.get(op, f"post+{projection}+head")
 
 
 def bounds(hidden: int) -> set[int]:

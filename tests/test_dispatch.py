@@ -81,9 +81,22 @@ def test_one_launch_is_for_clusters_of_16():
     for arch, served in (("sm_90a", True), ("sm_100a", True), ("sm_120a", False), ("sm_80", False)):
         assert dispatch.takes_one_launch(1, 4096, arch) == served
         assert dispatch.takes_one_launch_end(4096, arch) == served
+        assert dispatch.takes_post_head(1, 4096, arch) == served
+        assert dispatch.takes_persistent(5000, 4096, arch, False) == served
     assert not dispatch.takes_one_launch(129, 4096, ARCH)
     assert not dispatch.takes_one_launch(1, 7424, ARCH)
     assert not dispatch.takes_one_launch_end(7424, ARCH)
+    assert not dispatch.takes_persistent(5000, 7424, ARCH, True)
+
+
+def test_where_one_launch_begins_and_ends():
+    """The bounds that were measured, and that the same bits are to be had at any size."""
+    assert [dispatch.persistent_min_tokens(h) for h in (4096, 5120, 7168)] == [640, 1024, 640]
+    assert dispatch.takes_persistent(129, 5120, ARCH, True)
+    assert not dispatch.takes_persistent(129, 5120, ARCH, False)
+    for tokens, hidden in ((128, 256), (128, 4096), (73, 7168)):
+        assert dispatch.takes_post_head(tokens, hidden, ARCH)
+        assert not dispatch.takes_post_head(tokens + 1, hidden, ARCH)
 
 
 @pytest.mark.parametrize("hidden", [256, 4096, 5120, 7168])
