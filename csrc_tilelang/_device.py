@@ -150,16 +150,7 @@ __device__ __forceinline__ void gate_pass(void* gate) {
 }
 
 // Waits for the end of a phase, as inbox_wait.
-__device__ __forceinline__ void gate_wait(void* gate, int parity) {
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(gate));
-  asm volatile("{\n"
-               ".reg .pred ended;\n"
-               "again:\n"
-               "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
-               "@!ended bra again;\n"
-               "}" ::"r"(address), "r"(parity)
-               : "memory");
-}
+__device__ __forceinline__ void gate_wait(void* gate, int parity) { inbox_wait(gate, parity); }
 
 // slot and inbox of CTA `rank` of the cluster, given by this CTA's own addresses: *slot = value, 4
 // bytes.

@@ -10,21 +10,15 @@ import tilelang.language as T
 from ..dispatch import CLUSTER
 from ._collapse import sigmoid
 from ._device import HC_MULT, VECTOR
-from ._operands import add_tree
+from ._operands import SLICE_TREE, add_tree, slice_size
 
 COLUMNS = 4 * VECTOR  # of a warp: a quad of lanes
-SLICE_TREE = tuple(CLUSTER >> i for i in range(1, CLUSTER.bit_length()))
 # floats from token to token of what other CTAs sent: 8 tokens on different banks
 SUMS_IN_PITCH = CLUSTER * HC_MULT + 4
 SQUARES_IN_PITCH = CLUSTER + 4
 SENT_FLOATS = HC_MULT + 1  # of each CTA and token: collapse projections and squares
 SUMS_INBOX = 0
 COLUMN_BARRIER = 1  # named barrier of the column warps; 0 is the whole CTA's
-
-
-def slice_size(hidden: int) -> int:
-    """Hidden elements of a CTA, a multiple of 16."""
-    return hidden // CLUSTER
 
 
 def column_warps(hidden: int) -> int:

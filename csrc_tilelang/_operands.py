@@ -1,11 +1,12 @@
 """fn as the A operand of mma.m16n8k16, 24 rows in three bf16 terms, and 8 tokens as B.
 
-What ``fused_post_pre``, ``expand_pre`` and ``post_head`` have in common: where a lane keeps its
-terms, and how sums are stored and added up.
+What the kernels in clusters have in common: a CTA's slice, where a lane keeps its terms, and how
+sums are stored and added up.
 """
 
 import tilelang.language as T
 
+from ..dispatch import CLUSTER
 from ._device import MIXES, MMA_COLUMNS, SPLIT_TERMS, SQUARES
 
 CHUNK = 4  # columns of a lane in one step
@@ -29,6 +30,7 @@ OPERANDS = (
 ALL_OPERANDS = tuple(range(len(OPERANDS)))
 ALL_STEPS = tuple(range(STEPS))
 ALL_PAIRS = (0, 1)
+SLICE_TREE = tuple(CLUSTER >> i for i in range(1, CLUSTER.bit_length()))
 PLACES = tuple(  # of a row tile: (term, operand, half)
     tuple(
         (half[1], operand, i)
@@ -38,6 +40,11 @@ PLACES = tuple(  # of a row tile: (term, operand, half)
     )
     for n in range(ROW_TILES)
 )
+
+
+def slice_size(hidden: int) -> int:
+    """Hidden elements of a CTA, a multiple of 16."""
+    return hidden // CLUSTER
 
 
 def term(operand: int, half: int, step: int, pair: int) -> int:

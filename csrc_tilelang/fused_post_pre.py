@@ -32,6 +32,7 @@ from ._operands import (
     CHUNK,
     OPERANDS,
     ROW_TILES,
+    SLICE_TREE,
     STEPS,
     SUMS,
     SUMS_PITCH,
@@ -39,6 +40,7 @@ from ._operands import (
     UNIT_WEIGHTS,
     add_tree,
     multiply,
+    slice_size,
     split_unit,
     store_sums,
 )
@@ -60,12 +62,6 @@ INBOXES = SQUARES_INBOX + GROUP_TOKENS
 
 # what a kernel loops over at trace time
 WARP_TREE = tuple(WARPS >> i for i in range(1, WARPS.bit_length()))
-SLICE_TREE = tuple(CLUSTER >> i for i in range(1, CLUSTER.bit_length()))
-
-
-def slice_size(hidden: int) -> int:
-    """Hidden elements of a CTA, a multiple of 16."""
-    return hidden // CLUSTER
 
 
 def units(hidden: int) -> int:
@@ -131,6 +127,18 @@ def copy_unit(fn, unit, rank, lane, hidden, terms_shared, slot):
         else:
             for v in T.vectorized(4):
                 terms_shared[slot, vector, reader, v] = T.uint32(0)
+
+
+@T.macro
+def split_shared_unit(terms_shared, slot, lane, weights_local, terms_local):
+    """What :func:`copy_unit` has brought to this lane's places, split in place."""
+    for q in T.unroll(UNIT_WEIGHTS // 4):
+        for v in T.vectorized(4):
+            weights_local[q * 4 + v] = T.reinterpret(terms_shared[slot, q, lane, v], "float32")
+    split_unit(weights_local, 0, terms_local, 0)
+    for q in T.unroll(UNIT_TERMS // 4):
+        for v in T.vectorized(4):
+            terms_shared[slot, q, lane, v] = terms_local[q * 4 + v]
 
 
 @T.macro
@@ -268,15 +276,9 @@ def boundary(
         T.sync_warp()
         for u in T.unroll(-(-n_shared // WARPS)):
             if u * WARPS + warp < n_shared:
-                for q in T.unroll(UNIT_WEIGHTS // 4):
-                    for v in T.vectorized(4):
-                        shared_weights_local[q * 4 + v] = T.reinterpret(
-                            terms_shared[u * WARPS + warp, q, lane, v], "float32"
-                        )
-                split_unit(shared_weights_local, 0, split_terms_local, 0)
-                for q in T.unroll(UNIT_TERMS // 4):
-                    for v in T.vectorized(4):
-                        terms_shared[u * WARPS + warp, q, lane, v] = split_terms_local[q * 4 + v]
+                split_shared_unit(
+                    terms_shared, u * WARPS + warp, lane, shared_weights_local, split_terms_local
+                )
     for u in T.unroll(REGISTER_UNITS):
         split_unit(weights_local, u * UNIT_WEIGHTS, terms_local, u * UNIT_TERMS)
     T.cluster_wait()

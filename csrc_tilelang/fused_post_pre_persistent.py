@@ -11,12 +11,13 @@ written once. A CTA's warps have two roles, with registers to match:
 * 8 projection warps hold fn, 144 registers a thread and the rest of it in shared memory. They
   project a tile when it is posted, send its sums to the tokens' owners, and load the tile after the
   next when the one before has been collapsed; one of them makes the collapse weights of the token
-  that this CTA owns. When all tiles are done they make post weights and combs, a token a thread:
-  Sinkhorn in the loop spilled the terms of fn and took 1.5 times as long.
+  that this CTA owns. When all tiles are done they make post weights and combs, a token a thread: in
+  the loop, with fn in registers, Sinkhorn spilled, and the kernel before this one took 1.2 times as
+  long as without it.
 
-Loads are bulk copies, a row each: one instruction for 512 bytes. Their number counts, not their
-bytes: with 32 small ones more a tile, 8192 tokens took 341 us in place of 318 at H = 4096, and with
-64 bulk stores more 403.
+Loads are bulk copies, a row each: one instruction for 512 bytes. Their number seems to count, not
+their bytes: versions with 84, 112 and, stores among them, 176 a tile took 318, 342 and 403 us for
+8192 tokens at H = 4096; they differ in other things too.
 
 What CTAs tell each other goes through inboxes as in ``fused_post_pre``, of two sets by the tile's
 parity, opened again for the tile after the next by a thread that has waited. Nothing else has to
@@ -35,11 +36,13 @@ from ._collapse import sigmoid
 from ._device import DEVICE_SOURCE, HC_MULT, MIXES, MMA_COLUMNS, SQUARES, VECTOR, WARP
 from ._operands import (
     CHUNK,
+    SLICE_TREE,
     SUMS,
     SUMS_PITCH,
     UNIT_TERMS,
     UNIT_WEIGHTS,
     add_tree,
+    slice_size,
     split_unit,
     store_sums,
 )
@@ -48,14 +51,13 @@ from ._steps import mix_stream, widen
 from .fused_post_pre import (
     PAD,
     REGISTER_UNITS,
-    SLICE_TREE,
     WARP_TREE,
     WARPS,
     add_unit,
     copy_unit,
     load_unit,
     shared_units,
-    slice_size,
+    split_shared_unit,
 )
 
 THREADS = WARPS * WARP
@@ -343,15 +345,9 @@ def boundary(
                 for u in T.unroll(shared_rounds):
                     slot = u * WARPS + half * PROJECTION_WARPS + warp
                     if slot < n_shared:
-                        for q in T.unroll(UNIT_WEIGHTS // 4):
-                            for v in T.vectorized(4):
-                                shared_weights_local[q * 4 + v] = T.reinterpret(
-                                    terms_shared[slot, q, lane, v], "float32"
-                                )
-                        split_unit(shared_weights_local, 0, split_terms_local, 0)
-                        for q in T.unroll(UNIT_TERMS // 4):
-                            for v in T.vectorized(4):
-                                terms_shared[slot, q, lane, v] = split_terms_local[q * 4 + v]
+                        split_shared_unit(
+                            terms_shared, slot, lane, shared_weights_local, split_terms_local
+                        )
         T.cluster_wait()
         T.pdl_sync()
         for i in T.serial(tiles):

@@ -278,7 +278,7 @@ def test_no_races(monkeypatch, folder, lowered, arch):
 @pytest.fixture
 def small_clusters(monkeypatch):
     """Kernels with clusters of 2, which ThreadSanitizer can run two of side by side."""
-    names = ("fused_post_pre", "_group", *ENDS)
+    names = ("_operands", "fused_post_pre", "_group", *ENDS)
     modules = [importlib.import_module(f"mhc_ops.csrc_tilelang.{name}") for name in names]
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "CLUSTER", 2)
