@@ -11,7 +11,7 @@
 // kernel costs more than the rest of the call, so AutogradCUDA is taken as well, where the key set
 // has nothing between autograd and the backend.
 //
-// No Python is used: callers need not hold the GIL. mhc_ops/host.py builds and loads this file.
+// No Python is needed: callers need not hold the GIL. mhc_ops/host.py builds and loads this file.
 
 #include <algorithm>
 #include <array>
@@ -20,16 +20,21 @@
 #include <cstdint>
 #include <initializer_list>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/stack.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/ops/empty_ops.h>
-#include <c10/core/DeviceGuard.h>
+#include <c10/core/Allocator.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
@@ -39,6 +44,13 @@
 // Part of torch's stable C interface, in libtorch_cuda.so; a CPU build of torch has none.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                             void** stream);
+
+// Part of Python's stable C interface, in every process that has Python; any other has none.
+extern "C" {
+__attribute__((weak)) int Py_IsInitialized();
+__attribute__((weak)) int PyGILState_Ensure();
+__attribute__((weak)) void PyGILState_Release(int state);
+}
 
 namespace {
 
@@ -255,16 +267,53 @@ bool is_number(const c10::IValue& value, double least) {
   return value.isDouble() && value.toDouble() >= least && value.toDouble() <= DBL_MAX;
 }
 
-// Memory of its own, from the backend's kernel without another round of dispatch.
-Tensor empty(const Tensor& like, IntArrayRef leading, std::initializer_list<int64_t> tail,
-             at::ScalarType dtype) {
-  c10::SmallVector<int64_t, 6> sizes(leading.begin(), leading.end());
-  sizes.append(tail.begin(), tail.end());
-  const DispatchKey backend = like.is_cuda() ? DispatchKey::CUDA : DispatchKey::CPU;
-  return at::_ops::empty_memory_format::redispatch(
-      DispatchKeySet(backend), c10::fromIntArrayRefSlow(sizes), dtype, at::kStrided, like.device(),
-      /*pin_memory=*/false, /*memory_format=*/std::nullopt);
-}
+// The device of a call as the current one. Restoring costs more than asking, so a device that was
+// current already is left alone: TileLang's host code sets that one too.
+class OnDevice {
+ public:
+  explicit OnDevice(c10::Device device)
+      : devices_(device.type()), device_(device), before_(devices_.exchangeDevice(device)) {}
+  ~OnDevice() {
+    if (before_ != device_) {
+      devices_.uncheckedSetDevice(before_);
+    }
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  c10::impl::VirtualGuardImpl devices_;
+  c10::Device device_;
+  c10::Device before_;
+};
+
+// Memory of its own for each output, as torch.empty gives it on the current device, but without a
+// round of dispatch and two guards of the device for each.
+class Allocation {
+ public:
+  explicit Allocation(c10::Device device)
+      : device_(device),
+        filled_(at::globalContext().deterministicAlgorithms() &&
+                at::globalContext().deterministicFillUninitializedMemory()),
+        // asked for in each call: torch.cuda.memory can put another in its place
+        allocator_(device.is_cuda() ? at::detail::getCUDAHooks().getCUDADeviceAllocator()
+                                    : c10::GetAllocator(device.type())) {}
+
+  Tensor empty(IntArrayRef sizes, at::ScalarType dtype) const {
+    const DispatchKeySet backend(device_.is_cuda() ? DispatchKey::CUDA : DispatchKey::CPU);
+    if (filled_) {
+      return at::_ops::empty_memory_format::redispatch(
+          backend, c10::fromIntArrayRefSlow(sizes), dtype, at::kStrided, device_,
+          /*pin_memory=*/false, /*memory_format=*/std::nullopt);
+    }
+    return Tensor(at::detail::empty_generic(sizes, allocator_, backend, dtype, std::nullopt));
+  }
+
+ private:
+  c10::Device device_;
+  bool filled_;
+  c10::Allocator* allocator_;
+};
 
 // Plain strided tensors of one backend, and nothing left to do before its kernel: no dispatch mode,
 // subclass, functionalization, functorch, conjugate or negative view.
@@ -275,6 +324,28 @@ bool is_plain(DispatchKeySet keys) {
                                DispatchKey::ADInplaceOrView};
   // raw: operators on the sets themselves leave the bits of the backends alone
   return (keys.raw_repr() & ~cuda.raw_repr()) == 0 || (keys.raw_repr() & ~cpu.raw_repr()) == 0;
+}
+
+// Whether letting go of it takes the GIL: together, the references that C++ has to a tensor of
+// Python's count as one of Python's, and this is the last of them.
+bool is_last_of_cpp(const c10::IValue& argument) {
+  return argument.isTensor() && argument.toTensor().use_count() == 2 &&
+         argument.toTensor().unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() != nullptr;
+}
+
+// Most often all tensors are such, and torch takes the GIL anew for each. Where it is held, that is
+// next to nothing, so it is taken once around all of them.
+void drop_arguments(Stack* stack) {
+  const auto arguments = torch::jit::last(*stack, kArguments);
+  if (PyGILState_Release != nullptr && PyGILState_Ensure != nullptr &&
+      Py_IsInitialized != nullptr && Py_IsInitialized() != 0 &&
+      std::any_of(arguments.begin(), arguments.end(), is_last_of_cpp)) {
+    const int state = PyGILState_Ensure();
+    torch::jit::drop(*stack, kArguments);
+    PyGILState_Release(state);
+  } else {
+    torch::jit::drop(*stack, kArguments);
+  }
 }
 
 // Replaces the arguments by the outputs, or leaves them and returns false.
@@ -332,12 +403,17 @@ bool take(DispatchKeySet keys, Stack* stack) {
     return false;
   }
 
-  // TileLang's host code sets the device and leaves it set
-  const c10::DeviceGuard guard(device);
-  Tensor residual_out = empty(residual, leading, {kHcMult, hidden}, bf16);
-  Tensor post_mix = empty(residual, leading, {kHcMult, 1}, fp32);
-  Tensor comb_mix = empty(residual, leading, {kHcMult, kHcMult}, fp32);
-  Tensor layer_input = empty(residual, leading, {hidden}, bf16);
+  const OnDevice guard(device);
+  const Allocation allocation(device);
+  c10::SmallVector<int64_t, 6> sizes(residual.sizes().begin(), residual.sizes().end());
+  Tensor residual_out = allocation.empty(sizes, bf16);
+  sizes.back() = 1;
+  Tensor post_mix = allocation.empty(sizes, fp32);
+  sizes.back() = kHcMult;
+  Tensor comb_mix = allocation.empty(sizes, fp32);
+  sizes.pop_back();
+  sizes.back() = hidden;
+  Tensor layer_input = allocation.empty(sizes, bf16);
 
   // as launch_fused in mhc_ops/ops/fused_post_pre.py
   Call call(device);
@@ -367,7 +443,7 @@ bool take(DispatchKeySet keys, Stack* stack) {
   call.run(plan->function);
   calls.fetch_add(1, std::memory_order_relaxed);
 
-  torch::jit::drop(*stack, kArguments);
+  drop_arguments(stack);
   torch::jit::push(*stack, std::move(residual_out), std::move(post_mix), std::move(comb_mix),
                    std::move(layer_input));
   return true;

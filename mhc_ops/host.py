@@ -40,7 +40,7 @@ _plans: dict[tuple[torch.device, int, bool], tuple[Any, Sequence[int]]] = {}
 
 
 def _built_with(tvm_ffi_version: str) -> dict[str, str]:
-    """What the library depends on; it uses no Python, so any Python's."""
+    """What the library depends on; of Python only the stable interface, so any Python's."""
     return {
         "torch": torch.__version__,
         "torch_commit": str(torch.version.git_version),

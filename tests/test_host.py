@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import ClassVar
 
@@ -285,6 +286,49 @@ def test_an_error_of_the_kernel(library):
     host.remember(CPU, HIDDEN, True, FakeKernel(fail), group_tokens())
     with pytest.raises(RuntimeError, match=r"^mhc::fused_post_pre: ValueError: out of luck"):
         call(OP, inputs_of())
+
+
+def test_arguments_are_let_go(kernel):
+    """Nothing of a call stays behind: neither its arguments nor, once given away, its outputs."""
+    inputs = inputs_of()
+    held = tensors(inputs)
+
+    def counts():
+        return [(sys.getrefcount(v), v._use_count()) for v in held.values()]
+
+    before = counts()
+    outputs = call(OP, inputs)
+    assert len(kernel.calls) == 1
+    kernel.calls.clear()
+    assert counts() == before
+    alive = [weakref.ref(v.untyped_storage()) for v in (*held.values(), *outputs.values())]
+    for kept in (inputs, held, outputs):
+        kept.clear()
+    assert not any(storage() for storage in alive)
+
+
+def test_calls_of_threads_that_are_not_pythons(kernel):
+    """``torch.jit.fork`` runs on a thread that has no state of Python's, and so no GIL."""
+    inputs = inputs_of(norm=False)
+    held = tensors(inputs)
+    numbers = ", ".join(str(v) for n, v in inputs.items() if n not in held and v is not None)
+    parameters = ", ".join(f"{name}: Tensor" for name in held)
+    unit = torch.jit.CompilationUnit(
+        f"""
+        def boundary({parameters}):
+            return torch.ops.mhc.fused_post_pre({", ".join(held)}, {numbers})
+
+        def twice({parameters}):
+            first = torch.jit.fork(boundary, {", ".join(held)})
+            second = torch.jit.fork(boundary, {", ".join(held)})
+            return torch.jit.wait(first), torch.jit.wait(second)
+        """
+    )
+    with torch.no_grad():
+        results = unit.twice(*held.values())
+    assert len(kernel.calls) == 2
+    for result in results:
+        assert_equal(dict(zip(OUT, result, strict=True)), python(inputs))
 
 
 # --------------------------------------------------------------------- what torch makes of the call
@@ -831,6 +875,21 @@ def test_gpu_tensors_of_two_devices(name):
     call(OP, inputs)
     with pytest.raises(ValueError, match="expected"):
         call(OP, inputs | {name: inputs[name].to("cuda:1")})
+
+
+@pytest.mark.gpu
+def test_gpu_memory_is_of_the_allocator():
+    """Counted there as that of ``torch.empty`` is, and given back."""
+    inputs = make_inputs(OP, 8, 4096, device="cuda", norm=True)
+    call(OP, inputs)
+    before = torch.cuda.memory_allocated()
+    outputs, ways = native(lambda: call(OP, inputs))
+    assert ways == 1
+    taken = torch.cuda.memory_allocated() - before
+    copies = clone(outputs)
+    assert torch.cuda.memory_allocated() - before == 2 * taken
+    del outputs, copies
+    assert torch.cuda.memory_allocated() == before
 
 
 @pytest.mark.gpu
