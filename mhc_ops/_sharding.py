@@ -1,7 +1,8 @@
 """Sharding rules of the ops for DTensor: sharded on tokens, each process runs its own tokens.
 
 The ops work token by token, so streams, sublayer outputs and mixes that are sharded on a token
-dimension go through without communication, and so come the outputs. Weights are needed whole.
+dimension go through without communication, and so come the outputs: on the CPU with the bits that
+one process gives for all tokens. Weights are needed whole.
 
 Importing ``torch.distributed.tensor`` takes half as long as importing torch, so the rules are
 registered when something else imports it; see :func:`register_when_imported`.

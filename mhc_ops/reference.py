@@ -5,6 +5,9 @@ The functions take tensors of any floating dtype and any device and compute in `
 points are those of the ops: the new streams are rounded once, the projection reads the rounded
 streams, the layer input is rounded before and after the norm.
 
+On the CPU and without gradients a token has the same bits alone and at any place in any batch.
+PyTorch does not see to that by itself; the functions that come first do.
+
 Formulas: mHC (Xie et al., 2026) as used in DeepSeek-V4, ``DeepseekV4HyperConnection`` of
 transformers. n is the number of residual streams (hc_mult), H the hidden size.
 """
@@ -13,6 +16,65 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+# A BLAS adds up the products of one row one after the other, those of a matrix in blocks. Rows in
+# parts of this length come out as exact as a matrix does; one of 16384 is 4 times as far off.
+LONGEST_SUM = 1024
+
+
+def _is_alone(values: Tensor) -> bool:
+    """Whether [..., a, b] is of one token and on the CPU; what follows computes it twice then.
+
+    PyTorch treats one token unlike several: a batch of one matrix product goes to another function
+    of the BLAS, and threads share a sum that is the only one. The shape of a DTensor does not say
+    how many tokens a process has; the ops never see one.
+    """
+    return type(values) is Tensor and values.is_cpu and values.shape[:-2].numel() == 1
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` of each token by itself: [..., a, k] and [..., k, b] to [..., a, b].
+
+    The products of a matrix that holds several tokens are added up in an order that depends on how
+    many they are; in a batch of matrices of one token each, every token meets the same shape.
+    """
+    if _is_alone(left):
+        return torch.matmul(left.expand(2, *left.shape), right.expand(2, *right.shape))[0]
+    return torch.matmul(left, right)
+
+
+def _linear(values: Tensor, weights: Tensor) -> Tensor:
+    """``values @ weights^T``: [..., K] and [M, K] to [..., M]."""
+    if not values.is_cpu or (weights.requires_grad and torch.is_grad_enabled()):
+        # faster, and without a gradient of the weights for every token in memory
+        return torch.matmul(values, weights.t())
+    result = values.new_zeros(())
+    for part, columns in zip(
+        values.split(LONGEST_SUM, -1), weights.split(LONGEST_SUM, -1), strict=True
+    ):
+        each = columns.t().expand(*values.shape[:-1], -1, -1)
+        result = result + _matmul(part.unsqueeze(-2), each)
+    return result.squeeze(-2)
+
+
+def _mean_square(values: Tensor) -> Tensor:
+    """``mean_k(values[k]^2)`` of each token: [..., K] to [..., 1]."""
+    rows = values.square().unsqueeze(-2)
+    if _is_alone(rows):
+        return rows.expand(2, *rows.shape).mean(-1)[0]
+    return rows.mean(-1)
+
+
+def _sigmoid(logits: Tensor) -> Tensor:
+    """``1 / (1 + exp(-logits))``.
+
+    On the CPU PyTorch computes 16 or 32 neighbours at once, and the last few of a stretch of memory
+    one by one, with another exp. A gap after each token makes it a stretch by itself.
+    """
+    if logits.is_cpu:
+        logits = pad(logits, (0, 1))[..., :-1]
+    return torch.sigmoid(logits)
 
 
 def post(
@@ -38,7 +100,7 @@ def post(
     if post_layer_mix.dim() == x.dim():
         post_layer_mix = post_layer_mix.unsqueeze(-1)
     x, streams = x.to(compute_dtype), residual.to(compute_dtype)
-    mixed = torch.matmul(comb_res_mix.to(compute_dtype).transpose(-1, -2), streams)
+    mixed = _matmul(comb_res_mix.to(compute_dtype).transpose(-1, -2), streams)
     return (post_layer_mix.to(compute_dtype) * x.unsqueeze(-2) + mixed).to(residual.dtype)
 
 
@@ -70,8 +132,8 @@ def project(
         [..., M] in ``compute_dtype``.
     """
     flat = residual.flatten(-2).to(compute_dtype)
-    inverse_rms = torch.rsqrt(flat.square().mean(-1, keepdim=True) + rms_eps)
-    return torch.matmul(flat, fn.to(compute_dtype).t()) * inverse_rms
+    inverse_rms = torch.rsqrt(_mean_square(flat) + rms_eps)
+    return _linear(flat, fn.to(compute_dtype)) * inverse_rms
 
 
 def sinkhorn(logits: Tensor, eps: float, repeat: int) -> Tensor:
@@ -111,11 +173,11 @@ def collapse(
         [..., H], dtype of ``residual``.
     """
     dtype, compute_dtype = residual.dtype, weights.dtype
-    value = torch.matmul(weights.unsqueeze(-2), residual.to(compute_dtype)).squeeze(-2)
+    value = _matmul(weights.unsqueeze(-2), residual.to(compute_dtype)).squeeze(-2)
     rounded = value.to(dtype)
     if norm_weight is None or norm_eps is None:
         return rounded
-    inverse_rms = torch.rsqrt(value.square().mean(-1, keepdim=True) + norm_eps)
+    inverse_rms = torch.rsqrt(_mean_square(value) + norm_eps)
     gain = norm_weight.to(dtype).to(compute_dtype)
     return (rounded.to(compute_dtype) * inverse_rms * gain).to(dtype)
 
@@ -150,8 +212,8 @@ def pre(
     n = residual.shape[-2]
     scale, base = hc_scale.to(compute_dtype), hc_base.to(compute_dtype)
     m = project(residual, fn, rms_eps, compute_dtype=compute_dtype)
-    pre_mix = torch.sigmoid(m[..., :n] * scale[0] + base[:n]) + hc_pre_eps
-    post_mix = torch.sigmoid(m[..., n : 2 * n] * scale[1] + base[n : 2 * n]) * hc_post_mult_value
+    pre_mix = _sigmoid(m[..., :n] * scale[0] + base[:n]) + hc_pre_eps
+    post_mix = _sigmoid(m[..., n : 2 * n] * scale[1] + base[n : 2 * n]) * hc_post_mult_value
     logits = (m[..., 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n))
     comb_mix = sinkhorn(logits, hc_sinkhorn_eps, sinkhorn_repeat)
     return post_mix.unsqueeze(-1), comb_mix, collapse(residual, pre_mix, norm_weight, norm_eps)
@@ -180,5 +242,5 @@ def head(
         [..., H], dtype of ``residual``.
     """
     m = project(residual, fn, rms_eps, compute_dtype=compute_dtype)
-    weights = torch.sigmoid(m * scale.to(compute_dtype) + base.to(compute_dtype)) + hc_eps
+    weights = _sigmoid(m * scale.to(compute_dtype) + base.to(compute_dtype)) + hc_eps
     return collapse(residual, weights, norm_weight, norm_eps)

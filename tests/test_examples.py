@@ -100,10 +100,10 @@ def test_engine_that_is_not_there(engine, tmp_path):
 def test_sequence_parallel():
     output = run("sequence_parallel.py", processes=2)
     for rank in range(2):
-        assert f"rank {rank}: 5 of 10 tokens, close: True" in output
+        assert f"rank {rank}: 5 of 10 tokens, equal: True" in output
 
 
 def test_data_parallel():
     output = run("data_parallel.py", processes=2)
     for rank in range(2):
-        assert f"rank {rank}: 3 of 6 sequences, close: True, collectives: 0" in output
+        assert f"rank {rank}: 3 of 6 sequences, equal: True, collectives: 0" in output

@@ -1,0 +1,134 @@
+"""On the CPU a token has the same bits alone, in any batch and at any position."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers import NORMS, OPS, assert_equal, call, clone, tensors
+from mhc_ops import reference
+from mhc_ops.testing import KINDS, make_inputs
+
+TOKEN = ("x", "residual", "post_layer_mix", "comb_res_mix")
+THREADS = (1, 2)
+TOKENS = 37
+# less than one part of the projection's sum; parts and a rest; a mean that threads would share
+HIDDEN = (64, 264, 4096, 8192)
+
+
+@contextmanager
+def run_on(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cut(values, start, end):
+    """These tokens of all that carries tokens, as views."""
+    return {name: v[start:end] if name in TOKEN else v for name, v in values.items()}
+
+
+def check_cut(op, inputs, batch, start, end):
+    """The tokens by themselves, in the batch's memory where an op takes that, and in their own."""
+    part = cut(inputs, start, end)
+    want = {name: value[start:end] for name, value in batch.items()}
+    if all(value.data_ptr() % 16 == 0 for value in tensors(part).values()):
+        assert_equal(call(op, part), want)
+    assert_equal(call(op, clone(part)), want)
+
+
+@given(
+    op=st.sampled_from(OPS),
+    norm=st.booleans(),
+    hidden=st.sampled_from((8, 64, 264, 1000)),
+    hc_mult=st.sampled_from((4, 4, 1, 7, 8)),
+    kind=st.sampled_from(list(KINDS)),
+    threads=st.sampled_from(THREADS),
+    tokens=st.integers(1, 300),
+    data=st.data(),
+)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_any_part_of_any_batch(op, norm, hidden, hc_mult, kind, threads, tokens, data):
+    inputs = make_inputs(
+        op, tokens, hidden, hc_mult=hc_mult, norm=norm and op != "post", kind=kind,
+        sinkhorn_repeat=3,
+    )  # fmt: skip
+    start = data.draw(st.integers(0, tokens - 1), label="start")
+    end = data.draw(st.integers(start + 1, tokens), label="end")
+    with run_on(threads):
+        check_cut(op, inputs, call(op, inputs), start, end)
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("op", OPS)
+def test_a_token_alone(op, hidden, threads):
+    inputs = make_inputs(op, TOKENS, hidden, norm=NORMS[op][-1])
+    with run_on(threads):
+        batch = call(op, inputs)
+        for token in (0, 5, 18, TOKENS - 1):
+            check_cut(op, inputs, batch, token, token + 1)
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("op", OPS)
+def test_batches_that_threads_share(op, threads):
+    """Elementwise functions and small sums are shared from 32768 elements on: 8192 weights."""
+    inputs = make_inputs(op, 9000, 8, norm=NORMS[op][-1], sinkhorn_repeat=3)
+    with run_on(threads):
+        batch = call(op, inputs)
+        for start, end in ((0, 1), (4499, 4502), (4095, 8200), (8999, 9000), (17, 9000)):
+            check_cut(op, inputs, batch, start, end)
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("op", OPS)
+def test_any_number_of_threads(op, hidden):
+    inputs = make_inputs(op, TOKENS, hidden, norm=NORMS[op][-1])
+    with run_on(1):
+        want = call(op, inputs)
+    for threads in (2, 3, 8):
+        with run_on(threads):
+            assert_equal(call(op, inputs), want)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_two_token_dimensions(op):
+    inputs = make_inputs(op, (3, 5), 64, norm=NORMS[op][-1])
+    flat = {name: v.flatten(0, 1) if name in TOKEN else v for name, v in inputs.items()}
+    got = {name: value.flatten(0, 1) for name, value in call(op, inputs).items()}
+    assert_equal(got, call(op, flat))
+
+
+def test_steps_in_one_call_and_each_by_itself():
+    inputs = make_inputs("fused_post_pre", TOKENS, 264, norm=True)
+    post = {name: inputs.pop(name) for name in TOKEN}
+    residual = call("post", post)["residual_out"]
+    want = {"residual_out": residual} | call("pre", {"residual": residual} | inputs)
+    assert_equal(call("fused_post_pre", post | inputs), want)
+
+
+def test_exactness_of_a_token_alone():
+    """As close to float64 as a product of one matrix for all tokens."""
+    inputs = make_inputs("pre", 64, 4096)
+    flat, fn = inputs["residual"].flatten(-2).float(), inputs["fn"]
+    want = flat.double() @ fn.double().t()
+
+    def error(got):
+        return (got - want).square().mean().sqrt()
+
+    assert error(reference._linear(flat, fn)) < 2 * error(flat @ fn.t())
+
+
+def test_a_gradient_of_the_weights_takes_no_memory_for_every_token():
+    """Reference functions can be trained; one product for all tokens is what does not copy fn."""
+    values, weights = torch.randn(3, 8), torch.randn(4, 8, requires_grad=True)
+    product = reference._linear(values, weights)
+    product.sum().backward()
+    torch.testing.assert_close(weights.grad, values.sum(0).expand(4, 8))
+    torch.testing.assert_close(product.detach(), reference._linear(values, weights.detach()))
