@@ -53,6 +53,8 @@ def _linear(values: Tensor, weights: Tensor) -> Tensor:
     for part, columns in zip(
         values.split(LONGEST_SUM, -1), weights.split(LONGEST_SUM, -1), strict=True
     ):
+        # a copy: weights that were mapped from a file start anywhere, and are added up by that
+        columns = columns.clone(memory_format=torch.contiguous_format)
         each = columns.t().expand(*values.shape[:-1], -1, -1)
         result = result + _matmul(part.unsqueeze(-2), each)
     return result.squeeze(-2)

@@ -33,6 +33,17 @@ def cut(values, start, end):
     return {name: v[start:end] if name in TOKEN else v for name, v in values.items()}
 
 
+def start_at(remainder, tensor):
+    """The same values in memory that starts ``remainder`` bytes behind a multiple of 64."""
+    size = tensor.numel() * tensor.element_size()
+    memory = torch.empty(size + 128, dtype=torch.uint8).numpy()
+    offset = (remainder - memory.ctypes.data) % 64
+    view = torch.frombuffer(memory[offset : offset + size], dtype=tensor.dtype).view(tensor.shape)
+    assert view.data_ptr() % 64 == remainder
+    assert view.storage_offset() == 0
+    return view.copy_(tensor)
+
+
 def check_cut(op, inputs, batch, start, end):
     """The tokens by themselves, in the batch's memory where an op takes that, and in their own."""
     part = cut(inputs, start, end)
@@ -95,6 +106,18 @@ def test_any_number_of_threads(op, hidden):
     for threads in (2, 3, 8):
         with run_on(threads):
             assert_equal(call(op, inputs), want)
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("op", OPS)
+def test_memory_that_starts_anywhere(op, hidden):
+    """As weights do that were mapped from a file."""
+    for tokens in (1, 9):
+        inputs = make_inputs(op, tokens, hidden, norm=NORMS[op][-1])
+        want = call(op, inputs)
+        for remainder in (4, 8, 16, 28, 32):
+            moved = {name: start_at(remainder, v) for name, v in tensors(inputs).items()}
+            assert_equal(call(op, inputs | moved), want)
 
 
 @pytest.mark.parametrize("op", OPS)
