@@ -95,6 +95,13 @@ __device__ __forceinline__ void load_bulk(void* shared, const void* global, unsi
                : "memory");
 }
 
+// 16 bytes to global memory. Of `*(uint4*)p = v` nvcc made four stores where p is a longer sum.
+__device__ __forceinline__ void store16(void* global, const unsigned* words) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               ::"l"(global), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 // 1 / x to 1 ulp in one instruction; Sinkhorn corrects itself.
 __device__ __forceinline__ float rcp(float x) {
   float y;

@@ -40,11 +40,11 @@ PERSISTENT_MIN_TOKENS_PARTLY = 1024
 PERSISTENT_LANES_COLUMNS = 32 * 8  # of a token warp's lanes, at a time
 
 # expand_pre and, for few tokens, post_head are one launch, on the same GPUs and up to the same
-# hidden size, each of the kernel of its name: clusters take groups of whole mma tiles.
+# hidden size, each of the kernel of its name.
 END_TILE = 8  # tokens of an mma tile
 END_GROUP_TOKENS = 32  # tokens of a cluster at most: fn is read once for them
-# beyond it post and head are faster: 11.5 us against 12.6 for 128 tokens at H = 7168
-POST_HEAD_MAX_ELEMENTS = ONE_LAUNCH_MAX_TOKENS * 4096
+# of post_head at least: fewer would have fn read more often for little less to load
+POST_HEAD_LEAST_GROUP = 4
 
 # Elsewhere fused_post_pre runs post_projection + finish up to so many tokens, and fewer at larger
 # hidden sizes, where tokens * hidden counts; post + projection + finish beyond.
@@ -182,11 +182,7 @@ def takes_one_launch_end(hidden: int, arch: str) -> bool:
 
 def takes_post_head(tokens: int, hidden: int, arch: str) -> bool:
     """Whether ``post_head`` and ``post_head_streams`` run the ``post_head`` kernel."""
-    return (
-        takes_one_launch_end(hidden, arch)
-        and tokens <= ONE_LAUNCH_MAX_TOKENS
-        and tokens * hidden <= POST_HEAD_MAX_ELEMENTS
-    )
+    return takes_one_launch_end(hidden, arch) and tokens <= ONE_LAUNCH_MAX_TOKENS
 
 
 @functools.cache
@@ -202,12 +198,17 @@ def expand_pre_key(hidden: int, arch: str, norm: bool) -> Key:
 
 
 def end_group_tokens(tokens: int) -> int:
-    """Tokens of a cluster of ``post_head`` and ``expand_pre``: whole tiles, as few as run at once.
+    """Tokens of a cluster of ``expand_pre``: whole tiles, as few as run at once.
 
     More of them read ``fn`` once for more tokens, fewer share the work among more clusters.
     """
     tiles = _ceildiv(_ceildiv(tokens, END_TILE), CLUSTERS)
     return min(END_GROUP_TOKENS, END_TILE * tiles)
+
+
+def post_head_group_tokens(tokens: int) -> int:
+    """Tokens of a cluster of ``post_head``: all clusters run at once, where there are so few."""
+    return min(END_GROUP_TOKENS, max(POST_HEAD_LEAST_GROUP, _ceildiv(tokens, CLUSTERS)))
 
 
 def post_projection_max_tokens(hidden: int) -> int:

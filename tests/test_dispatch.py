@@ -69,11 +69,18 @@ def test_groups_of_one_launch_fit(tokens):
 
 
 @given(TOKENS)
-def test_groups_of_the_ends_are_whole_tiles(tokens):
+def test_groups_of_expand_pre_are_whole_tiles(tokens):
     group = dispatch.end_group_tokens(tokens)
     assert group % dispatch.END_TILE == 0
     assert dispatch.END_TILE <= group <= dispatch.END_GROUP_TOKENS
     # one round of clusters, or groups as large as they get
+    assert -(-tokens // group) <= dispatch.CLUSTERS or group == dispatch.END_GROUP_TOKENS
+
+
+@given(TOKENS)
+def test_groups_of_post_head_fit(tokens):
+    group = dispatch.post_head_group_tokens(tokens)
+    assert 1 <= group <= dispatch.END_GROUP_TOKENS
     assert -(-tokens // group) <= dispatch.CLUSTERS or group == dispatch.END_GROUP_TOKENS
 
 
@@ -94,9 +101,9 @@ def test_where_one_launch_begins_and_ends():
     assert [dispatch.persistent_min_tokens(h) for h in (4096, 5120, 7168)] == [640, 1024, 640]
     assert dispatch.takes_persistent(129, 5120, ARCH, True)
     assert not dispatch.takes_persistent(129, 5120, ARCH, False)
-    for tokens, hidden in ((128, 256), (128, 4096), (73, 7168)):
-        assert dispatch.takes_post_head(tokens, hidden, ARCH)
-        assert not dispatch.takes_post_head(tokens + 1, hidden, ARCH)
+    for hidden in (256, 4096, 7168):
+        assert dispatch.takes_post_head(128, hidden, ARCH)
+        assert not dispatch.takes_post_head(129, hidden, ARCH)
 
 
 @pytest.mark.parametrize("hidden", [256, 4096, 5120, 7168])

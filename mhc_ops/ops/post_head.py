@@ -94,7 +94,7 @@ def launch_post_head(
         rms_eps,
         hc_eps,
         *(() if norm_weight is None else (norm_eps,)),
-        dispatch.end_group_tokens(tokens),
+        dispatch.post_head_group_tokens(tokens),
     )
 
 

@@ -59,6 +59,10 @@ __device__ __forceinline__ void loads_wait() {
   emulation::wait_for_loads(0);
 }
 
+__device__ __forceinline__ void store16(void* global, const unsigned* words) {
+  *static_cast<uint4*>(global) = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
 __device__ __forceinline__ float rcp(float x) { return 1.0f / x; }
 
 // A slot is poisoned when something is sent to it, and gets its value when the phase of the inbox ends.
