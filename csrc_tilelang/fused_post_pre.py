@@ -170,12 +170,12 @@ def add_unit(
 
 
 @T.macro
-def boundary(
+def share_group(
     x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, gain, residual_out, post_mix,
     comb_mix, layer_input, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
-    sinkhorn_repeat, norm_eps, group_tokens, early, tokens, i_c, hidden, norm,
+    sinkhorn_repeat, norm_eps, early, t0, count, warp, i_c, hidden, norm,
 ):  # fmt: skip
-    """One CTA; ``gain`` and ``norm_eps`` are read when ``norm`` is true."""
+    """One CTA and its group of ``count`` tokens from ``t0`` on."""
     T.import_source(DEVICE_SOURCE)
     size = slice_size(hidden)
     n_shared = shared_units(hidden)
@@ -183,16 +183,8 @@ def boundary(
     row = 1 << (size // CHUNK - 1).bit_length()
     reps = -(-size // (VECTOR * WARP))  # 16-byte vectors of a lane, in the collapse
     rank = i_c % CLUSTER
-    t0 = T.alloc_var("int32", init=i_c // CLUSTER * group_tokens)
-    count = T.alloc_var("int32", init=T.min(group_tokens, tokens - t0))
     tx = T.get_thread_binding()
     lane = tx % WARP
-    warp = tx // WARP
-    if n_shared == 0:
-        # from lane 0, so that the compiler knows it to be the same in all lanes: a fifth fewer
-        # instructions. Not where a loop over units of shared memory follows: it then merged their
-        # loads into one block and spilled 336 bytes
-        warp = T.alloc_var("int32", init=T.shfl_sync(tx // WARP, 0))
 
     streams_shared = T.alloc_shared((GROUP_TOKENS, HC_MULT * size + PAD), "bfloat16")
     terms_shared = T.alloc_shared((max(1, n_shared), UNIT_TERMS // 4, WARP, 4), "uint32")
@@ -514,6 +506,30 @@ def boundary(
             for i in T.unroll(HC_MULT):
                 for j in T.vectorized(HC_MULT):
                     comb_mix[t0 + token, i, j] = comb_local[i * HC_MULT + j]
+
+
+@T.macro
+def boundary(
+    x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, gain, residual_out, post_mix,
+    comb_mix, layer_input, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
+    sinkhorn_repeat, norm_eps, group_tokens, early, tokens, i_c, hidden, norm,
+):  # fmt: skip
+    """One CTA; ``gain`` and ``norm_eps`` are read when ``norm`` is true."""
+    t0 = T.alloc_var("int32", init=i_c // CLUSTER * group_tokens)
+    count = T.alloc_var("int32", init=T.min(group_tokens, tokens - t0))
+    warp = T.get_thread_binding() // WARP
+    if shared_units(hidden) == 0:
+        # from lane 0, so that the compiler knows it to be the same in all lanes: a fifth fewer
+        # instructions. Not where a loop over units of shared memory follows: it then merged their
+        # loads into one block and spilled 336 bytes
+        warp = T.alloc_var("int32", init=T.shfl_sync(T.get_thread_binding() // WARP, 0))
+    # handed on, they are variables no more: TileLang splits an if that asks for a variable into one
+    # for each statement
+    share_group(
+        x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, gain, residual_out,
+        post_mix, comb_mix, layer_input, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
+        sinkhorn_repeat, norm_eps, early, t0, count, warp, i_c, hidden, norm,
+    )  # fmt: skip
 
 
 def fused_post_pre(hidden: int, *, norm: bool, pdl: bool):

@@ -15,9 +15,9 @@ written once. A CTA's warps have two roles, with registers to match:
   the loop, with fn in registers, Sinkhorn spilled, and the kernel before this one took 1.2 times as
   long as without it.
 
-Loads are bulk copies, a row each: one instruction for 512 bytes. Their number seems to count, not
-their bytes: versions with 84, 112 and, stores among them, 176 a tile took 318, 342 and 403 us for
-8192 tokens at H = 4096; they differ in other things too.
+Loads are bulk copies, a row each. A warp takes 100 cycles for one, so all projection warps share
+them: by two warps, for 8192 tokens at H = 7168, the kernel took 580 us, by four 525. By the token
+warps, with cp.async, it took 562.
 
 What CTAs tell each other goes through inboxes as in ``fused_post_pre``, of two sets by the tile's
 parity, opened again for the tile after the next by a thread that has waited. Nothing else has to
@@ -69,10 +69,9 @@ TOKEN_WARPS = WARPS - PROJECTION_WARPS
 PROJECTION_REGISTERS = 184
 TOKEN_REGISTERS = 512 // 2 - PROJECTION_REGISTERS
 BUFFERS = 3  # of streams: a tile under way, one posted, one to be collapsed
-LOAD_TOKENS = 8  # of a warp that loads
-LOAD_WARP = 4  # the first of them: those before send sums
-WEIGHTS_WARP = PROJECTION_WARPS - 1
+WEIGHTS_WARP = PROJECTION_WARPS - 1  # none of those that add up and send sums
 PROJECTION_BARRIER = 1  # named barrier of the projection warps; 0 is the whole CTA's
+TOKEN_BARRIER = 2  # of the token warps
 WIDE_TILE_COLUMNS = 320  # columns of a slice up to which 16 tokens fit
 
 
@@ -82,7 +81,7 @@ def tile_tokens(hidden: int) -> int:
 
 
 def warp_tokens(hidden: int) -> int:
-    """Tokens of a token warp in a tile."""
+    """Tokens of a token warp in a tile, and those that a projection warp loads."""
     return tile_tokens(hidden) // TOKEN_WARPS
 
 
@@ -92,9 +91,10 @@ def tokens_here(i, size, count):
 
 
 def load_bytes(i, part, hidden, count):
-    """What is loaded of part ``part`` of tile ``i``: x, streams, post weights and combs."""
+    """What warp ``part`` loads of tile ``i``: x, streams, post weights and combs."""
+    per = warp_tokens(hidden)
     row = HC_MULT + 1
-    here = T.max(T.min(LOAD_TOKENS, count - i * tile_tokens(hidden) - part * LOAD_TOKENS), 0)
+    here = T.max(T.min(per, count - i * tile_tokens(hidden) - part * per), 0)
     return here * (row * slice_size(hidden) * 2 + row * HC_MULT * 4)
 
 
@@ -110,44 +110,46 @@ def squares_bytes(i, hidden, count):
 
 
 @T.macro
-def load_tile(
+def load_tokens(
     x, residual, post_layer_mix, comb_res_mix, first, count, i, rank, part, lane, hidden,
     x_shared, streams_shared, post_shared, comb_shared, inbox,
 ):  # fmt: skip
-    """A warp's part of tile ``i``: rows of 4 tokens at a time, one a lane, then the mixes."""
+    """A warp's part of tile ``i``, in bulk copies of a row each and two for the mixes.
+
+    One lane, whose addresses are the same for the whole warp: with a row a lane, each copy went
+    through a loop over the lanes.
+    """
     tile = tile_tokens(hidden)
+    per = warp_tokens(hidden)
     size = slice_size(hidden)
-    here = T.min(LOAD_TOKENS, count - i * tile - part * LOAD_TOKENS)
-    what = lane % 8
-    for half in T.unroll(2, unroll_factor=1):
-        row = part * LOAD_TOKENS + half * 4 + lane // 8
-        t = first + i * tile + row
-        if half * 4 + lane // 8 < here:
-            if what < HC_MULT:
+    row0 = part * per
+    here = T.min(per, count - i * tile - row0)
+    for k in T.unroll(per, unroll_factor=1):
+        if lane == 0 and k < here:
+            t = first + i * tile + row0 + k
+            T.call_extern(
+                "handle",
+                "mhc::load_bulk",
+                T.access_ptr(x_shared[i % 2 * tile + row0 + k, 0], "w"),
+                T.access_ptr(x[t, rank * size], "r"),
+                size * 2,
+                inbox,
+            )
+            for j in T.unroll(HC_MULT):
                 T.call_extern(
                     "handle",
                     "mhc::load_bulk",
-                    T.access_ptr(streams_shared[i % BUFFERS * tile + row, what * size], "w"),
-                    T.access_ptr(residual[t, what, rank * size], "r"),
-                    size * 2,
-                    inbox,
-                )
-            elif what == HC_MULT:
-                T.call_extern(
-                    "handle",
-                    "mhc::load_bulk",
-                    T.access_ptr(x_shared[i % 2 * tile + row, 0], "w"),
-                    T.access_ptr(x[t, rank * size], "r"),
+                    T.access_ptr(streams_shared[i % BUFFERS * tile + row0 + k, j * size], "w"),
+                    T.access_ptr(residual[t, j, rank * size], "r"),
                     size * 2,
                     inbox,
                 )
     if lane == 0 and here > 0:
-        row = part * LOAD_TOKENS
-        t = first + i * tile + row
+        t = first + i * tile + row0
         T.call_extern(
             "handle",
             "mhc::load_bulk",
-            T.access_ptr(post_shared[i % 2 * tile + row, 0], "w"),
+            T.access_ptr(post_shared[i % 2 * tile + row0, 0], "w"),
             T.access_ptr(post_layer_mix[t, 0, 0], "r"),
             here * (HC_MULT * 4),
             inbox,
@@ -155,7 +157,7 @@ def load_tile(
         T.call_extern(
             "handle",
             "mhc::load_bulk",
-            T.access_ptr(comb_shared[i % 2 * tile + row, 0], "w"),
+            T.access_ptr(comb_shared[i % 2 * tile + row0, 0], "w"),
             T.access_ptr(comb_res_mix[t, 0, 0], "r"),
             here * (HC_MULT * HC_MULT * 4),
             inbox,
@@ -207,12 +209,12 @@ def add_slices(value):
 
 
 @T.macro
-def boundary(
+def run_roles(
     x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, gain, residual_out, post_mix,
     comb_mix, layer_input, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
-    sinkhorn_repeat, norm_eps, group_tokens, early, tokens, i_c, hidden, norm,
+    sinkhorn_repeat, norm_eps, early, first, count, tiles, warp, i_c, hidden, norm,
 ):  # fmt: skip
-    """One CTA; ``gain`` and ``norm_eps`` are read when ``norm`` is true."""
+    """One CTA of a cluster with ``count`` tokens from ``first`` on."""
     T.import_source(DEVICE_SOURCE)
     size = slice_size(hidden)
     n_shared = shared_units(hidden)
@@ -221,16 +223,11 @@ def boundary(
     reps = -(-size // (WARP * VECTOR))  # 16-byte vectors of a lane, in the collapse
     every = CLUSTER // tile  # a CTA owns one token in every so many tiles
     owned = 2 // every  # sets of what an owner is sent
-    parts = tile // LOAD_TOKENS
     mma_tiles = tile // MMA_COLUMNS
     shared_rounds = -(-n_shared // WARPS)
     rank = i_c % CLUSTER
-    first = T.alloc_var("int32", init=i_c // CLUSTER * group_tokens)
-    count = T.alloc_var("int32", init=T.min(group_tokens, tokens - first))
-    tiles = T.alloc_var("int32", init=T.ceildiv(count, tile))
     tx = T.get_thread_binding()
     lane = tx % WARP
-    warp = T.alloc_var("int32", init=T.shfl_sync(tx // WARP, 0))
 
     streams_shared = T.alloc_shared((BUFFERS * tile, HC_MULT * size + PAD), "bfloat16")
     x_shared = T.alloc_shared((2 * tile, size), "bfloat16")
@@ -243,11 +240,12 @@ def boundary(
     slices_shared = T.alloc_shared((owned, CLUSTER, SUMS_PITCH), "float32")
     squares_shared = T.alloc_shared((2, CLUSTER, tile), "float32")
     weights_shared = T.alloc_shared((2, tile, HC_MULT), "float32")
+    gain_shared = T.alloc_shared((size,), "bfloat16")
     hc_shared = T.alloc_shared((3 + MIXES,), "float32")
     sums_inbox = T.alloc_shared((owned,), "uint64")
     squares_inbox = T.alloc_shared((2,), "uint64")
     weights_inbox = T.alloc_shared((2,), "uint64")
-    loads_inbox = T.alloc_shared((BUFFERS, parts), "uint64")
+    loads_inbox = T.alloc_shared((BUFFERS, TOKEN_WARPS), "uint64")
     posted = T.alloc_shared((2,), "uint64")
     freed = T.alloc_shared((2,), "uint64")
 
@@ -264,7 +262,7 @@ def boundary(
     pre_local = T.alloc_local((HC_MULT,), "float32")
     collapse_weights = T.alloc_local((per * HC_MULT,), "float32")
     value_local = T.alloc_local((per * reps * VECTOR,), "bfloat16")
-    gain_local = T.alloc_local((reps * VECTOR,), "bfloat16")
+    gain_local = T.alloc_local((VECTOR,), "bfloat16")
     out_local = T.alloc_local((VECTOR,), "bfloat16")
     collapse_local = T.alloc_local((HC_MULT * VECTOR,), "bfloat16")
     wide_local = T.alloc_local((VECTOR,), "float32")
@@ -276,39 +274,51 @@ def boundary(
     logit = T.alloc_local((1,), "float32")
     mix = T.alloc_local((1,), "float32")
 
-    if tx < owned:
-        T.call_extern(
-            "handle", "mhc::inbox_open", T.access_ptr(sums_inbox[tx], "w"), CLUSTER * SUMS_PITCH * 4
-        )
-    elif tx < owned + 2:
-        T.call_extern(
-            "handle",
-            "mhc::inbox_open",
-            T.access_ptr(squares_inbox[tx - owned], "w"),
-            squares_bytes(tx - owned, hidden, count),
-        )
-    elif tx < owned + 4:
-        T.call_extern(
-            "handle",
-            "mhc::inbox_open",
-            T.access_ptr(weights_inbox[tx - owned - 2], "w"),
-            weights_bytes(tx - owned - 2, hidden, count),
-        )
-    elif tx < owned + 6:
-        T.call_extern(
-            "handle", "mhc::gate_open", T.access_ptr(posted[tx - owned - 4], "w"), TOKEN_WARPS
-        )
-    elif tx < owned + 8:
-        T.call_extern(
-            "handle", "mhc::gate_open", T.access_ptr(freed[tx - owned - 6], "w"), TOKEN_WARPS
-        )
-    elif tx < owned + 8 + BUFFERS * parts:
-        T.call_extern(
-            "handle",
-            "mhc::inbox_open",
-            T.access_ptr(loads_inbox[(tx - owned - 8) // parts, (tx - owned - 8) % parts], "w"),
-            load_bytes((tx - owned - 8) // parts, (tx - owned - 8) % parts, hidden, count),
-        )
+    # the inboxes are open before anyone can send: the cluster barrier lies between
+    if lane == 0:
+        if warp < owned:
+            T.call_extern(
+                "handle",
+                "mhc::inbox_open",
+                T.access_ptr(sums_inbox[warp], "w"),
+                CLUSTER * SUMS_PITCH * 4,
+            )
+        elif warp < owned + 2:
+            T.call_extern(
+                "handle",
+                "mhc::inbox_open",
+                T.access_ptr(squares_inbox[warp - owned], "w"),
+                squares_bytes(warp - owned, hidden, count),
+            )
+        elif warp < owned + 4:
+            T.call_extern(
+                "handle",
+                "mhc::inbox_open",
+                T.access_ptr(weights_inbox[warp - owned - 2], "w"),
+                weights_bytes(warp - owned - 2, hidden, count),
+            )
+        elif warp < owned + 6:
+            T.call_extern(
+                "handle",
+                "mhc::gate_open",
+                T.access_ptr(posted[warp - owned - 4], "w"),
+                TOKEN_WARPS * WARP,
+            )
+        elif warp < owned + 8:
+            T.call_extern(
+                "handle",
+                "mhc::gate_open",
+                T.access_ptr(freed[warp - owned - 6], "w"),
+                TOKEN_WARPS * WARP,
+            )
+        if warp < TOKEN_WARPS:
+            for i in T.unroll(BUFFERS):
+                T.call_extern(
+                    "handle",
+                    "mhc::inbox_open",
+                    T.access_ptr(loads_inbox[i, warp], "w"),
+                    load_bytes(i, warp, hidden, count),
+                )
     T.cluster_arrive()
     if tx < MIXES * HC_MULT and i_c < CLUSTER:
         T.call_extern(
@@ -410,16 +420,15 @@ def boundary(
                     T.access_ptr(vectors_local[0], "r"),
                 )
             # loads of the tile after the next, when the tile before has been collapsed
-            part = warp - LOAD_WARP
-            if part >= 0 and part < parts and i + 2 < tiles:
+            if i + 2 < tiles:
                 T.call_extern(
                     "handle", "mhc::gate_wait", T.access_ptr(freed[i % 2], "r"), i // 2 % 2
                 )
                 T.call_extern("handle", "mhc::bulk_fence")
-                load_tile(
-                    x, residual, post_layer_mix, comb_res_mix, first, count, i + 2, rank, part,
+                load_tokens(
+                    x, residual, post_layer_mix, comb_res_mix, first, count, i + 2, rank, warp,
                     lane, hidden, x_shared, streams_shared, post_shared, comb_shared,
-                    T.access_ptr(loads_inbox[(i + 2) % BUFFERS, part], "w"),
+                    T.access_ptr(loads_inbox[(i + 2) % BUFFERS, warp], "w"),
                 )  # fmt: skip
             if warp == WEIGHTS_WARP:
                 own = rank - i % every * tile
@@ -505,43 +514,38 @@ def boundary(
             hc_shared[lane] = hc_scale[lane]
         if warp == PROJECTION_WARPS and lane < MIXES:
             hc_shared[3 + lane] = hc_base[lane]
-        if me < parts:
-            for i in T.unroll(2):
-                load_tile(
-                    x, residual, post_layer_mix, comb_res_mix, first, count, i, rank, me, lane,
-                    hidden, x_shared, streams_shared, post_shared, comb_shared,
-                    T.access_ptr(loads_inbox[i, me], "w"),
-                )  # fmt: skip
+        if norm and me == 0:
+            for r in T.unroll(reps):
+                if (r * WARP + lane) * VECTOR < size:
+                    for v in T.vectorized(VECTOR):
+                        gain_shared[(r * WARP + lane) * VECTOR + v] = gain[
+                            rank * size + (r * WARP + lane) * VECTOR + v
+                        ]
+        T.sync_threads(TOKEN_BARRIER, TOKEN_WARPS * WARP)
+        # who projects is not ready yet; everyone's own
+        for i in T.unroll(2):
+            load_tokens(
+                x, residual, post_layer_mix, comb_res_mix, first, count, i, rank, me, lane, hidden,
+                x_shared, streams_shared, post_shared, comb_shared,
+                T.access_ptr(loads_inbox[i, me], "w"),
+            )  # fmt: skip
         for i in T.serial(tiles + 2):
-            # read every time: kept in registers, they were spilled
-            if norm:
-                for r in T.unroll(reps):
-                    if (r * WARP + lane) * VECTOR < size:
-                        for v in T.vectorized(VECTOR):
-                            gain_local[r * VECTOR + v] = gain[
-                                rank * size + (r * WARP + lane) * VECTOR + v
-                            ]
             # post, as soon as the loads are there
             if i < tiles:
                 if i * tile + row0 < count:
                     T.call_extern(
                         "handle",
                         "mhc::inbox_wait",
-                        T.access_ptr(loads_inbox[i % BUFFERS, row0 // LOAD_TOKENS], "r"),
+                        T.access_ptr(loads_inbox[i % BUFFERS, me], "r"),
                         i // BUFFERS % 2,
                     )
-                    # not where nothing will be loaded: a phase of 0 bytes would end at once, before
-                    # the other warps have seen the end of this one
-                    if (
-                        lane == 0
-                        and row0 % LOAD_TOKENS == 0
-                        and (i + BUFFERS) * tile + row0 < count
-                    ):
+                    # not where nothing will be loaded: a phase of 0 bytes would end at once
+                    if lane == 0 and (i + BUFFERS) * tile + row0 < count:
                         T.call_extern(
                             "handle",
                             "mhc::inbox_again",
-                            T.access_ptr(loads_inbox[i % BUFFERS, row0 // LOAD_TOKENS], "w"),
-                            load_bytes(i + BUFFERS, row0 // LOAD_TOKENS, hidden, count),
+                            T.access_ptr(loads_inbox[i % BUFFERS, me], "w"),
+                            load_bytes(i + BUFFERS, me, hidden, count),
                         )
                 for k in T.serial(T.max(T.min(per, count - i * tile - row0), 0)):
                     post_token(
@@ -549,9 +553,7 @@ def boundary(
                         i % 2 * tile + row0 + k, i % BUFFERS * tile + row0 + k,
                         first + i * tile + row0 + k, rank, lane, hidden,
                     )  # fmt: skip
-                T.sync_warp()
-                if lane == 0:
-                    T.call_extern("handle", "mhc::gate_pass", T.access_ptr(posted[i % 2], "w"))
+                T.call_extern("handle", "mhc::gate_pass", T.access_ptr(posted[i % 2], "w"))
             # RMSNorm of the tile before the last: bf16(bf16(v) * rsqrt(mean(v^2) + norm_eps) * g)
             if norm and i >= 2 and (i - 2) * tile + row0 < count:
                 T.call_extern(
@@ -578,7 +580,9 @@ def boundary(
                         for r in T.unroll(reps):
                             if (r * WARP + lane) * VECTOR < size:
                                 widen(value_local, (k * reps + r) * VECTOR, VECTOR, wide_local)
-                                widen(gain_local, r * VECTOR, VECTOR, total_local)
+                                for v in T.vectorized(VECTOR):
+                                    gain_local[v] = gain_shared[(r * WARP + lane) * VECTOR + v]
+                                widen(gain_local, 0, VECTOR, total_local)
                                 for v in T.unroll(VECTOR):
                                     total_local[v] = (
                                         wide_local[v] * squares_local[k] * total_local[v]
@@ -668,9 +672,27 @@ def boundary(
                                 squares_local[0],
                             )
             if i < tiles:
-                T.sync_warp()
-                if lane == 0:
-                    T.call_extern("handle", "mhc::gate_pass", T.access_ptr(freed[i % 2], "w"))
+                T.call_extern("handle", "mhc::gate_pass", T.access_ptr(freed[i % 2], "w"))
+
+
+@T.macro
+def boundary(
+    x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, gain, residual_out, post_mix,
+    comb_mix, layer_input, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
+    sinkhorn_repeat, norm_eps, group_tokens, early, tokens, i_c, hidden, norm,
+):  # fmt: skip
+    """One CTA; ``gain`` and ``norm_eps`` are read when ``norm`` is true."""
+    first = T.alloc_var("int32", init=i_c // CLUSTER * group_tokens)
+    count = T.alloc_var("int32", init=T.min(group_tokens, tokens - first))
+    tiles = T.alloc_var("int32", init=T.ceildiv(count, tile_tokens(hidden)))
+    warp = T.alloc_var("int32", init=T.shfl_sync(T.get_thread_binding() // WARP, 0))
+    # handed on, they are variables no more: TileLang splits an if that asks for a variable into one
+    # for each statement, and what the statements hand on then stays in registers around the loop
+    run_roles(
+        x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, gain, residual_out,
+        post_mix, comb_mix, layer_input, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
+        sinkhorn_repeat, norm_eps, early, first, count, tiles, warp, i_c, hidden, norm,
+    )  # fmt: skip
 
 
 def fused_post_pre_persistent(hidden: int, *, norm: bool, pdl: bool):

@@ -71,3 +71,20 @@ def test_more_elements_than_32_bits_count():
     got = mhc_ops.fused_post_pre(**many)
     for first in (0, tokens // 2, tokens - 16):
         assert_same_bits([value[first : first + 16] for value in got], few)
+
+
+def test_no_memory_but_the_outputs():
+    """Above the outputs less than 8 MB at 32,768 tokens."""
+    tokens, hidden = 32_768, 4096
+    inputs = make_inputs(OP, 16, hidden, device="cuda", norm=True)
+    inputs |= {
+        name: inputs[name].repeat(2048, *(1,) * (inputs[name].dim() - 1)) for name in TOKENWISE
+    }
+    mhc_ops.fused_post_pre(**inputs)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    got = mhc_ops.fused_post_pre(**inputs)
+    outputs = sum(value.numel() * value.element_size() for value in got)
+    assert got.layer_input.shape == (tokens, hidden)
+    assert torch.cuda.max_memory_allocated() - before - outputs < 8 << 20
