@@ -22,7 +22,7 @@ token's outputs are the same bits in any batch and at any position.
 
 import tilelang.language as T
 
-from ..dispatch import CLUSTER, END_GROUP_TOKENS
+from ..dispatch import CLUSTER, EXPAND_PRE_GROUP_TOKENS
 from ._collapse import sigmoid
 from ._device import DEVICE_SOURCE, HC_MULT, MIXES, MMA_COLUMNS, SQUARES, VECTOR, WARP
 from ._group import (
@@ -55,8 +55,8 @@ from ._operands import (
 )
 from ._sinkhorn import COMB, sinkhorn, softmax_row
 
-TILES = END_GROUP_TOKENS // MMA_COLUMNS  # of 8 tokens
-OWNED = -(-END_GROUP_TOKENS // CLUSTER)  # tokens of a group that a CTA owns at most
+TILES = EXPAND_PRE_GROUP_TOKENS // MMA_COLUMNS  # of 8 tokens
+OWNED = -(-EXPAND_PRE_GROUP_TOKENS // CLUSTER)  # tokens of a group that a CTA owns at most
 OWNER_FLOATS = SUMS - HC_MULT  # of each CTA and owned token: post, comb, squares
 TWO_CTAS_WARPS = 8  # column warps of which two CTAs have 96 registers a thread, without spills
 INBOXES = 1 + OWNED  # sums of the collapse, then all sums of each owned token
@@ -107,8 +107,8 @@ def expand_group(
 
     x_shared = T.alloc_shared((TILES, threads, VECTOR), "bfloat16")
     sums_shared = T.alloc_shared((TILES, warps, MMA_COLUMNS, SUMS_PITCH), "float32")
-    sums_in_shared = T.alloc_shared((END_GROUP_TOKENS, SUMS_IN_PITCH), "float32")
-    squares_in_shared = T.alloc_shared((END_GROUP_TOKENS, SQUARES_IN_PITCH), "float32")
+    sums_in_shared = T.alloc_shared((EXPAND_PRE_GROUP_TOKENS, SUMS_IN_PITCH), "float32")
+    squares_in_shared = T.alloc_shared((EXPAND_PRE_GROUP_TOKENS, SQUARES_IN_PITCH), "float32")
     owned_in_shared = T.alloc_shared((OWNED, CLUSTER, WARP), "float32")
     inbox_shared = T.alloc_shared((INBOXES,), "uint64")
 
@@ -304,7 +304,7 @@ def expand_pre(hidden: int, *, norm: bool, pdl: bool):
         fp32, norm_weight [H] bf16 if norm, residual_out [n, 4, H] bf16, post_mix [n, 4] fp32,
         comb_mix [n, 4, 4] fp32, layer_input [n, H] bf16, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
         hc_post_mult_value fp32, sinkhorn_repeat int32, norm_eps fp32 if norm, group_tokens int32:
-        tokens of a cluster, at most END_GROUP_TOKENS).
+        tokens of a cluster, at most EXPAND_PRE_GROUP_TOKENS).
     """
     tokens = T.dynamic("tokens", "int64")
     threads = (column_warps(hidden) + 1) * WARP

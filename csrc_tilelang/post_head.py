@@ -2,7 +2,7 @@
 
 Algorithm: the new streams live in shared memory alone, unless they are asked for as well: x and the
 old streams are read once, the hidden state is written once, 12 bytes of traffic per hidden element
-and token where post and head move 36. A cluster of 16 CTAs takes a group of up to 32 tokens, each
+and token where post and head move 36. A cluster of 16 CTAs takes a group of up to 24 tokens, each
 CTA a sixteenth of the hidden size in all 4 streams, each of its warps 32 columns. The cluster
 
 1. sends fn, the mixes, x and the streams to shared memory, 16 bytes a lane, in groups of loads that
@@ -25,7 +25,7 @@ token's outputs are the same bits in any batch and at any position.
 
 import tilelang.language as T
 
-from ..dispatch import CLUSTER, END_GROUP_TOKENS
+from ..dispatch import CLUSTER, POST_HEAD_GROUP_TOKENS
 from ._device import (
     DEVICE_SOURCE,
     HC_MULT,
@@ -45,7 +45,7 @@ from ._group import (
 from ._operands import ALL_PAIRS, CHUNK, STEPS, add_tree
 from ._steps import mix_stream, widen
 
-TILES = END_GROUP_TOKENS // MMA_COLUMNS  # of 8 tokens
+TILES = POST_HEAD_GROUP_TOKENS // MMA_COLUMNS  # of 8 tokens
 ROWS = HC_MULT * SPLIT_TERMS  # of A: term 0 of fn's 4 rows, term 1, term 2
 HEAD_SUMS = ROWS + 1  # and the squares
 HEAD_PITCH = HEAD_SUMS  # floats from token to token; padded it would be one CTA on an SM, not two
@@ -161,12 +161,12 @@ def finish_group(
 
     x_shared = T.alloc_shared((TILES, threads, VECTOR), "bfloat16")
     streams_shared = T.alloc_shared((TILES, HC_MULT, threads, VECTOR), "bfloat16")
-    mixes_shared = T.alloc_shared((END_GROUP_TOKENS, HC_MULT + 1, HC_MULT), "float32")
+    mixes_shared = T.alloc_shared((POST_HEAD_GROUP_TOKENS, HC_MULT + 1, HC_MULT), "float32")
     # this CTA's columns of fn, which only the lane reads that loaded them, then the warps' sums
     sums = TILES * warps * MMA_COLUMNS * HEAD_PITCH
     work_shared = T.alloc_shared((max(threads * HC_MULT * CHUNK, sums),), "float32")
     norm_shared = T.alloc_shared((TILES, warps, MMA_COLUMNS), "float32")
-    sums_in_shared = T.alloc_shared((END_GROUP_TOKENS, SUMS_IN_PITCH), "float32")
+    sums_in_shared = T.alloc_shared((POST_HEAD_GROUP_TOKENS, SUMS_IN_PITCH), "float32")
     squares_in_shared = T.alloc_shared((TILES, CLUSTER, MMA_COLUMNS), "float32")
     norm_in_shared = T.alloc_shared((TILES, CLUSTER, MMA_COLUMNS), "float32")
     inbox_shared = T.alloc_shared((2 * TILES,), "uint64")
@@ -226,7 +226,7 @@ def finish_group(
                 T.access_ptr(fn[row % HC_MULT, j * hidden + column + row // HC_MULT * CHUNK], "r"),
             )
     T.call_extern("handle", "mhc::loads_commit")
-    for i in T.unroll(-(-END_GROUP_TOKENS * (HC_MULT + 1) // threads)):
+    for i in T.unroll(-(-POST_HEAD_GROUP_TOKENS * (HC_MULT + 1) // threads)):
         vector = i * threads + tx
         if vector < count:
             T.call_extern(
@@ -483,7 +483,8 @@ def post_head(hidden: int, *, norm: bool, streams: bool, pdl: bool):
         The TileLang program: (x [n, H] bf16, residual [n, 4, H] bf16, post_layer_mix [n, 4] fp32,
         comb_res_mix [n, 4, 4] fp32, fn [4, 4 * H] fp32, scale [1] fp32, base [4] fp32, norm_weight
         [H] bf16 if norm, residual_out [n, 4, H] bf16, out [n, H] bf16, rms_eps, hc_eps fp32,
-        norm_eps fp32 if norm, group_tokens int32: tokens of a cluster, at most END_GROUP_TOKENS).
+        norm_eps fp32 if norm, group_tokens int32: tokens of a cluster, at most
+        POST_HEAD_GROUP_TOKENS).
     """
     tokens = T.dynamic("tokens", "int64")
     threads = column_warps(hidden) * WARP

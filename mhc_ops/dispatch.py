@@ -34,17 +34,24 @@ MORE_GROUP_TOKENS = 16  # two token tiles: more clusters only where groups would
 # persistent kernel, on the same GPUs and up to the same hidden size. Its bits are those of the
 # kernel for few tokens, which the three launches' are not.
 PERSISTENT = "fused_post_pre_persistent"
-PERSISTENT_MIN_TOKENS = 640  # 32.1 us against 32.3 at H = 4096, 58.9 against 60.7 at 7168
-# where more than an eighth of a token warp's lanes have no columns: 69.6 against 70.5 at H = 5120
-PERSISTENT_MIN_TOKENS_PARTLY = 1024
 PERSISTENT_LANES_COLUMNS = 32 * 8  # of a token warp's lanes, at a time
+# By how many eighths of them have columns: 8 at H = 4096, where it is at most 2 % slower at any
+# number of tokens, 7 at 7168: 33.3 us against 34.5, fewer at 5120: 41.6 against 43.1.
+PERSISTENT_MIN_TOKENS = {8: ONE_LAUNCH_MAX_TOKENS + 1, 7: 384}
+PERSISTENT_MIN_TOKENS_PARTLY = 640
 
-# expand_pre and, for few tokens, post_head are one launch, on the same GPUs and up to the same
-# hidden size, each of the kernel of its name.
-END_TILE = 8  # tokens of an mma tile
-END_GROUP_TOKENS = 32  # tokens of a cluster at most: fn is read once for them
+# expand_pre and, for few and for many tokens, post_head are one launch, on the same GPUs and up to
+# the same hidden size, each of the kernel of its name.
+EXPAND_PRE_TILE = 8  # tokens of an mma tile
+EXPAND_PRE_GROUP_TOKENS = 32  # tokens of a cluster at most: fn is read once for them
 # of post_head at least: fewer would have fn read more often for little less to load
 POST_HEAD_LEAST_GROUP = 4
+POST_HEAD_GROUP_TOKENS = 24  # at most: for 512 at H = 7168 16, 24, 32 took 40.2, 38.5 and 43.7 us
+# one round of its clusters, or so many that a round more or less does not count; the second with
+# the streams written. For 192 at H = 7168 it took 19.7 us, post and head 15.1; for 512 36.3 and
+# 43.0; with the streams for 512 at H = 4096 26.0 and 23.1, for 1024 48.9 and 49.5
+POST_HEAD_FEW_TOKENS = CLUSTERS * POST_HEAD_GROUP_TOKENS
+POST_HEAD_MANY_TOKENS = (512, 1024)
 
 # Elsewhere fused_post_pre runs post_projection + finish up to so many tokens, and fewer at larger
 # hidden sizes, where tokens * hidden counts; post + projection + finish beyond.
@@ -148,7 +155,7 @@ def persistent_min_tokens(hidden: int) -> int:
     """From how many tokens on the ``fused_post_pre_persistent`` kernel beats three launches."""
     columns = hidden // CLUSTER
     places = _ceildiv(columns, PERSISTENT_LANES_COLUMNS) * PERSISTENT_LANES_COLUMNS
-    return PERSISTENT_MIN_TOKENS if 8 * columns >= 7 * places else PERSISTENT_MIN_TOKENS_PARTLY
+    return PERSISTENT_MIN_TOKENS.get(8 * columns // places, PERSISTENT_MIN_TOKENS_PARTLY)
 
 
 def takes_persistent(tokens: int, hidden: int, arch: str, batch_invariant: bool) -> bool:
@@ -180,9 +187,10 @@ def takes_one_launch_end(hidden: int, arch: str) -> bool:
     return hidden <= ONE_LAUNCH_MAX_HIDDEN and arch in ONE_LAUNCH_ARCHS
 
 
-def takes_post_head(tokens: int, hidden: int, arch: str) -> bool:
-    """Whether ``post_head`` and ``post_head_streams`` run the ``post_head`` kernel."""
-    return takes_one_launch_end(hidden, arch) and tokens <= ONE_LAUNCH_MAX_TOKENS
+def takes_post_head(tokens: int, hidden: int, arch: str, streams: bool) -> bool:
+    """Whether ``post_head``, or ``post_head_streams``, runs the ``post_head`` kernel."""
+    few, many = POST_HEAD_FEW_TOKENS, POST_HEAD_MANY_TOKENS[streams]
+    return takes_one_launch_end(hidden, arch) and not few < tokens < many
 
 
 @functools.cache
@@ -197,18 +205,18 @@ def expand_pre_key(hidden: int, arch: str, norm: bool) -> Key:
     return Key("expand_pre", arch, hidden, (("norm", norm),))
 
 
-def end_group_tokens(tokens: int) -> int:
+def expand_pre_group_tokens(tokens: int) -> int:
     """Tokens of a cluster of ``expand_pre``: whole tiles, as few as run at once.
 
     More of them read ``fn`` once for more tokens, fewer share the work among more clusters.
     """
-    tiles = _ceildiv(_ceildiv(tokens, END_TILE), CLUSTERS)
-    return min(END_GROUP_TOKENS, END_TILE * tiles)
+    tiles = _ceildiv(_ceildiv(tokens, EXPAND_PRE_TILE), CLUSTERS)
+    return min(EXPAND_PRE_GROUP_TOKENS, EXPAND_PRE_TILE * tiles)
 
 
 def post_head_group_tokens(tokens: int) -> int:
     """Tokens of a cluster of ``post_head``: all clusters run at once, where there are so few."""
-    return min(END_GROUP_TOKENS, max(POST_HEAD_LEAST_GROUP, _ceildiv(tokens, CLUSTERS)))
+    return min(POST_HEAD_GROUP_TOKENS, max(POST_HEAD_LEAST_GROUP, _ceildiv(tokens, CLUSTERS)))
 
 
 def post_projection_max_tokens(hidden: int) -> int:
@@ -304,6 +312,7 @@ def path_tokens(hidden: int, arch: str, max_tokens: int) -> tuple[int, ...]:
     starts.update(tile.max_tokens + 1 for tile in PROJECTION_TILES)
     if one_launch:
         starts.add(persistent_min_tokens(hidden))
+        starts.update((POST_HEAD_FEW_TOKENS + 1, *POST_HEAD_MANY_TOKENS))
     return tuple(sorted(tokens for tokens in starts if tokens <= max_tokens))
 
 

@@ -1,5 +1,7 @@
 """dispatch: plans cover the work, keys are few and never depend on the token count."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +25,7 @@ def test_constants_are_those_of_the_kernels():
     assert dispatch.POST_PROJECTION_SLICE == post_projection.SLICE
     assert dispatch.PROJECTION_BLOCK == projection.BLOCK
     assert dispatch.PROJECTION_WARPS == projection.WARPS
-    assert dispatch.END_TILE == _device.MMA_COLUMNS
+    assert dispatch.EXPAND_PRE_TILE == _device.MMA_COLUMNS
 
 
 @given(TOKENS, HIDDEN, ROWS, st.integers(1, 200))
@@ -70,25 +72,26 @@ def test_groups_of_one_launch_fit(tokens):
 
 @given(TOKENS)
 def test_groups_of_expand_pre_are_whole_tiles(tokens):
-    group = dispatch.end_group_tokens(tokens)
-    assert group % dispatch.END_TILE == 0
-    assert dispatch.END_TILE <= group <= dispatch.END_GROUP_TOKENS
+    group = dispatch.expand_pre_group_tokens(tokens)
+    assert group % dispatch.EXPAND_PRE_TILE == 0
+    assert dispatch.EXPAND_PRE_TILE <= group <= dispatch.EXPAND_PRE_GROUP_TOKENS
     # one round of clusters, or groups as large as they get
-    assert -(-tokens // group) <= dispatch.CLUSTERS or group == dispatch.END_GROUP_TOKENS
+    assert -(-tokens // group) <= dispatch.CLUSTERS or group == dispatch.EXPAND_PRE_GROUP_TOKENS
 
 
 @given(TOKENS)
 def test_groups_of_post_head_fit(tokens):
     group = dispatch.post_head_group_tokens(tokens)
-    assert 1 <= group <= dispatch.END_GROUP_TOKENS
-    assert -(-tokens // group) <= dispatch.CLUSTERS or group == dispatch.END_GROUP_TOKENS
+    assert 1 <= group <= dispatch.POST_HEAD_GROUP_TOKENS
+    assert -(-tokens // group) <= dispatch.CLUSTERS or group == dispatch.POST_HEAD_GROUP_TOKENS
 
 
 def test_one_launch_is_for_clusters_of_16():
     for arch, served in (("sm_90a", True), ("sm_100a", True), ("sm_120a", False), ("sm_80", False)):
         assert dispatch.takes_one_launch(1, 4096, arch) == served
         assert dispatch.takes_one_launch_end(4096, arch) == served
-        assert dispatch.takes_post_head(1, 4096, arch) == served
+        for streams in (False, True):
+            assert dispatch.takes_post_head(1, 4096, arch, streams) == served
         assert dispatch.takes_persistent(5000, 4096, arch, False) == served
     assert not dispatch.takes_one_launch(129, 4096, ARCH)
     assert not dispatch.takes_one_launch(1, 7424, ARCH)
@@ -98,12 +101,14 @@ def test_one_launch_is_for_clusters_of_16():
 
 def test_where_one_launch_begins_and_ends():
     """The bounds that were measured, and that the same bits are to be had at any size."""
-    assert [dispatch.persistent_min_tokens(h) for h in (4096, 5120, 7168)] == [640, 1024, 640]
+    assert [dispatch.persistent_min_tokens(h) for h in (4096, 5120, 7168)] == [129, 640, 384]
     assert dispatch.takes_persistent(129, 5120, ARCH, True)
     assert not dispatch.takes_persistent(129, 5120, ARCH, False)
-    for hidden in (256, 4096, 7168):
-        assert dispatch.takes_post_head(128, hidden, ARCH)
-        assert not dispatch.takes_post_head(129, hidden, ARCH)
+    for hidden, streams in itertools.product((256, 4096, 7168), (False, True)):
+        taken = [dispatch.takes_post_head(n, hidden, ARCH, streams) for n in (168, 169, 511, 1024)]
+        assert taken == [True, False, False, True]
+    assert dispatch.takes_post_head(512, 4096, ARCH, False)
+    assert not dispatch.takes_post_head(1023, 4096, ARCH, True)
 
 
 @pytest.mark.parametrize("hidden", [256, 4096, 5120, 7168])

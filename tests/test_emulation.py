@@ -283,7 +283,8 @@ def small_clusters(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "CLUSTER", 2)
         patch.setattr(dispatch, "GROUP_TOKENS", 4)
-        patch.setattr(dispatch, "END_GROUP_TOKENS", 16)
+        patch.setattr(dispatch, "EXPAND_PRE_GROUP_TOKENS", 16)
+        patch.setattr(dispatch, "POST_HEAD_GROUP_TOKENS", 16)
         for module in modules:
             importlib.reload(module)
         yield

@@ -75,10 +75,11 @@ def test_streams_are_those_of_post_and_change_nothing(hidden, tokens, norm):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("hidden", [4096, 7168])
-def test_any_batch_gives_the_bits_of_single_tokens(hidden):
-    inputs = make_inputs(OP, 300, hidden, device="cuda", norm=True, kind="large_logits")
+@pytest.mark.parametrize("tokens", [168, 600])
+def test_any_batch_gives_the_bits_of_single_tokens(hidden, tokens):
+    inputs = make_inputs(OP, tokens, hidden, device="cuda", norm=True, kind="large_logits")
     batch = call(OP, inputs)
-    for token in (0, 7, 8, 31, 32, 150, 299):
+    for token in (0, 7, 8, 31, 32, 150, tokens - 1):
         single = inputs | {name: inputs[name][token : token + 1] for name in POST_ARGUMENTS}
         assert_equal(call(OP, single), {name: v[token : token + 1] for name, v in batch.items()})
 

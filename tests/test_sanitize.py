@@ -25,8 +25,8 @@ def kernels_of(case):
         return {dispatch.fused_post_pre_key(case.hidden, ARCH, case.norm)}
     if case.op == "expand_pre":
         return {dispatch.expand_pre_key(case.hidden, ARCH, case.norm)}
-    if case.op.startswith("post_head") and dispatch.takes_post_head(*size, ARCH):
-        streams = case.op == "post_head_streams"
+    streams = case.op == "post_head_streams"
+    if case.op.startswith("post_head") and dispatch.takes_post_head(*size, ARCH, streams):
         return {dispatch.post_head_key(case.hidden, ARCH, case.norm, streams)}
     last = dispatch.head_key if "head" in case.op else dispatch.finish_key
     if case.op != "post":

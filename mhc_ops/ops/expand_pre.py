@@ -115,7 +115,7 @@ def _cuda(
             hc_post_mult_value,
             sinkhorn_repeat,
             *(() if norm_weight is None else (norm_eps,)),
-            dispatch.end_group_tokens(tokens),
+            dispatch.expand_pre_group_tokens(tokens),
         )
     else:
         residual_out.copy_(x.unsqueeze(-2).expand_as(residual_out))

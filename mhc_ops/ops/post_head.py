@@ -122,7 +122,7 @@ def _cuda(
     if not residual.numel():
         return out
     tokens = out.numel() // hidden
-    if dispatch.takes_post_head(tokens, hidden, support.arch(residual.device)):
+    if dispatch.takes_post_head(tokens, hidden, support.arch(residual.device), False):
         launch_post_head(
             x, residual, post_layer_mix, comb_res_mix, fn, scale, base, rms_eps, hc_eps,
             norm_weight, norm_eps, None, out,
