@@ -190,23 +190,25 @@ def finish_group(
     base_local = T.alloc_local((1,), "float32")
     mix = T.alloc_local((1,), "float32")
 
-    # the inboxes, one a tile, are open before anyone can send: the cluster barrier lies between
-    if tx < TILES and tx * MMA_COLUMNS < count:
-        # messages of 16 bytes: one a token, and one for the squares of 4 tokens
-        opened = T.min(count - tx * MMA_COLUMNS, MMA_COLUMNS)
-        T.call_extern(
-            "handle",
-            "mhc::inbox_open",
-            T.access_ptr(inbox_shared[SUMS_INBOX + tx], "w"),
-            CLUSTER * 16 * (opened + T.ceildiv(opened, BATCH)),
-        )
-        if norm:
+    # the inboxes, one a tile, are open before anyone can send: the cluster barrier lies between. By
+    # one thread: of lanes that open them side by side racecheck warns
+    if tx == 0:
+        for tile in T.serial(T.ceildiv(count, MMA_COLUMNS)):
+            # messages of 16 bytes: one a token, and one for the squares of 4 tokens
+            opened = T.min(count - tile * MMA_COLUMNS, MMA_COLUMNS)
             T.call_extern(
                 "handle",
                 "mhc::inbox_open",
-                T.access_ptr(inbox_shared[NORM_INBOX + tx], "w"),
-                CLUSTER * 16 * T.ceildiv(opened, BATCH),
+                T.access_ptr(inbox_shared[SUMS_INBOX + tile], "w"),
+                CLUSTER * 16 * (opened + T.ceildiv(opened, BATCH)),
             )
+            if norm:
+                T.call_extern(
+                    "handle",
+                    "mhc::inbox_open",
+                    T.access_ptr(inbox_shared[NORM_INBOX + tile], "w"),
+                    CLUSTER * 16 * T.ceildiv(opened, BATCH),
+                )
     T.cluster_arrive()
     # fn is a weight: on its way to L2 while the previous kernel still runs
     if i_c < CLUSTER:
