@@ -519,9 +519,9 @@ def boundary(
     count = T.alloc_var("int32", init=T.min(group_tokens, tokens - t0))
     warp = T.get_thread_binding() // WARP
     if not 0 < shared_units(hidden) < WARPS:
-        # from lane 0, so that the compiler knows it to be the same in all lanes: an eighth to a fifth
-        # fewer instructions, 14.60 us for 14.73 for 128 tokens at H = 7168. Not where some warps
-        # have units in shared memory and some have none: 13.5 for 13.2 at H = 5120
+        # from lane 0, so that the compiler knows it to be the same in all lanes: an eighth to a
+        # fifth fewer instructions, 14.60 us for 14.73 for 128 tokens at H = 7168. Not where some
+        # warps have units in shared memory and some have none: 13.5 for 13.2 at H = 5120
         warp = T.alloc_var("int32", init=T.shfl_sync(T.get_thread_binding() // WARP, 0))
     # handed on, they are variables no more: TileLang splits an if that asks for a variable into one
     # for each statement
