@@ -170,6 +170,8 @@ def path(op: str, hidden: int, tokens: int) -> str:
         return "post_head"
     if op == "fused_post_pre" and dispatch.takes_one_launch(tokens, hidden, "sm_90a"):
         return "fused_post_pre"
+    if op == "fused_post_pre" and dispatch.takes_persistent(tokens, hidden, "sm_90a", False):
+        return dispatch.PERSISTENT
     if op == "fused_post_pre" and dispatch.takes_post_projection(tokens, hidden):
         plan = dispatch.post_projection_plan(tokens, hidden, "sm_90a", 132)
         return f"{kernel_name(plan.key)}+finish"
