@@ -323,6 +323,30 @@ def test_no_races_in_clusters(monkeypatch, folder, small_clusters, op, tokens, k
     device.check(op, cluster_inputs(op, tokens, key))
 
 
+def test_no_races_in_the_persistent_kernel(monkeypatch, folder):
+    """In one cluster of 8, a token of each tile a CTA: 4096 threads, about what can be held."""
+    names = ("_operands", "fused_post_pre", "fused_post_pre_persistent")
+    modules = [importlib.import_module(f"mhc_ops.csrc_tilelang.{name}") for name in names]
+    key = dispatch.persistent_key(256, ARCH, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "CLUSTER", 8)
+        for module in modules:
+            importlib.reload(module)
+        patch.setattr(modules[-1], "WIDE_TILE_COLUMNS", 0)  # tiles of 8
+        lowered = small_cluster_kernel(key)
+        patch.setattr(dispatch, "ONE_LAUNCH_MAX_TOKENS", 0)
+        patch.setattr(dispatch, "CLUSTERS", 1)
+        patch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
+        device = Device(
+            patch, lambda key: Kernel(lowered, folder, sanitize_threads=True, resident=8)
+        )
+        # 4 tiles, the last one short: every buffer, gate and inbox is used again
+        device.check("fused_post_pre", cluster_inputs("fused_post_pre", 27, key))
+        assert device.launched == {key}
+    for module in modules:
+        importlib.reload(module)
+
+
 WAIT = re.compile(
     r"^ *(__syncthreads\(\)|tl::__sync_thread_partial.*|mhc::inbox_wait\(.*\));\n", re.M
 )
