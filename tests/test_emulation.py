@@ -22,7 +22,7 @@ from torch import Tensor
 from emulation import EmulationError, Kernel, Lowered, lower, missing
 from emulation.lowering import Parameter
 from helpers import STREAMS, assert_equal
-from mhc_ops import dispatch, host, jit, reference, support
+from mhc_ops import dispatch, host, jit, reference, store, support
 from mhc_ops.csrc_tilelang._device import DEVICE_SOURCE
 from mhc_ops.testing import (
     KINDS,
@@ -433,8 +433,10 @@ def test_every_device_function_has_a_twin():
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-def test_source_is_the_one_that_ships(monkeypatch, lowered):
+def test_source_is_the_one_that_ships(monkeypatch, tmp_path, lowered):
     key = dispatch.finish_key(256, ARCH, True)
+    # a run before may have left the kernel in the cache
+    monkeypatch.setattr(store, "cached_folder", lambda: tmp_path)
     monkeypatch.setattr(jit, "_compiled", {})
     monkeypatch.setattr(jit, "_main", lambda kernel: kernel.get_kernel_source())
     assert jit.compile_key(key) == lowered(key).source
