@@ -32,6 +32,7 @@ The arithmetic and its order are those of ``fused_post_pre``, whose bits these a
 import tilelang.language as T
 
 from ..dispatch import CLUSTER
+from ._boundary import boundary_program
 from ._collapse import sigmoid
 from ._device import DEVICE_SOURCE, HC_MULT, MIXES, MMA_COLUMNS, SQUARES, VECTOR, WARP
 from ._operands import (
@@ -704,73 +705,7 @@ def fused_post_pre_persistent(hidden: int, *, norm: bool, pdl: bool):
         pdl: must be true: clusters and programmatic dependent launch come together (sm_90).
 
     Returns:
-        The TileLang program, with the arguments of fused_post_pre; group_tokens, the tokens of a
-        cluster, may be any number.
+        The TileLang program, as of :func:`._boundary.boundary_program`; group_tokens, the tokens of
+        a cluster, may be any number.
     """
-    tokens = T.dynamic("tokens", "int32")
-
-    @T.prim_func
-    def mhc_fused_post_pre_persistent(
-        x: T.Tensor((tokens, hidden), "bfloat16"),
-        residual: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
-        post_layer_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
-        comb_res_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
-        fn: T.Tensor((MIXES, HC_MULT * hidden), "float32"),
-        hc_scale: T.Tensor((3,), "float32"),
-        hc_base: T.Tensor((MIXES,), "float32"),
-        residual_out: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
-        post_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
-        comb_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
-        layer_input: T.Tensor((tokens, hidden), "bfloat16"),
-        rms_eps: T.float32,
-        hc_pre_eps: T.float32,
-        hc_sinkhorn_eps: T.float32,
-        hc_post_mult_value: T.float32,
-        sinkhorn_repeat: T.int32,
-        group_tokens: T.int32,
-        early: T.int32,
-    ):
-        with T.Kernel(
-            T.ceildiv(tokens, group_tokens) * CLUSTER, threads=THREADS, cluster_dims=(CLUSTER, 1, 1)
-        ) as i_c:
-            boundary(
-                x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, None,
-                residual_out, post_mix, comb_mix, layer_input, rms_eps, hc_pre_eps,
-                hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, None, group_tokens, early,
-                tokens, i_c, hidden, False,
-            )  # fmt: skip
-
-    @T.prim_func
-    def mhc_fused_post_pre_persistent_norm(
-        x: T.Tensor((tokens, hidden), "bfloat16"),
-        residual: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
-        post_layer_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
-        comb_res_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
-        fn: T.Tensor((MIXES, HC_MULT * hidden), "float32"),
-        hc_scale: T.Tensor((3,), "float32"),
-        hc_base: T.Tensor((MIXES,), "float32"),
-        norm_weight: T.Tensor((hidden,), "bfloat16"),
-        residual_out: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
-        post_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
-        comb_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
-        layer_input: T.Tensor((tokens, hidden), "bfloat16"),
-        rms_eps: T.float32,
-        hc_pre_eps: T.float32,
-        hc_sinkhorn_eps: T.float32,
-        hc_post_mult_value: T.float32,
-        sinkhorn_repeat: T.int32,
-        norm_eps: T.float32,
-        group_tokens: T.int32,
-        early: T.int32,
-    ):
-        with T.Kernel(
-            T.ceildiv(tokens, group_tokens) * CLUSTER, threads=THREADS, cluster_dims=(CLUSTER, 1, 1)
-        ) as i_c:
-            boundary(
-                x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, norm_weight,
-                residual_out, post_mix, comb_mix, layer_input, rms_eps, hc_pre_eps,
-                hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_eps, group_tokens,
-                early, tokens, i_c, hidden, True,
-            )  # fmt: skip
-
-    return mhc_fused_post_pre_persistent_norm if norm else mhc_fused_post_pre_persistent
+    return boundary_program("mhc_fused_post_pre_persistent", boundary, THREADS, hidden, norm=norm)

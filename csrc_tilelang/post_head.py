@@ -51,7 +51,6 @@ HEAD_SUMS = ROWS + 1  # and the squares
 HEAD_PITCH = HEAD_SUMS  # floats from token to token; padded it would be one CTA on an SM, not two
 STREAM_TERMS = STEPS * 4  # packed pairs of a lane and stream: an A fragment for each step
 TWO_CTAS_WARPS = 8
-LOAD = "mhc::load_async16"  # of x and streams; or past L1, mhc::load_stream16
 BATCH = 4  # tokens whose sums of squares, a float each, are one message
 SUMS_INBOX = 0  # of the first tile; then those of the others
 NORM_INBOX = TILES  # the same
@@ -256,14 +255,14 @@ def finish_group(
             token = T.min(tile * MMA_COLUMNS + row, count - 1)
             T.call_extern(
                 "handle",
-                LOAD,
+                "mhc::load_async16",
                 T.access_ptr(x_shared[tile, tx, 0], "w"),
                 T.access_ptr(x[t0 + token, column], "r"),
             )
             for i in T.unroll(HC_MULT):
                 T.call_extern(
                     "handle",
-                    LOAD,
+                    "mhc::load_async16",
                     T.access_ptr(streams_shared[tile, i, tx, 0], "w"),
                     T.access_ptr(residual[t0 + token, i, column], "r"),
                 )
