@@ -6,12 +6,14 @@ emulation. So what is compared with the oracle is host code and kernels together
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -275,21 +277,29 @@ def test_no_races(monkeypatch, folder, lowered, arch):
     }
 
 
-@pytest.fixture
-def small_clusters(monkeypatch):
-    """Kernels with clusters of 2, which ThreadSanitizer can run two of side by side."""
-    names = ("_operands", "fused_post_pre", "_group", *ENDS)
+@contextlib.contextmanager
+def kernels_with(*names: str, **constants: int) -> Iterator[list[ModuleType]]:
+    """While it lasts, these modules of kernels are made with other constants of ``dispatch``."""
     modules = [importlib.import_module(f"mhc_ops.csrc_tilelang.{name}") for name in names]
-    with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "CLUSTER", 2)
-        patch.setattr(dispatch, "GROUP_TOKENS", 4)
-        patch.setattr(dispatch, "EXPAND_PRE_GROUP_TOKENS", 16)
-        patch.setattr(dispatch, "POST_HEAD_GROUP_TOKENS", 16)
+    with contextlib.ExitStack() as stack:
+        # called in turn from the last: the constants, then the modules
+        stack.callback(lambda: [importlib.reload(module) for module in modules])
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for name, value in constants.items():
+            patch.setattr(dispatch, name, value)
         for module in modules:
             importlib.reload(module)
+        yield modules
+
+
+@pytest.fixture
+def small_clusters():
+    """Kernels with clusters of 2, which ThreadSanitizer can run two of side by side."""
+    with kernels_with(
+        "_boundary", "_operands", "fused_post_pre", "_group", *ENDS,
+        CLUSTER=2, GROUP_TOKENS=4, EXPAND_PRE_GROUP_TOKENS=16, POST_HEAD_GROUP_TOKENS=16,
+    ):  # fmt: skip
         yield
-    for module in modules:
-        importlib.reload(module)
 
 
 def small_cluster_kernel(key: dispatch.Key) -> Lowered:
@@ -325,26 +335,20 @@ def test_no_races_in_clusters(monkeypatch, folder, small_clusters, op, tokens, k
 
 def test_no_races_in_the_persistent_kernel(monkeypatch, folder):
     """In one cluster of 8, a token of each tile a CTA: 4096 threads, about what can be held."""
-    names = ("_operands", "fused_post_pre", "fused_post_pre_persistent")
-    modules = [importlib.import_module(f"mhc_ops.csrc_tilelang.{name}") for name in names]
     key = dispatch.persistent_key(256, ARCH, True)
-    with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "CLUSTER", 8)
-        for module in modules:
-            importlib.reload(module)
-        patch.setattr(modules[-1], "WIDE_TILE_COLUMNS", 0)  # tiles of 8
+    names = ("_boundary", "_operands", "fused_post_pre", "fused_post_pre_persistent")
+    with kernels_with(*names, CLUSTER=8) as modules:
+        monkeypatch.setattr(modules[-1], "WIDE_TILE_COLUMNS", 0)  # tiles of 8
         lowered = small_cluster_kernel(key)
-        patch.setattr(dispatch, "ONE_LAUNCH_MAX_TOKENS", 0)
-        patch.setattr(dispatch, "CLUSTERS", 1)
-        patch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
-        device = Device(
-            patch, lambda key: Kernel(lowered, folder, sanitize_threads=True, resident=8)
-        )
-        # 4 tiles, the last one short: every buffer, gate and inbox is used again
-        device.check("fused_post_pre", cluster_inputs("fused_post_pre", 27, key))
-        assert device.launched == {key}
-    for module in modules:
-        importlib.reload(module)
+    monkeypatch.setattr(dispatch, "ONE_LAUNCH_MAX_TOKENS", 0)
+    monkeypatch.setattr(dispatch, "CLUSTERS", 1)
+    monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
+    device = Device(
+        monkeypatch, lambda key: Kernel(lowered, folder, sanitize_threads=True, resident=8)
+    )
+    # 4 tiles, the last one short: every buffer, gate and inbox is used again
+    device.check("fused_post_pre", cluster_inputs("fused_post_pre", 27, key))
+    assert device.launched == {key}
 
 
 WAIT = re.compile(
