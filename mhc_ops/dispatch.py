@@ -40,6 +40,10 @@ PERSISTENT_LANES_COLUMNS = 32 * 8  # of a token warp's lanes, at a time
 PERSISTENT_MIN_TOKENS = {8: ONE_LAUNCH_MAX_TOKENS + 1, 7: 384}
 PERSISTENT_MIN_TOKENS_PARTLY = 640
 
+# pre is one launch of the kernel of its name, on the same GPUs and up to the same hidden size. After
+# post, its bits are those of fused_post_pre in one launch.
+PRE = "pre"
+
 # expand_pre and, for few and for many tokens, post_head are one launch, on the same GPUs and up to
 # the same hidden size, each of the kernel of its name.
 EXPAND_PRE_TILE = 8  # tokens of an mma tile
@@ -180,6 +184,17 @@ def persistent_key(hidden: int, arch: str, norm: bool) -> Key:
 def persistent_group_tokens(tokens: int) -> int:
     """Tokens of a cluster of the ``fused_post_pre_persistent`` kernel: each cluster runs once."""
     return _ceildiv(tokens, CLUSTERS)
+
+
+def takes_pre(hidden: int, arch: str) -> bool:
+    """Whether ``pre`` runs the kernel of that name."""
+    return hidden <= ONE_LAUNCH_MAX_HIDDEN and arch in ONE_LAUNCH_ARCHS
+
+
+@functools.cache
+def pre_key(hidden: int, arch: str, norm: bool) -> Key:
+    """The ``pre`` kernel, with or without the RMSNorm."""
+    return Key(PRE, arch, hidden, (("norm", norm),))
 
 
 def takes_one_launch_end(hidden: int, arch: str) -> bool:

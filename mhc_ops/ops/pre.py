@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch, jit, reference, support
+from .. import dispatch, host, jit, reference, support
 from .._checks import check_pre
 from .._library import register
 
@@ -121,11 +121,37 @@ def launch_pre(
     norm_eps: float | None,
     outputs: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """``projection``, then ``finish``, on checked arguments with at least one token."""
-    launch_finish(
-        streams, launch_projection(streams, fn), hc_scale, hc_base, rms_eps, hc_pre_eps,
-        hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps, outputs,
-    )  # fmt: skip
+    """``pre``, or ``projection`` and ``finish``, on checked arguments with at least one token."""
+    tokens, hc_mult, hidden = streams.shape
+    arch = support.arch(streams.device)
+    if not dispatch.takes_pre(hidden, arch):
+        launch_finish(
+            streams, launch_projection(streams, fn), hc_scale, hc_base, rms_eps, hc_pre_eps,
+            hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps, outputs,
+        )  # fmt: skip
+        return
+    post_mix, comb_mix, layer_input = outputs
+    fn = fn.contiguous()
+    jit.launch(
+        dispatch.pre_key(hidden, arch, norm_weight is not None),
+        streams.device,
+        streams,
+        fn,
+        hc_scale.contiguous(),
+        hc_base.contiguous(),
+        *(() if norm_weight is None else (norm_weight.to(streams.dtype),)),
+        post_mix.view(tokens, hc_mult, 1),
+        comb_mix.view(tokens, hc_mult, hc_mult),
+        layer_input.view(tokens, hidden),
+        rms_eps,
+        hc_pre_eps,
+        hc_sinkhorn_eps,
+        hc_post_mult_value,
+        sinkhorn_repeat,
+        *(() if norm_weight is None else (norm_eps,)),
+        dispatch.persistent_group_tokens(tokens),
+        int(host.may_read_early(fn)),
+    )
 
 
 def _cuda(
