@@ -272,12 +272,14 @@ def collapse_tile(
     """collapse: v = sum_j weight_j * r'_j, of a token warp's tokens of tile ``i`` in ``buffer``.
 
     Its rounding stays in value_local and its squares go to all CTAs where the norm follows; it is
-    the layer input otherwise. ``again``: whether there is a tile i + 2.
+    the layer input otherwise. Tokens past the end are made like the others, and not stored: both
+    tokens of a warp overlap. ``again``: whether there is a tile i + 2.
     """
     size = slice_size(hidden)
     tile = tile_tokens(hidden)
     per = warp_tokens(hidden)
     reps = -(-size // (WARP * VECTOR))
+    sets = squares_inbox.shape[0]
     row0 = me * per
     collapse_weights = T.alloc_local((per * HC_MULT,), "float32")
     collapse_local = T.alloc_local((HC_MULT * VECTOR,), "bfloat16")
@@ -300,32 +302,30 @@ def collapse_tile(
         )
     for k in T.unroll(per):
         squares_local[k] = 0.0
-        if i * tile + row0 + k < count:
-            for r in T.unroll(reps):
-                if (r * WARP + lane) * VECTOR < size:
-                    for j in T.unroll(HC_MULT):
-                        for v in T.vectorized(VECTOR):
-                            collapse_local[j * VECTOR + v] = streams_shared[
-                                buffer * tile + row0 + k,
-                                j * size + (r * WARP + lane) * VECTOR + v,
-                            ]
-                    widen(collapse_local, 0, VECTOR, wide_local)
-                    for v in T.unroll(VECTOR):
-                        total_local[v] = collapse_weights[k * HC_MULT] * wide_local[v]
-                    for j in T.unroll(HC_MULT - 1):
-                        widen(collapse_local, (j + 1) * VECTOR, VECTOR, wide_local)
-                        for v in T.unroll(VECTOR):
-                            total_local[v] = (
-                                total_local[v]
-                                + collapse_weights[k * HC_MULT + j + 1] * wide_local[v]
-                            )
-                    for v in T.unroll(VECTOR):
-                        squares_local[k] = squares_local[k] + total_local[v] * total_local[v]
+    for r in T.unroll(reps):
+        if (r * WARP + lane) * VECTOR < size:
+            for k in T.unroll(per):
+                for j in T.unroll(HC_MULT):
                     for v in T.vectorized(VECTOR):
-                        value_local[(k * reps + r) * VECTOR + v] = T.cast(
-                            total_local[v], "bfloat16"
+                        collapse_local[j * VECTOR + v] = streams_shared[
+                            buffer * tile + row0 + k, j * size + (r * WARP + lane) * VECTOR + v
+                        ]
+                widen(collapse_local, 0, VECTOR, wide_local)
+                for v in T.unroll(VECTOR):
+                    total_local[v] = collapse_weights[k * HC_MULT] * wide_local[v]
+                for j in T.unroll(HC_MULT - 1):
+                    widen(collapse_local, (j + 1) * VECTOR, VECTOR, wide_local)
+                    for v in T.unroll(VECTOR):
+                        total_local[v] = (
+                            total_local[v]
+                            + collapse_weights[k * HC_MULT + j + 1] * wide_local[v]
                         )
-                    if not norm:
+                for v in T.unroll(VECTOR):
+                    squares_local[k] = squares_local[k] + total_local[v] * total_local[v]
+                for v in T.vectorized(VECTOR):
+                    value_local[(k * reps + r) * VECTOR + v] = T.cast(total_local[v], "bfloat16")
+                if not norm:
+                    if i * tile + row0 + k < count:
                         for v in T.vectorized(VECTOR):
                             layer_input[
                                 first + i * tile + row0 + k,
@@ -339,8 +339,8 @@ def collapse_tile(
                 T.call_extern(
                     "handle",
                     "mhc::send2",
-                    T.access_ptr(squares_shared[i % 2, rank, row0], "w"),
-                    T.access_ptr(squares_inbox[i % 2], "w"),
+                    T.access_ptr(squares_shared[i % sets, rank, row0], "w"),
+                    T.access_ptr(squares_inbox[i % sets], "w"),
                     lane,
                     squares_local[0],
                     squares_local[per - 1],
@@ -349,8 +349,8 @@ def collapse_tile(
                 T.call_extern(
                     "handle",
                     "mhc::send",
-                    T.access_ptr(squares_shared[i % 2, rank, row0], "w"),
-                    T.access_ptr(squares_inbox[i % 2], "w"),
+                    T.access_ptr(squares_shared[i % sets, rank, row0], "w"),
+                    T.access_ptr(squares_inbox[i % sets], "w"),
                     lane,
                     squares_local[0],
                 )
@@ -363,12 +363,13 @@ def normalise_tile(
 ):  # fmt: skip
     """RMSNorm: bf16(bf16(v) * rsqrt(mean(v^2) + norm_eps) * g) of a token warp's tokens of tile i.
 
-    ``again``: whether there is a tile i + 2.
+    ``again``: whether this set of squares is used again.
     """
     size = slice_size(hidden)
     tile = tile_tokens(hidden)
     per = warp_tokens(hidden)
     reps = -(-size // (WARP * VECTOR))
+    sets = squares_inbox.shape[0]
     row0 = me * per
     squares = T.alloc_local((1,), "float32")
     squares_local = T.alloc_local((per,), "float32")
@@ -377,34 +378,34 @@ def normalise_tile(
     wide_local = T.alloc_local((VECTOR,), "float32")
     total_local = T.alloc_local((VECTOR,), "float32")
     T.call_extern(
-        "handle", "mhc::inbox_wait", T.access_ptr(squares_inbox[i % 2], "r"), i // 2 % 2
+        "handle", "mhc::inbox_wait", T.access_ptr(squares_inbox[i % sets], "r"), i // sets % 2
     )
     # each half of the warp adds up a token, where it has two
-    squares[0] = squares_shared[i % 2, lane % CLUSTER, row0 + lane // CLUSTER % per]
+    squares[0] = squares_shared[i % sets, lane % CLUSTER, row0 + lane // CLUSTER % per]
     T.sync_warp()
     if me == 0 and lane == 0 and again:
         T.call_extern(
             "handle",
             "mhc::inbox_again",
-            T.access_ptr(squares_inbox[i % 2], "w"),
-            squares_bytes(i + 2, hidden, count),
+            T.access_ptr(squares_inbox[i % sets], "w"),
+            squares_bytes(i + sets, hidden, count),
         )
     add_slices(squares)
     squares[0] = T.rsqrt(squares[0] * (1.0 / hidden) + norm_eps)
     for k in T.unroll(per):
         squares_local[k] = T.shfl_sync(squares[0], k * CLUSTER)
-    for k in T.unroll(per):
-        if i * tile + row0 + k < count:
-            for r in T.unroll(reps):
-                if (r * WARP + lane) * VECTOR < size:
-                    widen(value_local, (k * reps + r) * VECTOR, VECTOR, wide_local)
-                    for v in T.vectorized(VECTOR):
-                        gain_local[v] = gain_shared[(r * WARP + lane) * VECTOR + v]
-                    widen(gain_local, 0, VECTOR, total_local)
-                    for v in T.unroll(VECTOR):
-                        total_local[v] = wide_local[v] * squares_local[k] * total_local[v]
-                    for v in T.vectorized(VECTOR):
-                        out_local[v] = T.cast(total_local[v], "bfloat16")
+    for r in T.unroll(reps):
+        if (r * WARP + lane) * VECTOR < size:
+            for v in T.vectorized(VECTOR):
+                gain_local[v] = gain_shared[(r * WARP + lane) * VECTOR + v]
+            for k in T.unroll(per):
+                widen(value_local, (k * reps + r) * VECTOR, VECTOR, wide_local)
+                widen(gain_local, 0, VECTOR, total_local)
+                for v in T.unroll(VECTOR):
+                    total_local[v] = wide_local[v] * squares_local[k] * total_local[v]
+                for v in T.vectorized(VECTOR):
+                    out_local[v] = T.cast(total_local[v], "bfloat16")
+                if i * tile + row0 + k < count:
                     for v in T.vectorized(VECTOR):
                         layer_input[
                             first + i * tile + row0 + k,

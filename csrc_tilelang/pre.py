@@ -55,6 +55,10 @@ from .fused_post_pre import PAD, REGISTER_UNITS, shared_units
 SHARED_BYTES = 227 * 1024  # of an SM of sm_90
 MOST_BUFFERS = 6
 LAG = 1  # tiles between the projection and the collapse of one
+SETS = 3
+FIRST_TILES = 2
+BULK = 0
+LOAD = "mhc::load_async16"
 
 
 def buffers(hidden: int) -> int:
@@ -62,7 +66,7 @@ def buffers(hidden: int) -> int:
     tile = tile_tokens(hidden)
     rest = max(1, shared_units(hidden)) * UNIT_TERMS * WARP * 4
     rest += 2 * tile * PROJECTION_WARPS * SUMS_PITCH * 4
-    rest += 2 * tile // CLUSTER * CLUSTER * SUMS_PITCH * 4 + 2 * CLUSTER * tile * 4
+    rest += 2 * tile // CLUSTER * CLUSTER * SUMS_PITCH * 4 + SETS * CLUSTER * tile * 4
     rest += 2 * tile * HC_MULT * 4 + slice_size(hidden) * 2 + 1024
     return min(MOST_BUFFERS, (SHARED_BYTES - rest) // (tile * (HC_MULT * slice_size(hidden) + PAD) * 2))
 
@@ -73,24 +77,46 @@ def load_bytes(i, hidden, count):
 
 
 @T.macro
-def load_rows(residual, first, count, i, buffer, rank, me, hidden, streams_shared, inbox):
-    """A token warp's tokens of tile ``i``, in bulk copies of a row each; by one lane."""
+def load_tile(residual, first, count, i, buffer, rank, me, lane, hidden, streams_shared, loaded):
+    """A token warp's tokens of tile ``i``: 16 bytes a lane, which that lane alone collapses."""
+    size = slice_size(hidden)
     tile = tile_tokens(hidden)
     per = warp_tokens(hidden)
-    size = slice_size(hidden)
-    for k in T.unroll(per):
-        if i * tile + me * per + k < count:
-            for j in T.unroll(HC_MULT):
-                T.call_extern(
-                    "handle",
-                    "mhc::load_bulk",
-                    T.access_ptr(streams_shared[buffer * tile + me * per + k, j * size], "w"),
-                    T.access_ptr(
-                        residual[first + i * tile + me * per + k, j, rank * size], "r"
-                    ),
-                    size * 2,
-                    inbox,
-                )
+    if BULK:
+        if lane == 0:
+            if me == 0 and i >= buffers(hidden):
+                T.call_extern("handle", "mhc::inbox_wait", T.access_ptr(loaded[buffer], "r"), (i // buffers(hidden) - 1) % 2)
+                T.call_extern("handle", "mhc::inbox_again", T.access_ptr(loaded[buffer], "w"), load_bytes(i, hidden, count))
+            T.call_extern("handle", "mhc::bulk_fence")
+            for k in T.unroll(per):
+                if i * tile + me * per + k < count:
+                    for j in T.unroll(HC_MULT):
+                        T.call_extern(
+                            "handle",
+                            "mhc::load_bulk",
+                            T.access_ptr(streams_shared[buffer * tile + me * per + k, j * size], "w"),
+                            T.access_ptr(
+                                residual[first + i * tile + me * per + k, j, rank * size], "r"
+                            ),
+                            size * 2,
+                            T.access_ptr(loaded[buffer], "w"),
+                        )
+    else:
+        for r in T.unroll(-(-size // (WARP * VECTOR))):
+            h = (r * WARP + lane) * VECTOR
+            if h < size:
+                for k in T.unroll(per):
+                    t = first + T.min(i * tile + me * per + k, count - 1)
+                    for j in T.unroll(HC_MULT):
+                        T.call_extern(
+                            "handle",
+                            LOAD,
+                            T.access_ptr(
+                                streams_shared[buffer * tile + me * per + k, j * size + h], "w"
+                            ),
+                            T.access_ptr(residual[t, j, rank * size + h], "r"),
+                        )
+        T.call_extern("handle", "mhc::gate_pass_loaded", T.access_ptr(loaded[buffer], "w"))
 
 
 @T.macro
@@ -121,14 +147,14 @@ def run_roles(
         (2 * mma_tiles, PROJECTION_WARPS, MMA_COLUMNS, SUMS_PITCH), "float32"
     )
     slices_shared = T.alloc_shared((owned, CLUSTER, SUMS_PITCH), "float32")
-    squares_shared = T.alloc_shared((2, CLUSTER, tile), "float32")
+    squares_shared = T.alloc_shared((SETS, CLUSTER, tile), "float32")
     weights_shared = T.alloc_shared((2, tile, HC_MULT), "float32")
     gain_shared = T.alloc_shared((size,), "bfloat16")
     hc_shared = T.alloc_shared((3 + MIXES,), "float32")
     sums_inbox = T.alloc_shared((owned,), "uint64")
-    squares_inbox = T.alloc_shared((2,), "uint64")
+    squares_inbox = T.alloc_shared((SETS,), "uint64")
     weights_inbox = T.alloc_shared((2,), "uint64")
-    loads_inbox = T.alloc_shared((bufs,), "uint64")
+    loaded = T.alloc_shared((bufs,), "uint64")
     projected = T.alloc_shared((2,), "uint64")
     added = T.alloc_shared((2,), "uint64")
     mixed = T.alloc_shared((1,), "uint64")
@@ -145,45 +171,50 @@ def run_roles(
                 T.access_ptr(sums_inbox[warp], "w"),
                 CLUSTER * SUMS_PITCH * 4,
             )
-        elif warp < owned + 2:
+        elif warp < owned + SETS:
             T.call_extern(
                 "handle",
                 "mhc::inbox_open",
                 T.access_ptr(squares_inbox[warp - owned], "w"),
                 squares_bytes(warp - owned, hidden, count),
             )
-        elif warp < owned + 4:
+        elif warp < owned + SETS + 2:
             T.call_extern(
                 "handle",
                 "mhc::inbox_open",
-                T.access_ptr(weights_inbox[warp - owned - 2], "w"),
-                weights_bytes(warp - owned - 2, hidden, count),
+                T.access_ptr(weights_inbox[warp - owned - SETS], "w"),
+                weights_bytes(warp - owned - SETS, hidden, count),
             )
-        elif warp < owned + 6:
+        elif warp < owned + SETS + 4:
             T.call_extern(
                 "handle",
                 "mhc::gate_open",
-                T.access_ptr(projected[warp - owned - 4], "w"),
+                T.access_ptr(projected[warp - owned - SETS - 2], "w"),
                 PROJECTION_THREADS,
             )
-        elif warp < owned + 8:
+        elif warp < owned + SETS + 6:
             T.call_extern(
                 "handle",
                 "mhc::gate_open",
-                T.access_ptr(added[warp - owned - 6], "w"),
+                T.access_ptr(added[warp - owned - SETS - 4], "w"),
                 TOKEN_THREADS,
             )
-        elif warp == owned + 8:
+        elif warp == owned + SETS + 6:
             T.call_extern(
                 "handle", "mhc::gate_open", T.access_ptr(mixed[0], "w"), TOKEN_THREADS
             )
         if warp < bufs:
-            T.call_extern(
-                "handle",
-                "mhc::inbox_open",
-                T.access_ptr(loads_inbox[warp], "w"),
-                load_bytes(warp, hidden, count),
-            )
+            if BULK:
+                T.call_extern(
+                    "handle",
+                    "mhc::inbox_open",
+                    T.access_ptr(loaded[warp], "w"),
+                    load_bytes(warp, hidden, count),
+                )
+            else:
+                T.call_extern(
+                    "handle", "mhc::gate_open", T.access_ptr(loaded[warp], "w"), TOKEN_THREADS
+                )
     T.cluster_arrive()
     if tx < MIXES * HC_MULT and i_c < CLUSTER:
         T.call_extern(
@@ -204,8 +235,8 @@ def run_roles(
         for i in T.serial(tiles):
             T.call_extern(
                 "handle",
-                "mhc::inbox_wait",
-                T.access_ptr(loads_inbox[i % bufs], "r"),
+                "mhc::inbox_wait" if BULK else "mhc::gate_wait",
+                T.access_ptr(loaded[i % bufs], "r"),
                 i // bufs % 2,
             )
             if i >= 2:
@@ -231,12 +262,11 @@ def run_roles(
         T.pdl_trigger()
         T.cluster_wait()
         T.pdl_sync()
-        if lane == 0:
-            for i in T.serial(T.min(bufs, tiles)):
-                load_rows(
-                    residual, first, count, i, i, rank, me, hidden, streams_shared,
-                    T.access_ptr(loads_inbox[i], "w"),
-                )  # fmt: skip
+        for i in T.unroll(FIRST_TILES):
+            if i < tiles:
+                load_tile(
+                    residual, first, count, i, i, rank, me, lane, hidden, streams_shared, loaded
+                )
         if me == 0 and lane < 3:
             hc_shared[lane] = hc_scale[lane]
         if me == 0 and lane < MIXES:
@@ -250,11 +280,6 @@ def run_roles(
                         ]
         T.sync_threads(TOKEN_BARRIER, TOKEN_THREADS)
         for i in T.serial(tiles + 1 + LAG):
-            if norm and i >= 1 + LAG and (i - 1 - LAG) * tile + row0 < count:
-                normalise_tile(
-                    i - 1 - LAG, i + 1 - LAG < tiles, squares_shared, squares_inbox, value_local,
-                    gain_shared, layer_input, norm_eps, first, count, rank, me, lane, hidden,
-                )  # fmt: skip
             if i < tiles:
                 # the warps' sums added up and sent to the owners, 4 of a token a lane
                 T.call_extern(
@@ -269,6 +294,21 @@ def run_roles(
                         i % every * tile + sent,
                     )  # fmt: skip
                 T.call_extern("handle", "mhc::gate_pass", T.access_ptr(added[i % 2], "w"))
+            # the first projections do not wait for more than they need
+            if i == 0:
+                for b in T.unroll(bufs - FIRST_TILES):
+                    if FIRST_TILES + b < tiles:
+                        load_tile(
+                            residual, first, count, FIRST_TILES + b, FIRST_TILES + b, rank, me,
+                            lane, hidden, streams_shared, loaded,
+                        )  # fmt: skip
+            if norm and i >= 1 + LAG and (i - 1 - LAG) * tile + row0 < count:
+                normalise_tile(
+                    i - 1 - LAG, i - 1 - LAG + SETS < tiles, squares_shared, squares_inbox,
+                    value_local, gain_shared, layer_input, norm_eps, first, count, rank, me, lane,
+                    hidden,
+                )  # fmt: skip
+            if i < tiles:
                 own = rank - i % every * tile
                 if i % TOKEN_WARPS == me and own >= 0 and i * tile + own < count and own < tile:
                     make_weights(
@@ -286,27 +326,12 @@ def run_roles(
                 )  # fmt: skip
                 # another tile in its place
                 if i - LAG + bufs < tiles:
-                    T.sync_warp()
-                    if lane == 0:
-                        if me == 0:
-                            T.call_extern(
-                                "handle",
-                                "mhc::inbox_wait",
-                                T.access_ptr(loads_inbox[(i - LAG) % bufs], "r"),
-                                (i - LAG) // bufs % 2,
-                            )
-                            T.call_extern(
-                                "handle",
-                                "mhc::inbox_again",
-                                T.access_ptr(loads_inbox[(i - LAG) % bufs], "w"),
-                                load_bytes(i - LAG + bufs, hidden, count),
-                            )
-                        T.call_extern("handle", "mhc::bulk_fence")
-                        load_rows(
-                            residual, first, count, i - LAG + bufs, (i - LAG) % bufs, rank, me,
-                            hidden, streams_shared,
-                            T.access_ptr(loads_inbox[(i - LAG) % bufs], "w"),
-                        )  # fmt: skip
+                    if BULK:
+                        T.sync_warp()
+                    load_tile(
+                        residual, first, count, i - LAG + bufs, (i - LAG) % bufs, rank, me, lane,
+                        hidden, streams_shared, loaded,
+                    )  # fmt: skip
 
 
 @T.macro
