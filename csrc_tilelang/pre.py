@@ -28,7 +28,13 @@ from ..dispatch import CLUSTER
 from ._collapse import sigmoid
 from ._device import DEVICE_SOURCE, HC_MULT, MIXES, MMA_COLUMNS, SQUARES, VECTOR, WARP
 from ._operands import (
+    ALL_OPERANDS,
+    ALL_PAIRS,
+    ALL_STEPS,
+    CHUNK,
+    OPERANDS,
     SLICE_TREE,
+    STEPS,
     SUMS,
     SUMS_PITCH,
     UNIT_TERMS,
@@ -37,16 +43,18 @@ from ._operands import (
     slice_size,
     split_unit,
     store_sums,
+    term,
 )
 from ._sinkhorn import COMB, sinkhorn, softmax_rows
 from ._steps import widen
 from .fused_post_pre import (
+    BLOCK,
     PAD,
     WARP_TREE,
     WARPS,
-    add_unit,
     copy_unit,
     load_unit,
+    only_whole_blocks,
     split_shared_unit,
     units,
 )
@@ -69,6 +77,9 @@ MOST_BUFFERS = 6
 LAG = 1  # tiles between the projection and the collapse of one
 WEIGHTS_LAG = 0
 FIRST_TILES = 2
+FIRST_BATCH = 2
+FEW_QUADS = 3
+MANY_QUADS = 5
 BULK = 0
 LOAD = "mhc::load_stream16"
 
@@ -113,9 +124,11 @@ def shared_blocks(hidden: int):
 def load_batches(hidden: int):
     """Register rounds, two at a time: (place in the batch, half, round, place in registers)."""
     registered = register_rounds(hidden)
+    starts = [0] + list(range(FIRST_BATCH, len(registered)))
+    ends = starts[1:] + [len(registered)]
     return tuple(
-        tuple((k, *registered[i + k][:2], i + k) for k in range(min(2, len(registered) - i)))
-        for i in range(0, len(registered), 2)
+        tuple((k, *registered[i + k][:2], i + k) for k in range(end - i))
+        for i, end in zip(starts, ends)
     )
 
 
@@ -132,6 +145,16 @@ def half_rounds(hidden: int, half: int):
         for r in rounds(hidden)
         if r[0] == half
     )
+
+
+def quads_of(hidden: int, register: int) -> int:
+    """Fragments of a register round that are in shared memory after all."""
+    last = len(register_rounds(hidden)) - 1
+    return 0 if register < last or last < 3 else MANY_QUADS if last > 3 else FEW_QUADS
+
+
+def most_quads(hidden: int) -> int:
+    return quads_of(hidden, len(register_rounds(hidden)) - 1)
 
 
 def projection_registers(hidden: int) -> int:
@@ -168,6 +191,7 @@ def buffers(hidden: int) -> int:
     """Tiles of streams that fit in shared memory beside the rest."""
     tile = tile_tokens(hidden)
     rest = max(1, len(shared_rounds(hidden)) * PROJECTION_WARPS) * UNIT_TERMS * WARP * 4
+    rest += max(1, PROJECTION_WARPS * most_quads(hidden)) * WARP * 16
     rest += 2 * tile * PROJECTION_WARPS * SUMS_PITCH * 4
     rest += sets() * CLUSTER * SUMS_PITCH * 4 + square_sets() * CLUSTER * tile * 4
     rest += sets() * tile * HC_MULT * 4 + slice_size(hidden) * 2 + 1024
@@ -181,7 +205,7 @@ def load_bytes(i, hidden, count):
 
 
 @T.macro
-def load_terms(fn, rank, warp, lane, hidden, terms_local, terms_shared):
+def load_terms(fn, rank, warp, lane, hidden, terms_local, terms_shared, quads_shared):
     """fn, split, as in fused_post_pre; this warp has the units of its warps p and p + 8."""
     split_terms_local = T.alloc_local((UNIT_TERMS,), "uint32")
     weights_local = T.alloc_local((2 * UNIT_WEIGHTS,), "float32")
@@ -199,6 +223,11 @@ def load_terms(fn, rank, warp, lane, hidden, terms_local, terms_shared):
             )  # fmt: skip
         for k, _, _, place in batch:
             split_unit(weights_local, k * UNIT_WEIGHTS, terms_local, place * UNIT_TERMS)
+            for quad in T.unroll(quads_of(hidden, place)):
+                for q in T.vectorized(4):
+                    quads_shared[warp, quad, lane, q] = terms_local[
+                        place * UNIT_TERMS + quad * 4 + q
+                    ]
     if len(shared_rounds(hidden)) > 0:
         T.call_extern("handle", "mhc::loads_wait")
         T.sync_warp()
@@ -211,38 +240,112 @@ def load_terms(fn, rank, warp, lane, hidden, terms_local, terms_shared):
 
 
 @T.macro
-def project_tile(
-    streams_shared, row0, here, warp, lane, hidden, terms_local, terms_shared, set0, sums_shared
-):
-    """Projection and sum of squares of ``here`` tokens from row ``row0`` on, 8 at a time."""
-    sums_local = T.alloc_local((8,), "float32")
-    both_local = T.alloc_local((8,), "float32")
-    n_units = units(hidden)
-    for n in T.serial(T.ceildiv(here, MMA_COLUMNS)):
-        row = row0 + T.min(n * MMA_COLUMNS + lane // 4, here - 1)
-        for half in (0, 1):
-            for q in T.unroll(8):
-                sums_local[q] = 0.0
-            for u, whole, register, block in half_rounds(hidden, half):
-                unit = half * PROJECTION_WARPS + u * WARPS + warp
-                if register is not None:
-                    add_unit(
-                        streams_shared, row, unit, lane, hidden, terms_local,
-                        register * UNIT_TERMS, terms_shared, None, sums_local,
-                    )  # fmt: skip
-                else:
-                    if whole or unit < n_units:
-                        add_unit(
-                            streams_shared, row, unit, lane, hidden, terms_local, 0,
-                            terms_shared, block * PROJECTION_WARPS + warp, sums_local,
-                        )  # fmt: skip
-            if half == 0:
-                for q in T.unroll(8):
-                    both_local[q] = sums_local[q]
+def add_unit_at_once(
+    streams_shared, row, unit, lane, hidden, terms_local, t0, terms_shared, slot, quads_shared, quads,
+    warp, sums_local, sets,
+):  # fmt: skip
+    """:func:`add_unit` for ``sets`` times 8 tokens: the terms of fn are read once for them."""
+    values_local = T.alloc_local((sets * STEPS * CHUNK,), "bfloat16")
+    words_local = T.view(values_local, (sets * STEPS * 2,), "uint32")
+    fragment = T.alloc_local((4,), "uint32")
+    part = T.alloc_local((sets * len(OPERANDS) * 4,), "float32")
+    for q in T.unroll(sets * len(OPERANDS) * 4):
+        part[q] = 0.0
+    for n in T.unroll(sets):
+        for step in T.unroll(STEPS):
+            h = unit // HC_MULT * BLOCK + step * (BLOCK // STEPS) + lane % 4 * CHUNK
+            inside = True if only_whole_blocks(hidden) else h < slice_size(hidden)
+            if inside:
+                for v in T.vectorized(CHUNK):
+                    values_local[(n * STEPS + step) * CHUNK + v] = streams_shared[
+                        row + n * MMA_COLUMNS, unit % HC_MULT * slice_size(hidden) + h + v
+                    ]
             else:
-                for q in T.unroll(8):
-                    sums_local[q] = both_local[q] + sums_local[q]
-        store_sums(sums_local, lane, warp, set0 + n, sums_shared)
+                for v in T.unroll(2):
+                    words_local[(n * STEPS + step) * 2 + v] = T.uint32(0)
+    for operand in ALL_OPERANDS:
+        for step in ALL_STEPS:
+            for n in T.unroll(sets):
+                if slot is not None and operand < 4:
+                    for q in T.vectorized(4):
+                        fragment[q] = terms_shared[slot, operand * STEPS + step, lane, q]
+                elif operand * STEPS + step < quads:
+                    for q in T.vectorized(4):
+                        fragment[q] = quads_shared[warp, operand * STEPS + step, lane, q]
+                else:
+                    for pair in ALL_PAIRS:
+                        if slot is None:
+                            fragment[pair * 2] = terms_local[t0 + term(operand, 0, step, pair)]
+                        else:
+                            fragment[pair * 2] = terms_shared[
+                                slot, 4 * STEPS, lane, step * 2 + pair
+                            ]
+                        if operand < 4:
+                            fragment[pair * 2 + 1] = terms_local[t0 + term(operand, 1, step, pair)]
+                        else:
+                            fragment[pair * 2 + 1] = words_local[(n * STEPS + step) * 2 + pair]
+                T.call_extern(
+                    "handle",
+                    "mhc::mma_bf16",
+                    T.access_ptr(part[(n * len(OPERANDS) + operand) * 4], "rw"),
+                    T.access_ptr(fragment[0], "r"),
+                    words_local[(n * STEPS + step) * 2],
+                    words_local[(n * STEPS + step) * 2 + 1],
+                )
+    for n in T.unroll(sets):
+        p0 = n * len(OPERANDS) * 4
+        for v in T.unroll(2):
+            for half in T.unroll(2):
+                sums_local[n * 8 + half * 2 + v] = sums_local[n * 8 + half * 2 + v] + (
+                    (part[p0 + half * 2 + v] + part[p0 + 4 + half * 2 + v])
+                    + part[p0 + 8 + half * 2 + v]
+                )
+            sums_local[n * 8 + 4 + v] = sums_local[n * 8 + 4 + v] + (
+                (part[p0 + 12 + v] + part[p0 + 14 + v]) + part[p0 + 16 + v]
+            )
+            sums_local[n * 8 + 6 + v] = sums_local[n * 8 + 6 + v] + part[p0 + 18 + v]
+
+
+@T.macro
+def project_tile(
+    streams_shared, row0, warp, lane, hidden, terms_local, terms_shared, quads_shared, set0,
+    sums_shared,
+):  # fmt: skip
+    """Projection and sum of squares of a tile's tokens from row ``row0`` on."""
+    sets = tile_tokens(hidden) // MMA_COLUMNS
+    sums_local = T.alloc_local((sets * 8,), "float32")
+    one_local = T.alloc_local((8,), "float32")
+    both_local = T.alloc_local((sets * 8,), "float32")
+    n_units = units(hidden)
+    row = row0 + lane // 4
+    for half in (0, 1):
+        for q in T.unroll(sets * 8):
+            sums_local[q] = 0.0
+        for u, whole, register, block in half_rounds(hidden, half):
+            unit = half * PROJECTION_WARPS + u * WARPS + warp
+            if register is not None:
+                add_unit_at_once(
+                    streams_shared, row, unit, lane, hidden, terms_local,
+                    register * UNIT_TERMS, terms_shared, None, quads_shared,
+                    quads_of(hidden, register), warp, sums_local, sets,
+                )  # fmt: skip
+            else:
+                if whole or unit < n_units:
+                    add_unit_at_once(
+                        streams_shared, row, unit, lane, hidden, terms_local, 0,
+                        terms_shared, block * PROJECTION_WARPS + warp, quads_shared, 0, warp,
+                        sums_local, sets,
+                    )  # fmt: skip
+        if half == 0:
+            for q in T.unroll(sets * 8):
+                both_local[q] = sums_local[q]
+        else:
+            for q in T.unroll(sets * 8):
+                both_local[q] = both_local[q] + sums_local[q]
+    for n in T.unroll(sets):
+        for q in T.unroll(8):
+            one_local[q] = both_local[n * 8 + q]
+        store_sums(one_local, lane, warp, set0 + n, sums_shared)
 
 
 @T.macro
@@ -603,6 +706,9 @@ def run_roles(
     terms_shared = T.alloc_shared(
         (max(1, len(shared_rounds(hidden)) * PROJECTION_WARPS), UNIT_TERMS // 4, WARP, 4), "uint32"
     )
+    quads_shared = T.alloc_shared(
+        (PROJECTION_WARPS, max(1, most_quads(hidden)), WARP, 4), "uint32"
+    )
     sums_shared = T.alloc_shared(
         (2 * mma_tiles, PROJECTION_WARPS, MMA_COLUMNS, SUMS_PITCH), "float32"
     )
@@ -677,7 +783,7 @@ def run_roles(
         if early == 0:
             T.pdl_sync()
         T.pdl_trigger()
-        load_terms(fn, rank, warp, lane, hidden, terms_local, terms_shared)
+        load_terms(fn, rank, warp, lane, hidden, terms_local, terms_shared, quads_shared)
         T.cluster_wait()
         T.pdl_sync()
         for i in T.serial(tiles):
@@ -692,8 +798,8 @@ def run_roles(
                     "handle", "mhc::gate_wait", T.access_ptr(added[i % 2], "r"), (i // 2 - 1) % 2
                 )
             project_tile(
-                streams_shared, i % bufs * tile, T.min(tile, count - i * tile), warp, lane, hidden,
-                terms_local, terms_shared, i % 2 * mma_tiles, sums_shared,
+                streams_shared, i % bufs * tile, warp, lane, hidden, terms_local, terms_shared,
+                quads_shared, i % 2 * mma_tiles, sums_shared,
             )  # fmt: skip
             T.call_extern("handle", "mhc::gate_pass", T.access_ptr(projected[i % 2], "w"))
         T.call_extern("handle", "mhc::gate_wait", T.access_ptr(mixed[0], "r"), 0)
