@@ -61,17 +61,14 @@ from .fused_post_pre import (
 
 PROJECTION_WARPS = 8  # each with the units of two warps of fused_post_pre
 HALVES = WARPS // PROJECTION_WARPS
-TOKEN_WARPS = 4
-THREADS = (PROJECTION_WARPS + TOKEN_WARPS) * WARP
+WARP_TOKENS = 2  # of a tile, of a token warp
 PROJECTION_THREADS = PROJECTION_WARPS * WARP
-TOKEN_THREADS = TOKEN_WARPS * WARP
 TOKEN_BARRIER = 1  # named barrier of the token warps; 0 is the whole CTA's
 WIDE_TILE_COLUMNS = 320  # columns of a slice up to which 16 tokens fit
 # registers of three threads, one of each warpgroup: two project, one owns tokens
-REGISTERS = 3 * 168
 MOST_UNITS = 5
 FEW_REGISTERS = 200
-MANY_REGISTERS = 216
+MANY_REGISTERS = 208
 SHARED_BYTES = 227 * 1024  # of an SM of sm_90
 MOST_BUFFERS = 6
 LAG = 1  # tiles between the projection and the collapse of one
@@ -166,9 +163,25 @@ def tile_tokens(hidden: int) -> int:
     return 16 if slice_size(hidden) <= WIDE_TILE_COLUMNS else 8
 
 
-def warp_tokens(hidden: int) -> int:
-    """Tokens of a token warp in a tile."""
-    return tile_tokens(hidden) // TOKEN_WARPS
+def token_warps(hidden: int) -> int:
+    """Warps that own tokens."""
+    return tile_tokens(hidden) // WARP_TOKENS
+
+
+def token_threads(hidden: int) -> int:
+    return token_warps(hidden) * WARP
+
+
+def threads(hidden: int) -> int:
+    return PROJECTION_THREADS + token_threads(hidden)
+
+
+def token_registers(hidden: int) -> int:
+    """What the projection warps leave: 64 K registers are 512 for four threads, 504 for three."""
+    groups = token_warps(hidden) // 4
+    return (
+        (128 if groups == 2 else 168) * (2 + groups) - 2 * projection_registers(hidden)
+    ) // groups
 
 
 def tokens_here(i, size, count):
@@ -183,7 +196,7 @@ def weights_bytes(i, hidden, count):
 
 def squares_bytes(i, hidden, count):
     """What 16 CTAs send of tile ``i``: a sum a token, as many at once as a token warp has."""
-    each = warp_tokens(hidden)
+    each = WARP_TOKENS
     return T.ceildiv(tokens_here(i, tile_tokens(hidden), count), each) * (each * CLUSTER * 4)
 
 
@@ -480,7 +493,7 @@ def collapse_tile(
     """
     size = slice_size(hidden)
     tile = tile_tokens(hidden)
-    per = warp_tokens(hidden)
+    per = WARP_TOKENS
     reps = -(-size // (WARP * VECTOR))
     n_sets = weights_inbox.shape[0]
     n_squares = squares_inbox.shape[0]
@@ -538,25 +551,15 @@ def collapse_tile(
         for k in T.unroll(per):
             squares_local[k] = T.warp_reduce_sum(squares_local[k])
         if lane < CLUSTER:
-            if per == 4:
-                T.call_extern(
-                    "handle",
-                    "mhc::send4",
-                    T.access_ptr(squares_shared[i % n_squares, rank, row0], "w"),
-                    T.access_ptr(squares_inbox[i % n_squares], "w"),
-                    lane,
-                    T.access_ptr(squares_local[0], "r"),
-                )
-            else:
-                T.call_extern(
-                    "handle",
-                    "mhc::send2",
-                    T.access_ptr(squares_shared[i % n_squares, rank, row0], "w"),
-                    T.access_ptr(squares_inbox[i % n_squares], "w"),
-                    lane,
-                    squares_local[0],
-                    squares_local[1],
-                )
+            T.call_extern(
+                "handle",
+                "mhc::send2",
+                T.access_ptr(squares_shared[i % n_squares, rank, row0], "w"),
+                T.access_ptr(squares_inbox[i % n_squares], "w"),
+                lane,
+                squares_local[0],
+                squares_local[1],
+            )
 
 
 @T.macro
@@ -570,7 +573,7 @@ def normalise_tile(
     """
     size = slice_size(hidden)
     tile = tile_tokens(hidden)
-    per = warp_tokens(hidden)
+    per = WARP_TOKENS
     reps = -(-size // (WARP * VECTOR))
     n_squares = squares_inbox.shape[0]
     row0 = me * per
@@ -630,7 +633,7 @@ def load_tile(residual, first, count, i, buffer, rank, me, lane, hidden, streams
     """A token warp's tokens of tile ``i``: 16 bytes a lane, which that lane alone collapses."""
     size = slice_size(hidden)
     tile = tile_tokens(hidden)
-    per = warp_tokens(hidden)
+    per = WARP_TOKENS
     if BULK:
         if lane == 0:
             if me == 0 and i >= buffers(hidden):
@@ -690,7 +693,7 @@ def run_roles(
     T.import_source(DEVICE_SOURCE)
     size = slice_size(hidden)
     tile = tile_tokens(hidden)
-    per = warp_tokens(hidden)
+    per = WARP_TOKENS
     bufs = buffers(hidden)
     reps = -(-size // (WARP * VECTOR))
     every = CLUSTER // tile  # a CTA owns one token in every so many tiles
@@ -706,9 +709,7 @@ def run_roles(
     terms_shared = T.alloc_shared(
         (max(1, len(shared_rounds(hidden)) * PROJECTION_WARPS), UNIT_TERMS // 4, WARP, 4), "uint32"
     )
-    quads_shared = T.alloc_shared(
-        (PROJECTION_WARPS, max(1, most_quads(hidden)), WARP, 4), "uint32"
-    )
+    quads_shared = T.alloc_shared((PROJECTION_WARPS, max(1, most_quads(hidden)), WARP, 4), "uint32")
     sums_shared = T.alloc_shared(
         (2 * mma_tiles, PROJECTION_WARPS, MMA_COLUMNS, SUMS_PITCH), "float32"
     )
@@ -755,8 +756,12 @@ def run_roles(
             T.call_extern(
                 "handle", "mhc::gate_open", T.access_ptr(projected[q], "w"), PROJECTION_THREADS
             )
-            T.call_extern("handle", "mhc::gate_open", T.access_ptr(added[q], "w"), TOKEN_THREADS)
-        T.call_extern("handle", "mhc::gate_open", T.access_ptr(mixed[0], "w"), TOKEN_THREADS)
+            T.call_extern(
+                "handle", "mhc::gate_open", T.access_ptr(added[q], "w"), token_threads(hidden)
+            )
+        T.call_extern(
+            "handle", "mhc::gate_open", T.access_ptr(mixed[0], "w"), token_threads(hidden)
+        )
         for q in T.unroll(bufs):
             if BULK:
                 T.call_extern(
@@ -767,7 +772,7 @@ def run_roles(
                 )
             else:
                 T.call_extern(
-                    "handle", "mhc::gate_open", T.access_ptr(loaded[q], "w"), TOKEN_THREADS
+                    "handle", "mhc::gate_open", T.access_ptr(loaded[q], "w"), token_threads(hidden)
                 )
     T.cluster_arrive()
     if tx < MIXES * HC_MULT and i_c < CLUSTER:
@@ -808,7 +813,7 @@ def run_roles(
             sinkhorn_repeat,
         )  # fmt: skip
     else:
-        T.set_max_nreg(REGISTERS - 2 * projection_registers(hidden), 0)
+        T.set_max_nreg(token_registers(hidden), 0)
         me = warp - PROJECTION_WARPS
         row0 = me * per
         if early == 0:
@@ -832,7 +837,7 @@ def run_roles(
                         gain_shared[(r * WARP + lane) * VECTOR + v] = gain[
                             rank * size + (r * WARP + lane) * VECTOR + v
                         ]
-        T.sync_threads(TOKEN_BARRIER, TOKEN_THREADS)
+        T.sync_threads(TOKEN_BARRIER, token_threads(hidden))
         for i in T.serial(tiles + 1 + LAG):
             if i < tiles:
                 # the warps' sums added up and sent to the owners, 4 of a token a lane
@@ -865,7 +870,12 @@ def run_roles(
             if i >= WEIGHTS_LAG and i - WEIGHTS_LAG < tiles:
                 w = i - WEIGHTS_LAG
                 own = rank - w % every * tile
-                if w % TOKEN_WARPS == me and own >= 0 and own < tile and w * tile + own < count:
+                if (
+                    w % token_warps(hidden) == me
+                    and own >= 0
+                    and own < tile
+                    and w * tile + own < count
+                ):
                     make_weights(
                         w, own, first + w * tile + own, slices_shared, sums_inbox, hc_shared,
                         weights_shared, weights_inbox, post_mix, comb_mix, rms_eps, hc_pre_eps,
@@ -945,7 +955,7 @@ def pre(hidden: int, *, norm: bool, pdl: bool):
     ):
         with T.Kernel(
             T.ceildiv(tokens, group_tokens) * CLUSTER,
-            threads=THREADS,
+            threads=threads(hidden),
             cluster_dims=(CLUSTER, 1, 1),
         ) as i_c:
             collapse_streams(
@@ -975,7 +985,7 @@ def pre(hidden: int, *, norm: bool, pdl: bool):
     ):
         with T.Kernel(
             T.ceildiv(tokens, group_tokens) * CLUSTER,
-            threads=THREADS,
+            threads=threads(hidden),
             cluster_dims=(CLUSTER, 1, 1),
         ) as i_c:
             collapse_streams(
