@@ -77,7 +77,8 @@ FIRST_TILES = 2
 FIRST_BATCH = 2
 FEW_QUADS = 3
 MANY_QUADS = 5
-BULK = 0
+BULK = 1
+PROJECTION_LOADS = 1
 LOAD = "mhc::load_stream16"
 
 
@@ -629,11 +630,12 @@ def normalise_tile(
 
 
 @T.macro
-def load_tile(residual, first, count, i, buffer, rank, me, lane, hidden, streams_shared, loaded):
+def load_tile(
+    residual, first, count, i, buffer, rank, me, per, lane, hidden, streams_shared, loaded
+):
     """A token warp's tokens of tile ``i``: 16 bytes a lane, which that lane alone collapses."""
     size = slice_size(hidden)
     tile = tile_tokens(hidden)
-    per = WARP_TOKENS
     if BULK:
         if lane == 0:
             if me == 0 and i >= buffers(hidden):
@@ -725,6 +727,7 @@ def run_roles(
     projected = T.alloc_shared((2,), "uint64")
     added = T.alloc_shared((2,), "uint64")
     mixed = T.alloc_shared((1,), "uint64")
+    freed = T.alloc_shared((2,), "uint64")
 
     terms_local = T.alloc_local((len(register_rounds(hidden)) * UNIT_TERMS,), "uint32")
     value_local = T.alloc_local((per * reps * VECTOR,), "bfloat16")
@@ -759,6 +762,10 @@ def run_roles(
             T.call_extern(
                 "handle", "mhc::gate_open", T.access_ptr(added[q], "w"), token_threads(hidden)
             )
+        for q in T.unroll(2):
+            T.call_extern(
+                "handle", "mhc::gate_open", T.access_ptr(freed[q], "w"), token_threads(hidden)
+            )
         T.call_extern(
             "handle", "mhc::gate_open", T.access_ptr(mixed[0], "w"), token_threads(hidden)
         )
@@ -791,6 +798,13 @@ def run_roles(
         load_terms(fn, rank, warp, lane, hidden, terms_local, terms_shared, quads_shared)
         T.cluster_wait()
         T.pdl_sync()
+        if PROJECTION_LOADS:
+            for b in T.unroll(bufs - FIRST_TILES):
+                if FIRST_TILES + b < tiles:
+                    load_tile(
+                        residual, first, count, FIRST_TILES + b, FIRST_TILES + b, rank, warp,
+                        tile // PROJECTION_WARPS, lane, hidden, streams_shared, loaded,
+                    )  # fmt: skip
         for i in T.serial(tiles):
             T.call_extern(
                 "handle",
@@ -807,6 +821,19 @@ def run_roles(
                 quads_shared, i % 2 * mma_tiles, sums_shared,
             )  # fmt: skip
             T.call_extern("handle", "mhc::gate_pass", T.access_ptr(projected[i % 2], "w"))
+            if PROJECTION_LOADS:
+                # another tile in the place of one that has been collapsed
+                if i >= LAG + 1 and i - LAG - 1 + bufs < tiles:
+                    T.call_extern(
+                        "handle",
+                        "mhc::gate_wait",
+                        T.access_ptr(freed[(i - LAG - 1) % 2], "r"),
+                        (i - LAG - 1) // 2 % 2,
+                    )
+                    load_tile(
+                        residual, first, count, i - LAG - 1 + bufs, (i - LAG - 1) % bufs, rank,
+                        warp, tile // PROJECTION_WARPS, lane, hidden, streams_shared, loaded,
+                    )  # fmt: skip
         T.call_extern("handle", "mhc::gate_wait", T.access_ptr(mixed[0], "r"), 0)
         finish_mixes(
             first, count, rank, tx, post_mix, comb_mix, hc_sinkhorn_eps, hc_post_mult_value,
@@ -824,7 +851,8 @@ def run_roles(
         for i in T.unroll(FIRST_TILES):
             if i < tiles:
                 load_tile(
-                    residual, first, count, i, i, rank, me, lane, hidden, streams_shared, loaded
+                    residual, first, count, i, i, rank, me, per, lane, hidden, streams_shared,
+                    loaded,
                 )
         if me == 0 and lane < 3:
             hc_shared[lane] = hc_scale[lane]
@@ -854,12 +882,12 @@ def run_roles(
                     )  # fmt: skip
                 T.call_extern("handle", "mhc::gate_pass", T.access_ptr(added[i % 2], "w"))
             # the first projections do not wait for more than they need
-            if i == 0:
+            if not PROJECTION_LOADS and i == 0:
                 for b in T.unroll(bufs - FIRST_TILES):
                     if FIRST_TILES + b < tiles:
                         load_tile(
                             residual, first, count, FIRST_TILES + b, FIRST_TILES + b, rank, me,
-                            lane, hidden, streams_shared, loaded,
+                            per, lane, hidden, streams_shared, loaded,
                         )  # fmt: skip
             if norm and i >= 1 + LAG and (i - 1 - LAG) * tile + row0 < count:
                 normalise_tile(
@@ -890,13 +918,15 @@ def run_roles(
                     count, rank, me, lane, hidden, norm,
                 )  # fmt: skip
                 # another tile in its place
-                if i - LAG + bufs < tiles:
+                if not PROJECTION_LOADS and i - LAG + bufs < tiles:
                     if BULK:
                         T.sync_warp()
                     load_tile(
-                        residual, first, count, i - LAG + bufs, (i - LAG) % bufs, rank, me, lane,
-                        hidden, streams_shared, loaded,
+                        residual, first, count, i - LAG + bufs, (i - LAG) % bufs, rank, me, per,
+                        lane, hidden, streams_shared, loaded,
                     )  # fmt: skip
+            if PROJECTION_LOADS and i >= LAG and i - LAG < tiles:
+                T.call_extern("handle", "mhc::gate_pass", T.access_ptr(freed[(i - LAG) % 2], "w"))
 
 
 @T.macro
