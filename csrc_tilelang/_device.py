@@ -156,12 +156,6 @@ __device__ __forceinline__ void gate_pass(void* gate) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
 }
 
-// The same when all that this thread has loaded asynchronously has come: it is what others see then.
-__device__ __forceinline__ void gate_pass_loaded(void* gate) {
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(gate));
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address) : "memory");
-}
-
 // Waits for the end of a phase, as inbox_wait.
 __device__ __forceinline__ void gate_wait(void* gate, int parity) { inbox_wait(gate, parity); }
 

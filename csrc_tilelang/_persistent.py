@@ -1,10 +1,13 @@
-"""What the kernels that loop over tiles of tokens share: ``fused_post_pre_persistent`` and ``pre``.
+"""Steps of the kernels that loop over tiles of tokens: ``pre`` and ``fused_post_pre_persistent``.
 
 A cluster of 16 CTAs shares the hidden dimension and keeps its slices of fn on the chip, in three
-bf16 terms, while it loops over tiles of 16 tokens (8 where a slice has more than 320 columns). Half
-of a CTA's warps hold fn and project, the others own 1 or 2 tokens of a tile each. One warp of the
-CTA that owns a token makes its collapse weights; when all tiles are done the projection warps make
-post weights and combs, a token a thread.
+bf16 terms, while it loops over tiles of 16 tokens (8 where a slice has more than 320 columns). 8
+projection warps of a CTA hold fn; its token warps own 1 or 2 tokens of a tile each. Whoever owns a
+token's mixes, one CTA of the 16, is sent its sums, sends its collapse weights to all, and makes its
+post weights and comb when all tiles are done: in the loop, with fn in registers, Sinkhorn spilled.
+
+What CTAs tell each other goes through inboxes as in ``fused_post_pre``, of two or three sets in
+turn, opened again by a thread that has waited.
 """
 
 import tilelang.language as T
@@ -12,52 +15,20 @@ import tilelang.language as T
 from ..dispatch import CLUSTER
 from ._collapse import sigmoid
 from ._device import HC_MULT, MIXES, MMA_COLUMNS, SQUARES, VECTOR, WARP
-from ._operands import (
-    SLICE_TREE,
-    SUMS,
-    SUMS_PITCH,
-    UNIT_TERMS,
-    UNIT_WEIGHTS,
-    add_tree,
-    slice_size,
-    split_unit,
-    store_sums,
-)
+from ._operands import SLICE_TREE, SUMS, SUMS_PITCH, add_tree, slice_size
 from ._sinkhorn import COMB, sinkhorn, softmax_rows
 from ._steps import widen
-from .fused_post_pre import (
-    REGISTER_UNITS,
-    WARP_TREE,
-    WARPS,
-    add_unit,
-    copy_unit,
-    load_unit,
-    shared_units,
-    split_shared_unit,
-)
+from .fused_post_pre import WARP_TREE, WARPS
 
-THREADS = WARPS * WARP
 PROJECTION_WARPS = 8  # each with the units of two warps of fused_post_pre
-HALVES = WARPS // PROJECTION_WARPS
 PROJECTION_THREADS = PROJECTION_WARPS * WARP
-TOKEN_WARPS = WARPS - PROJECTION_WARPS
-TOKEN_THREADS = TOKEN_WARPS * WARP
-# of 512 a thread of each sub-core's four warps: 144 of fn and 40, and what the token warps need
-PROJECTION_REGISTERS = 184
-TOKEN_REGISTERS = 512 // 2 - PROJECTION_REGISTERS
-PROJECTION_BARRIER = 1  # named barrier of the projection warps; 0 is the whole CTA's
-TOKEN_BARRIER = 2  # of the token warps
+HALVES = WARPS // PROJECTION_WARPS
 WIDE_TILE_COLUMNS = 320  # columns of a slice up to which 16 tokens fit
 
 
 def tile_tokens(hidden: int) -> int:
     """Tokens of a tile: 16, or 8 where 16 do not fit in shared memory."""
     return 16 if slice_size(hidden) <= WIDE_TILE_COLUMNS else 8
-
-
-def warp_tokens(hidden: int) -> int:
-    """Tokens of a token warp in a tile."""
-    return tile_tokens(hidden) // TOKEN_WARPS
 
 
 def tokens_here(i, size, count):
@@ -70,82 +41,17 @@ def weights_bytes(i, hidden, count):
     return tokens_here(i, tile_tokens(hidden), count) * (HC_MULT * 4)
 
 
-def squares_bytes(i, hidden, count):
+def squares_bytes(i, per, hidden, count):
     """What 16 CTAs send of tile ``i``: a sum a token, as many at once as a token warp has."""
-    each = warp_tokens(hidden)
-    return T.ceildiv(tokens_here(i, tile_tokens(hidden), count), each) * (each * CLUSTER * 4)
-
-
-@T.macro
-def load_terms(fn, rank, warp, lane, hidden, terms_local, terms_shared):
-    """fn, split, as in fused_post_pre; this warp has the units of its warps p and p + 8."""
-    split_terms_local = T.alloc_local((UNIT_TERMS,), "uint32")
-    weights_local = T.alloc_local((REGISTER_UNITS * UNIT_WEIGHTS,), "float32")
-    shared_weights_local = T.alloc_local((UNIT_WEIGHTS,), "float32")
-    n_shared = shared_units(hidden)
-    shared_rounds = -(-n_shared // WARPS)
-    for half in T.unroll(HALVES):
-        for u in T.unroll(shared_rounds):
-            slot = u * WARPS + half * PROJECTION_WARPS + warp
-            if slot < n_shared:
-                copy_unit(fn, slot + REGISTER_UNITS * WARPS, rank, lane, hidden, terms_shared, slot)
-    for half in T.unroll(HALVES):
-        unit = half * PROJECTION_WARPS + warp
-        t0 = half * REGISTER_UNITS * UNIT_TERMS
-        for u in T.unroll(REGISTER_UNITS):
-            load_unit(fn, unit + u * WARPS, rank, lane, hidden, weights_local, u * UNIT_WEIGHTS)
-        for u in T.unroll(REGISTER_UNITS):
-            split_unit(weights_local, u * UNIT_WEIGHTS, terms_local, t0 + u * UNIT_TERMS)
-    if n_shared > 0:
-        T.call_extern("handle", "mhc::loads_wait")
-        T.sync_warp()
-        for half in T.unroll(HALVES):
-            for u in T.unroll(shared_rounds):
-                slot = u * WARPS + half * PROJECTION_WARPS + warp
-                if slot < n_shared:
-                    split_shared_unit(
-                        terms_shared, slot, lane, shared_weights_local, split_terms_local
-                    )
-
-
-@T.macro
-def project_tile(
-    streams_shared, row0, here, warp, lane, hidden, terms_local, terms_shared, set0, sums_shared
-):
-    """Projection and sum of squares of ``here`` tokens from row ``row0`` on, 8 at a time."""
-    sums_local = T.alloc_local((8,), "float32")
-    both_local = T.alloc_local((8,), "float32")
-    n_shared = shared_units(hidden)
-    for n in T.serial(T.ceildiv(here, MMA_COLUMNS)):
-        row = row0 + T.min(n * MMA_COLUMNS + lane // 4, here - 1)
-        for half in T.unroll(HALVES):
-            for q in T.unroll(8):
-                sums_local[q] = 0.0
-            unit = half * PROJECTION_WARPS + warp
-            t0 = half * REGISTER_UNITS * UNIT_TERMS
-            for u in T.unroll(REGISTER_UNITS):
-                add_unit(
-                    streams_shared, row, unit + u * WARPS, lane, hidden,
-                    terms_local, t0 + u * UNIT_TERMS, terms_shared, None, sums_local,
-                )  # fmt: skip
-            for u in T.unroll(-(-n_shared // WARPS)):
-                if unit + u * WARPS < n_shared:
-                    add_unit(
-                        streams_shared, row, unit + (u + REGISTER_UNITS) * WARPS, lane,
-                        hidden, terms_local, 0, terms_shared, unit + u * WARPS, sums_local,
-                    )  # fmt: skip
-            if half == 0:
-                for q in T.unroll(8):
-                    both_local[q] = sums_local[q]
-            else:
-                for q in T.unroll(8):
-                    sums_local[q] = both_local[q] + sums_local[q]
-        store_sums(sums_local, lane, warp, set0 + n, sums_shared)
+    return T.ceildiv(tokens_here(i, tile_tokens(hidden), count), per) * (per * CLUSTER * 4)
 
 
 @T.macro
 def send_sums(sums_shared, set0, token, v0, slot, inbox, owner):
-    """The warps' sums ``v0`` to ``v0 + 3`` of a token of a tile, added up, to its owner."""
+    """Sums ``v0`` to ``v0 + 3`` of a token, those of the projection warps added up, to its owner.
+
+    ``slot`` and ``inbox`` are those of this CTA, for the token's tile.
+    """
     lower_local = T.alloc_local((4,), "float32")
     upper_local = T.alloc_local((4,), "float32")
     vectors_local = T.alloc_local((PROJECTION_WARPS // 2 * 4,), "float32")
@@ -174,9 +80,9 @@ def make_weights(
     i, own, t, slices_shared, sums_inbox, hc_shared, weights_shared, weights_inbox, post_mix,
     comb_mix, rms_eps, hc_pre_eps, lane, hidden,
 ):  # fmt: skip
-    """Collapse weights of token ``own`` of tile ``i``, which this CTA owns, by one warp.
+    """Collapse weights of token ``own`` of tile ``i``, which this CTA owns, to all, by one warp.
 
-    ``t`` is the token's place in the batch, where its other logits are left.
+    ``t`` is the token's place in the batch: its other logits wait where their results will be.
     """
     slices_local = T.alloc_local((CLUSTER,), "float32")
     pre_local = T.alloc_local((HC_MULT,), "float32")
@@ -184,21 +90,25 @@ def make_weights(
     base = T.alloc_local((1,), "float32")
     logit = T.alloc_local((1,), "float32")
     mix = T.alloc_local((1,), "float32")
+    every = CLUSTER // tile_tokens(hidden)  # a CTA owns one token in every so many tiles
     owned = slices_shared.shape[0]
     # m = projection * rsqrt(mean square + rms_eps), one column a lane; scale, base
     scale[0] = hc_shared[T.if_then_else(lane < HC_MULT, 0, T.if_then_else(lane < COMB, 1, 2))]
     base[0] = hc_shared[3 + T.min(lane, MIXES - 1)]
     T.call_extern(
-        "handle", "mhc::inbox_wait", T.access_ptr(sums_inbox[i % owned], "r"), i // 2 % 2
+        "handle",
+        "mhc::inbox_wait",
+        T.access_ptr(sums_inbox[i // every % owned], "r"),
+        i // every // owned % 2,
     )
     for c in T.unroll(CLUSTER):
-        slices_local[c] = slices_shared[i % owned, c, T.min(lane, SUMS - 1)]
+        slices_local[c] = slices_shared[i // every % owned, c, T.min(lane, SUMS - 1)]
     T.sync_warp()
     if lane == 0:
         T.call_extern(
             "handle",
             "mhc::inbox_again",
-            T.access_ptr(sums_inbox[i % owned], "w"),
+            T.access_ptr(sums_inbox[i // every % owned], "w"),
             CLUSTER * SUMS_PITCH * 4,
         )
     add_tree(slices_local, SLICE_TREE)
@@ -218,7 +128,7 @@ def make_weights(
             lane,
             T.access_ptr(pre_local[0], "r"),
         )
-    # the other logits wait where their results will be
+    # the other logits
     if lane >= HC_MULT and lane < COMB:
         post_mix[t, lane - HC_MULT, 0] = logit[0]
     elif lane >= COMB and lane < MIXES:
@@ -258,26 +168,19 @@ def finish_mixes(
 
 
 @T.macro
-def add_slices(value):
-    """value[0] summed up over 16 aligned lanes, in the order of SLICE_TREE."""
-    for half in SLICE_TREE:
-        value[0] = value[0] + T.shfl_xor(value[0], half)
-
-
-@T.macro
 def collapse_tile(
     i, buffer, again, weights_shared, weights_inbox, streams_shared, squares_shared, squares_inbox,
-    value_local, layer_input, first, count, rank, me, lane, hidden, norm,
+    value_local, layer_input, first, count, rank, me, per, lane, hidden, norm,
 ):  # fmt: skip
-    """collapse: v = sum_j weight_j * r'_j, of a token warp's tokens of tile ``i`` in ``buffer``.
+    """collapse: v = sum_j weight_j * r'_j, of the ``per`` tokens of token warp ``me``.
 
-    Its rounding stays in value_local and its squares go to all CTAs where the norm follows; it is
-    the layer input otherwise. Tokens past the end are made like the others, and not stored: both
-    tokens of a warp overlap. ``again``: whether there is a tile i + 2.
+    They are those of tile ``i``, in ``buffer``. The rounding of v stays in value_local and its
+    squares go to all CTAs where the norm follows; it is the layer input otherwise. Tokens past the
+    end are made like the others and not stored, so that the tokens of a warp overlap. ``again``:
+    whether this set of weights is used again.
     """
     size = slice_size(hidden)
     tile = tile_tokens(hidden)
-    per = warp_tokens(hidden)
     reps = -(-size // (WARP * VECTOR))
     sets = squares_inbox.shape[0]
     row0 = me * per
@@ -286,9 +189,7 @@ def collapse_tile(
     wide_local = T.alloc_local((VECTOR,), "float32")
     total_local = T.alloc_local((VECTOR,), "float32")
     squares_local = T.alloc_local((per,), "float32")
-    T.call_extern(
-        "handle", "mhc::inbox_wait", T.access_ptr(weights_inbox[i % 2], "r"), i // 2 % 2
-    )
+    T.call_extern("handle", "mhc::inbox_wait", T.access_ptr(weights_inbox[i % 2], "r"), i // 2 % 2)
     for k in T.unroll(per):
         for j in T.vectorized(HC_MULT):
             collapse_weights[k * HC_MULT + j] = weights_shared[i % 2, row0 + k, j]
@@ -317,20 +218,18 @@ def collapse_tile(
                     widen(collapse_local, (j + 1) * VECTOR, VECTOR, wide_local)
                     for v in T.unroll(VECTOR):
                         total_local[v] = (
-                            total_local[v]
-                            + collapse_weights[k * HC_MULT + j + 1] * wide_local[v]
+                            total_local[v] + collapse_weights[k * HC_MULT + j + 1] * wide_local[v]
                         )
                 for v in T.unroll(VECTOR):
                     squares_local[k] = squares_local[k] + total_local[v] * total_local[v]
                 for v in T.vectorized(VECTOR):
                     value_local[(k * reps + r) * VECTOR + v] = T.cast(total_local[v], "bfloat16")
-                if not norm:
-                    if i * tile + row0 + k < count:
-                        for v in T.vectorized(VECTOR):
-                            layer_input[
-                                first + i * tile + row0 + k,
-                                rank * size + (r * WARP + lane) * VECTOR + v,
-                            ] = value_local[(k * reps + r) * VECTOR + v]
+                if not norm and i * tile + row0 + k < count:
+                    for v in T.vectorized(VECTOR):
+                        layer_input[
+                            first + i * tile + row0 + k,
+                            rank * size + (r * WARP + lane) * VECTOR + v,
+                        ] = value_local[(k * reps + r) * VECTOR + v]
     if norm:
         for k in T.unroll(per):
             squares_local[k] = T.warp_reduce_sum(squares_local[k])
@@ -359,15 +258,14 @@ def collapse_tile(
 @T.macro
 def normalise_tile(
     i, again, squares_shared, squares_inbox, value_local, gain_shared, layer_input, norm_eps, first,
-    count, rank, me, lane, hidden,
+    count, rank, me, per, lane, hidden,
 ):  # fmt: skip
-    """RMSNorm: bf16(bf16(v) * rsqrt(mean(v^2) + norm_eps) * g) of a token warp's tokens of tile i.
+    """RMSNorm: bf16(bf16(v) * rsqrt(mean(v^2) + norm_eps) * g) of what collapse_tile left.
 
     ``again``: whether this set of squares is used again.
     """
     size = slice_size(hidden)
     tile = tile_tokens(hidden)
-    per = warp_tokens(hidden)
     reps = -(-size // (WARP * VECTOR))
     sets = squares_inbox.shape[0]
     row0 = me * per
@@ -378,7 +276,10 @@ def normalise_tile(
     wide_local = T.alloc_local((VECTOR,), "float32")
     total_local = T.alloc_local((VECTOR,), "float32")
     T.call_extern(
-        "handle", "mhc::inbox_wait", T.access_ptr(squares_inbox[i % sets], "r"), i // sets % 2
+        "handle",
+        "mhc::inbox_wait",
+        T.access_ptr(squares_inbox[i % sets], "r"),
+        i // sets % 2,
     )
     # each half of the warp adds up a token, where it has two
     squares[0] = squares_shared[i % sets, lane % CLUSTER, row0 + lane // CLUSTER % per]
@@ -388,9 +289,10 @@ def normalise_tile(
             "handle",
             "mhc::inbox_again",
             T.access_ptr(squares_inbox[i % sets], "w"),
-            squares_bytes(i + sets, hidden, count),
+            squares_bytes(i + sets, per, hidden, count),
         )
-    add_slices(squares)
+    for half in SLICE_TREE:
+        squares[0] = squares[0] + T.shfl_xor(squares[0], half)
     squares[0] = T.rsqrt(squares[0] * (1.0 / hidden) + norm_eps)
     for k in T.unroll(per):
         squares_local[k] = T.shfl_sync(squares[0], k * CLUSTER)

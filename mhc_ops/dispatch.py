@@ -197,6 +197,12 @@ def pre_key(hidden: int, arch: str, norm: bool) -> Key:
     return Key(PRE, arch, hidden, (("norm", norm),))
 
 
+def pre_group_tokens(tokens: int) -> int:
+    """Tokens of a cluster of the ``pre`` kernel, as of those for ``fused_post_pre``."""
+    few = tokens <= ONE_LAUNCH_MAX_TOKENS
+    return group_tokens(tokens) if few else persistent_group_tokens(tokens)
+
+
 def takes_one_launch_end(hidden: int, arch: str) -> bool:
     """Whether ``expand_pre`` and, for few tokens, ``post_head`` run the kernels of these names."""
     return hidden <= ONE_LAUNCH_MAX_HIDDEN and arch in ONE_LAUNCH_ARCHS

@@ -83,11 +83,6 @@ __device__ __forceinline__ void gate_open(void* gate, unsigned count) {
 }
 
 __device__ __forceinline__ void gate_pass(void* gate) { emulation::pass_gate(gate); }
-// here the loads come when the thread passes, and it need not wait for the gate to see them
-__device__ __forceinline__ void gate_pass_loaded(void* gate) {
-  loads_wait();
-  gate_pass(gate);
-}
 
 __device__ __forceinline__ void gate_wait(void* gate, int parity) {
   emulation::wait_for_gate(gate, parity);
