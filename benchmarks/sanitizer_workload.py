@@ -39,7 +39,8 @@ class Case(NamedTuple):
     Attributes:
         op, norm, tokens, hidden: what is called.
         way: ``classical``, as on a GPU without kernels of one launch; ``invariant``, as with
-            MHC_OPS_BATCH_INVARIANT, which takes the persistent kernel for few tokens; ``own``.
+            MHC_OPS_BATCH_INVARIANT, which takes the kernels that loop over tiles for few tokens, in
+            one cluster, so that they have many; ``own``.
     """
 
     op: str
@@ -60,11 +61,14 @@ def cases() -> list[Case]:
         for way in ("own", "classical", "invariant")
         if way == "own"
         or (
-            op == "fused_post_pre"
-            and {
-                "classical": dispatch.takes_post_projection(tokens, hidden),
-                "invariant": tokens > dispatch.ONE_LAUNCH_MAX_TOKENS,
-            }[way]
+            way == "classical"
+            and op == "fused_post_pre"
+            and dispatch.takes_post_projection(tokens, hidden)
+        )
+        or (
+            way == "invariant"
+            and op in ("fused_post_pre", "pre")
+            and tokens > dispatch.ONE_LAUNCH_MAX_TOKENS
         )
     ]
 
@@ -84,12 +88,15 @@ def keys(arch: str) -> set[dispatch.Key]:
 
 @contextlib.contextmanager
 def path(way: str) -> Iterator[None]:
-    """While it lasts, ``fused_post_pre`` goes this way of a :class:`Case`."""
+    """While it lasts, calls go this way of a :class:`Case`."""
     if way == "own":
         yield
         return
     if way == "invariant":
-        with mock.patch.dict(os.environ, {"MHC_OPS_BATCH_INVARIANT": "1"}):
+        with (
+            mock.patch.dict(os.environ, {"MHC_OPS_BATCH_INVARIANT": "1"}),
+            mock.patch.object(dispatch, "CLUSTERS", 1),
+        ):
             yield
         return
     host.forget()  # of the native calls, which know nothing of what follows

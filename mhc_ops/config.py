@@ -12,8 +12,8 @@
 
 Fusing needs all three of the first. They steer the model wiring (``mhc_ops.nn`` and what stands on
 it), never a direct call of an op, and are read when a model is wired, not at import. The others are
-read when a kernel is first asked for, and MHC_OPS_BATCH_INVARIANT whenever ``fused_post_pre`` is
-called.
+read when a kernel is first asked for, and MHC_OPS_BATCH_INVARIANT whenever ``fused_post_pre`` or
+``pre`` is called.
 
 What is compiled lies in TileLang's cache folder, which ``TILELANG_CACHE_DIR`` moves. Two more
 variables are read when a wheel is built, by setup.py: `MHC_OPS_AOT_ARCHS` and `MHC_OPS_AOT_HIDDEN`.

@@ -40,9 +40,14 @@ PERSISTENT_LANES_COLUMNS = 32 * 8  # of a token warp's lanes, at a time
 PERSISTENT_MIN_TOKENS = {8: ONE_LAUNCH_MAX_TOKENS + 1, 7: 384}
 PERSISTENT_MIN_TOKENS_PARTLY = 640
 
-# pre is one launch of the kernel of its name, on the same GPUs and up to the same hidden size. After
-# post, its bits are those of fused_post_pre in one launch.
+# pre is one launch, of the kernel of its name, on the same GPUs and up to the same hidden size;
+# after post, its bits are those of fused_post_pre in one launch.
 PRE = "pre"
+# From so many tokens on, by eighths as above: 1 at H = 4096, where it is faster at any number of
+# tokens, 320 at 7168: 20.6 us against 21.1 of two launches, more at 5120: 24.2 and 21.8 for 512,
+# 39.2 and 41.8 for 1024. Up to FEW_CLUSTERS_TOKENS it is faster, or at most 2 % slower, everywhere.
+PRE_MIN_TOKENS = {8: 1, 7: 320}
+PRE_MIN_TOKENS_PARTLY = 1024
 
 # expand_pre and, for few and for many tokens, post_head are one launch, on the same GPUs and up to
 # the same hidden size, each of the kernel of its name.
@@ -155,11 +160,16 @@ def group_tokens(tokens: int) -> int:
     return _ceildiv(tokens, min(CLUSTERS, clusters))
 
 
-def persistent_min_tokens(hidden: int) -> int:
-    """From how many tokens on the ``fused_post_pre_persistent`` kernel beats three launches."""
+def _filled_eighths(hidden: int) -> int:
+    """Eighths of a token warp's lanes that have columns, in the kernels that loop over tiles."""
     columns = hidden // CLUSTER
     places = _ceildiv(columns, PERSISTENT_LANES_COLUMNS) * PERSISTENT_LANES_COLUMNS
-    return PERSISTENT_MIN_TOKENS.get(8 * columns // places, PERSISTENT_MIN_TOKENS_PARTLY)
+    return 8 * columns // places
+
+
+def persistent_min_tokens(hidden: int) -> int:
+    """From how many tokens on the ``fused_post_pre_persistent`` kernel beats three launches."""
+    return PERSISTENT_MIN_TOKENS.get(_filled_eighths(hidden), PERSISTENT_MIN_TOKENS_PARTLY)
 
 
 def takes_persistent(tokens: int, hidden: int, arch: str, batch_invariant: bool) -> bool:
@@ -186,9 +196,19 @@ def persistent_group_tokens(tokens: int) -> int:
     return _ceildiv(tokens, CLUSTERS)
 
 
-def takes_pre(hidden: int, arch: str) -> bool:
-    """Whether ``pre`` runs the kernel of that name."""
-    return hidden <= ONE_LAUNCH_MAX_HIDDEN and arch in ONE_LAUNCH_ARCHS
+def pre_min_tokens(hidden: int) -> int:
+    """From how many tokens on the ``pre`` kernel beats two launches."""
+    return PRE_MIN_TOKENS.get(_filled_eighths(hidden), PRE_MIN_TOKENS_PARTLY)
+
+
+def takes_pre(tokens: int, hidden: int, arch: str, batch_invariant: bool) -> bool:
+    """Whether ``pre`` runs the kernel of that name; arguments as of :func:`takes_persistent`."""
+    between = FEW_CLUSTERS_TOKENS < tokens < pre_min_tokens(hidden)
+    return (
+        hidden <= ONE_LAUNCH_MAX_HIDDEN
+        and arch in ONE_LAUNCH_ARCHS
+        and (batch_invariant or not between)
+    )
 
 
 @functools.cache
@@ -325,6 +345,22 @@ def post_projection_plan(tokens: int, hidden: int, arch: str, sm_count: int) -> 
     return PostProjectionPlan(Key("post_projection", arch, hidden), slices, tiles)
 
 
+def _several_launches(hidden: int, arch: str) -> tuple[int, int]:
+    """The token counts, from the first one to before the second, with a call of several launches.
+
+    Of ``pre`` or ``fused_post_pre``, whose kernels of their own leave them none where the first is
+    not below the second.
+    """
+    if not takes_one_launch(1, hidden, arch):
+        return 1, sys.maxsize
+    spans = (
+        (FEW_CLUSTERS_TOKENS + 1, pre_min_tokens(hidden)),
+        (ONE_LAUNCH_MAX_TOKENS + 1, persistent_min_tokens(hidden)),
+    )
+    spans = tuple((first, end) for first, end in spans if first < end)
+    return min((first for first, _ in spans), default=1), max((end for _, end in spans), default=1)
+
+
 def path_tokens(hidden: int, arch: str, max_tokens: int) -> tuple[int, ...]:
     """Token counts that reach every path of every op up to ``max_tokens``, one a path."""
     one_launch = takes_one_launch(1, hidden, arch)
@@ -332,7 +368,8 @@ def path_tokens(hidden: int, arch: str, max_tokens: int) -> tuple[int, ...]:
     starts = {1, least + 1}
     starts.update(tile.max_tokens + 1 for tile in PROJECTION_TILES)
     if one_launch:
-        starts.add(persistent_min_tokens(hidden))
+        starts.update((persistent_min_tokens(hidden), pre_min_tokens(hidden)))
+        starts.add(FEW_CLUSTERS_TOKENS + 1)
         starts.update((POST_HEAD_FEW_TOKENS + 1, *POST_HEAD_MANY_TOKENS))
     return tuple(sorted(tokens for tokens in starts if tokens <= max_tokens))
 
@@ -352,18 +389,21 @@ def keys(hidden: int, arch: str, max_tokens: int) -> Iterator[Key]:
     if takes_one_launch(1, hidden, arch):
         for norm in (False, True):
             yield fused_post_pre_key(hidden, arch, norm)
+            yield pre_key(hidden, arch, norm)
             if max_tokens >= persistent_min_tokens(hidden):
                 yield persistent_key(hidden, arch, norm)
     else:
         yield post_projection_plan(1, hidden, arch, 1).key
-    for rows in (MIXES, HC_MULT):
+    several = _several_launches(hidden, arch)
+    for rows, (first, end) in ((MIXES, several), (HC_MULT, (1, sys.maxsize))):
         least = 1
         for tile in PROJECTION_TILES:
-            if least <= max_tokens:
+            if max(least, first) <= min(tile.max_tokens, end - 1, max_tokens):
                 yield _projection_key(hidden, rows, tile, arch)
             least = tile.max_tokens + 1
     for norm in (False, True):
-        yield finish_key(hidden, arch, norm)
+        if several[0] <= min(several[1] - 1, max_tokens):
+            yield finish_key(hidden, arch, norm)
         yield head_key(hidden, arch, norm)
         if takes_one_launch_end(hidden, arch):
             yield expand_pre_key(hidden, arch, norm)

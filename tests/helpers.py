@@ -162,6 +162,8 @@ def path(op: str, hidden: int, tokens: int) -> str:
         return "nothing"
     if op == "post":
         return "post"
+    if op == "pre" and dispatch.takes_pre(tokens, hidden, "sm_90a", False):
+        return op
     if op == "expand_pre" and dispatch.takes_one_launch_end(hidden, "sm_90a"):
         return op
     if op.startswith("post_head") and dispatch.takes_post_head(

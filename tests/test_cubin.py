@@ -25,10 +25,13 @@ CASES += [(arch, 4096) for arch in ("sm_80", "sm_100a", "sm_120a")]
 
 # Of kernels that take long to lower and differ by the norm or the streams alone, the largest, where
 # that is enough.
-LONG_TO_LOWER = {dispatch.ONE_LAUNCH, dispatch.PERSISTENT, "expand_pre", "post_head"}
-# Its warps have two roles with 184 and 72 registers; what is spilled is addresses above all.
+LONG_TO_LOWER = {
+    dispatch.ONE_LAUNCH, dispatch.PERSISTENT, dispatch.PRE, "expand_pre", "post_head",
+}  # fmt: skip
+# Their warps have two roles with registers to match, 184 or 200 to hold fn; what is spilled is
+# addresses above all, in pre some of fn.
 # expand_pre lacks a register where two CTAs share an SM.
-MAY_SPILL = {dispatch.PERSISTENT: 128, "expand_pre": 8}  # bytes
+MAY_SPILL = {dispatch.PERSISTENT: 128, dispatch.PRE: 128, "expand_pre": 8}  # bytes
 
 WAIT = "cudaGridDependencySynchronize()"
 PDL = (WAIT, "cudaTriggerProgrammaticLaunchCompletion()", "griddepcontrol")
@@ -80,7 +83,10 @@ def sources(arch: str, hidden: int) -> dict[dispatch.Key, str]:
         for key in dispatch.keys(hidden, arch, MAX_TOKENS)
         if key.kernel not in LONG_TO_LOWER
         or all(dict(key.options).values())
-        or ((arch, hidden) == ("sm_90a", 4096) and key.kernel != dispatch.PERSISTENT)
+        or (
+            (arch, hidden) == ("sm_90a", 4096)
+            and key.kernel not in (dispatch.PERSISTENT, dispatch.PRE)
+        )
     }
 
 
@@ -104,6 +110,6 @@ def test_programmatic_launch_from_hopper_on(arch, hidden):
         if arch == "sm_80":
             assert not any(word in source for word in PDL), key
         else:
-            # fused_post_pre waits before it reads fn or after that, in the persistent one each role
-            waits = {dispatch.ONE_LAUNCH: 2, dispatch.PERSISTENT: 4}
+            # fused_post_pre waits before it reads fn or after that; where warps have roles, each
+            waits = {dispatch.ONE_LAUNCH: 2, dispatch.PERSISTENT: 4, dispatch.PRE: 4}
             assert source.count(WAIT) == waits.get(key.kernel, 1), key

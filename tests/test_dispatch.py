@@ -46,17 +46,28 @@ def test_post_projection_slices_cover_the_hidden_size(tokens, hidden, sms):
     assert -(-tokens // (dispatch.MMA_TOKENS * plan.tiles)) <= 65535
 
 
+def in_several_launches(tokens, hidden):
+    """Whether ``pre`` or ``fused_post_pre`` are."""
+    size = tokens, hidden, ARCH
+    return not dispatch.takes_pre(*size, False) or not (
+        dispatch.takes_one_launch(*size) or dispatch.takes_persistent(*size, False)
+    )
+
+
 @given(TOKENS, HIDDEN, ROWS)
 def test_every_plan_is_among_the_enumerated_keys(tokens, hidden, rows):
     keys = list(dispatch.keys(hidden, ARCH, tokens))
     assert len(keys) == len(set(keys))
-    assert dispatch.projection_plan(tokens, hidden, rows, ARCH, SMS).key in keys
+    several = in_several_launches(tokens, hidden)
+    if rows == dispatch.HC_MULT or several:
+        assert dispatch.projection_plan(tokens, hidden, rows, ARCH, SMS).key in keys
     one_launch = dispatch.takes_one_launch(1, hidden, ARCH)
     assert (dispatch.post_projection_plan(tokens, hidden, ARCH, SMS).key in keys) != one_launch
     assert dispatch.post_key(hidden, ARCH) in keys
     for norm in (False, True):
         assert (dispatch.fused_post_pre_key(hidden, ARCH, norm) in keys) == one_launch
-        assert dispatch.finish_key(hidden, ARCH, norm) in keys
+        assert (dispatch.pre_key(hidden, ARCH, norm) in keys) == one_launch
+        assert dispatch.finish_key(hidden, ARCH, norm) in keys or not several
         assert dispatch.head_key(hidden, ARCH, norm) in keys
         assert (dispatch.expand_pre_key(hidden, ARCH, norm) in keys) == one_launch
         for streams in (False, True):
@@ -93,15 +104,22 @@ def test_one_launch_is_for_clusters_of_16():
         for streams in (False, True):
             assert dispatch.takes_post_head(1, 4096, arch, streams) == served
         assert dispatch.takes_persistent(5000, 4096, arch, False) == served
+        assert dispatch.takes_pre(1, 4096, arch, False) == served
     assert not dispatch.takes_one_launch(129, 4096, ARCH)
     assert not dispatch.takes_one_launch(1, 7424, ARCH)
     assert not dispatch.takes_one_launch_end(7424, ARCH)
     assert not dispatch.takes_persistent(5000, 7424, ARCH, True)
+    assert not dispatch.takes_pre(5000, 7424, ARCH, True)
 
 
 def test_where_one_launch_begins_and_ends():
     """The bounds that were measured, and that the same bits are to be had at any size."""
     assert [dispatch.persistent_min_tokens(h) for h in (4096, 5120, 7168)] == [129, 640, 384]
+    assert [dispatch.pre_min_tokens(h) for h in (4096, 5120, 7168)] == [1, 1024, 320]
+    for tokens, taken in ((48, True), (49, False), (319, False), (320, True)):
+        assert dispatch.takes_pre(tokens, 7168, ARCH, False) == taken
+        assert dispatch.takes_pre(tokens, 7168, ARCH, True)
+        assert dispatch.takes_pre(tokens, 4096, ARCH, False)
     assert dispatch.takes_persistent(129, 5120, ARCH, True)
     assert not dispatch.takes_persistent(129, 5120, ARCH, False)
     for hidden, streams in itertools.product((256, 4096, 7168), (False, True)):
@@ -116,6 +134,7 @@ def test_no_key_depends_on_the_token_count(hidden):
     reached = {
         dispatch.projection_plan(tokens, hidden, dispatch.MIXES, ARCH, SMS).key
         for tokens in range(1, 5000)
+        if in_several_launches(tokens, hidden)
     }
     assert reached == {
         key
@@ -132,6 +151,8 @@ def test_path_tokens_reach_every_path(hidden):
     def path(tokens):
         return (
             dispatch.takes_one_launch(tokens, hidden, ARCH),
+            dispatch.takes_pre(tokens, hidden, ARCH, False),
+            dispatch.takes_persistent(tokens, hidden, ARCH, False),
             dispatch.takes_post_projection(tokens, hidden)
             and not dispatch.takes_one_launch(tokens, hidden, ARCH),
             dispatch.projection_plan(tokens, hidden, dispatch.MIXES, ARCH, SMS).key,

@@ -42,6 +42,7 @@ MAX_TOKENS = 300  # beyond every threshold of the dispatch
 HIDDEN = 1280  # several warps of a collapse, the last of them partly idle
 CASES = tuple((op, norm) for op in OUTPUTS for norm in (False, True) if not (op == "post" and norm))
 TOKENWISE = ("x", "residual", "post_layer_mix", "comb_res_mix")
+EARLY = (dispatch.ONE_LAUNCH, dispatch.PERSISTENT, dispatch.PRE)  # may read fn early
 ENDS = ("expand_pre", "post_head")  # kernels in clusters; post_head_streams is the latter's too
 
 
@@ -77,7 +78,7 @@ class Device:
 
         def launch(key: dispatch.Key, device: torch.device, *args: Any) -> None:
             run = kernel(key)
-            if key.kernel in (dispatch.ONE_LAUNCH, dispatch.PERSISTENT) and args[-1]:
+            if key.kernel in EARLY and args[-1]:
                 run.early = ("fn",)
             self.launched.add(key)
             run(*args)
@@ -153,6 +154,7 @@ def test_hard_inputs(device, kind):
 
 @pytest.mark.parametrize("repeat", [1, 2])
 def test_few_rounds_of_sinkhorn(device, repeat):
+    device.arch = "sm_80"  # whose kernels are quick to emulate; all take the same rounds
     device.check("pre", make_inputs("pre", 2, 256, sinkhorn_repeat=repeat))
 
 
@@ -178,6 +180,7 @@ def hard_logits() -> dict[str, Tensor]:
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])
 def test_no_round_of_sinkhorn_is_missed(device, eps):
     """Within 1e-6 of float64 whichever way the rounds are made; streams of zeros: exact logits."""
+    device.arch = "sm_80"
     inputs = make_inputs("pre", 1, 256) | {"hc_sinkhorn_eps": eps}
     inputs["residual"].zero_()
     for kind, logits in hard_logits().items():
@@ -233,6 +236,23 @@ def test_the_persistent_kernel(monkeypatch, device, hidden, norm):
     assert_equal(expected, {name: value[:5] for name, value in many.items()})
 
 
+@pytest.mark.parametrize("hidden", [HIDDEN, 5376], ids=["16_tokens_a_tile", "8_tokens_a_tile"])
+def test_pre_after_post_is_the_boundary(monkeypatch, device, hidden):
+    """The pre kernel loops over tiles, and its bits are those of the boundary in one launch."""
+    tokens = 117 if hidden == HIDDEN else 45  # more tiles than buffers, the last one short
+    inputs = make_inputs("pre", tokens, hidden, norm=True, seed=3)
+    monkeypatch.setattr(dispatch, "CLUSTERS", 1)
+    monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
+    many = device.run("pre", inputs)
+    assert_matches_oracle("pre", inputs, tuple(many.values()))
+    post = {name: make_inputs("post", 5, hidden)[name] for name in TOKENWISE}
+    boundary = device.run("fused_post_pre", inputs | post)
+    alone = device.run("pre", inputs | {"residual": boundary.pop("residual_out")})
+    assert_equal(alone, boundary)
+    few = device.run("pre", inputs | {"residual": inputs["residual"][-3:].clone()})
+    assert_equal(few, {name: value[-3:] for name, value in many.items()})
+
+
 @pytest.mark.parametrize("op", OUTPUTS)
 def test_nan_stays_in_its_token(device, op):
     inputs = make_inputs(op, 18, HIDDEN, norm=True)
@@ -259,6 +279,8 @@ def test_no_races(monkeypatch, folder, lowered, arch):
         return Kernel(lowered(key), folder, sanitize_threads=first, resident=1 + first)
 
     def in_cluster(op: str, tokens: int) -> bool:
+        if op == dispatch.PRE:
+            return dispatch.takes_pre(tokens, 256, arch, False)
         if op == dispatch.ONE_LAUNCH:
             return dispatch.takes_one_launch(tokens, 256, arch)
         return op.startswith(ENDS) and dispatch.takes_one_launch_end(256, arch)
@@ -271,9 +293,7 @@ def test_no_races(monkeypatch, folder, lowered, arch):
             if not in_cluster(op, tokens + 16):
                 device.check(op, make_inputs(op, tokens + 16, 256, norm=norm))
     assert device.launched == {
-        key
-        for key in dispatch.keys(256, arch, MAX_TOKENS)
-        if key.kernel not in (dispatch.ONE_LAUNCH, dispatch.PERSISTENT, *ENDS)
+        key for key in dispatch.keys(256, arch, MAX_TOKENS) if key.kernel not in (*EARLY, *ENDS)
     }
 
 
@@ -333,12 +353,15 @@ def test_no_races_in_clusters(monkeypatch, folder, small_clusters, op, tokens, k
     device.check(op, cluster_inputs(op, tokens, key))
 
 
-def test_no_races_in_the_persistent_kernel(monkeypatch, folder):
+@pytest.mark.parametrize("op", [dispatch.ONE_LAUNCH, dispatch.PRE])
+def test_no_races_in_kernels_that_loop(monkeypatch, folder, op):
     """In one cluster of 8, a token of each tile a CTA: 4096 threads, about what can be held."""
-    key = dispatch.persistent_key(256, ARCH, True)
-    names = ("_boundary", "_operands", "fused_post_pre", "fused_post_pre_persistent")
-    with kernels_with(*names, CLUSTER=8) as modules:
-        monkeypatch.setattr(modules[-1], "WIDE_TILE_COLUMNS", 0)  # tiles of 8
+    fused = op == dispatch.ONE_LAUNCH
+    key = (dispatch.persistent_key if fused else dispatch.pre_key)(256, ARCH, True)
+    names = ("_boundary", "_operands", "fused_post_pre", "_persistent")
+    with kernels_with(*names, key.kernel, CLUSTER=8) as modules:
+        wide = modules[-1] if fused else modules[-2]
+        monkeypatch.setattr(wide, "WIDE_TILE_COLUMNS", 0)  # tiles of 8
         lowered = small_cluster_kernel(key)
     monkeypatch.setattr(dispatch, "ONE_LAUNCH_MAX_TOKENS", 0)
     monkeypatch.setattr(dispatch, "CLUSTERS", 1)
@@ -346,8 +369,8 @@ def test_no_races_in_the_persistent_kernel(monkeypatch, folder):
     device = Device(
         monkeypatch, lambda key: Kernel(lowered, folder, sanitize_threads=True, resident=8)
     )
-    # 4 tiles, the last one short: every buffer, gate and inbox is used again
-    device.check("fused_post_pre", cluster_inputs("fused_post_pre", 27, key))
+    # the last tile short: every buffer, gate and inbox is used again
+    device.check(op, cluster_inputs(op, 27 if fused else 61, key))
     assert device.launched == {key}
 
 
@@ -394,8 +417,8 @@ def without_barrier(lowered: Lowered, i: int) -> Lowered:
     ("op", "key", "barriers"),
     [
         ("fused_post_pre", dispatch.post_projection_plan(TOKENS, HIDDEN, "sm_80", 1).key, 2),
-        ("pre", dispatch.projection_plan(TOKENS, HIDDEN, dispatch.MIXES, ARCH, 1).key, 1),
-        ("pre", dispatch.finish_key(HIDDEN, ARCH, True), 2),
+        ("pre", dispatch.projection_plan(TOKENS, HIDDEN, dispatch.MIXES, "sm_80", 1).key, 1),
+        ("pre", dispatch.finish_key(HIDDEN, "sm_80", True), 2),
         ("head", dispatch.head_key(HIDDEN, ARCH, True), 2),
     ],
     ids=lambda value: value.kernel if isinstance(value, dispatch.Key) else None,

@@ -19,6 +19,8 @@ def kernels_of(case):
     keys = set()
     size = (case.tokens, case.hidden)
     one_launch = dispatch.takes_one_launch(*size, ARCH) and case.way != "classical"
+    if case.op == "pre" and dispatch.takes_pre(*size, ARCH, case.way == "invariant"):
+        return {dispatch.pre_key(case.hidden, ARCH, case.norm)}
     if case.way == "invariant":
         return {dispatch.persistent_key(case.hidden, ARCH, case.norm)}
     if case.op == "fused_post_pre" and one_launch:
@@ -47,7 +49,7 @@ def test_every_kernel_is_reached_in_the_first_half():
     assert reached == workload.keys(ARCH)
     assert {key.kernel for key in reached} == {
         "post", "projection", "finish", "post_projection", "head", "fused_post_pre",
-        "expand_pre", "post_head", "fused_post_pre_persistent",
+        "expand_pre", "post_head", "fused_post_pre_persistent", "pre",
     }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch, host, jit, reference, support
+from .. import config, dispatch, host, jit, reference, support
 from .._checks import check_pre
 from .._library import register
 
@@ -124,7 +124,7 @@ def launch_pre(
     """``pre``, or ``projection`` and ``finish``, on checked arguments with at least one token."""
     tokens, hc_mult, hidden = streams.shape
     arch = support.arch(streams.device)
-    if not dispatch.takes_pre(hidden, arch):
+    if not dispatch.takes_pre(tokens, hidden, arch, config.switch("MHC_OPS_BATCH_INVARIANT")):
         launch_finish(
             streams, launch_projection(streams, fn), hc_scale, hc_base, rms_eps, hc_pre_eps,
             hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps, outputs,
