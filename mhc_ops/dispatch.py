@@ -353,11 +353,11 @@ def _several_launches(hidden: int, arch: str) -> tuple[int, int]:
     """
     if not takes_one_launch(1, hidden, arch):
         return 1, sys.maxsize
-    spans = (
+    bounds = (
         (FEW_CLUSTERS_TOKENS + 1, pre_min_tokens(hidden)),
         (ONE_LAUNCH_MAX_TOKENS + 1, persistent_min_tokens(hidden)),
     )
-    spans = tuple((first, end) for first, end in spans if first < end)
+    spans = [(first, end) for first, end in bounds if first < end]
     return min((first for first, _ in spans), default=1), max((end for _, end in spans), default=1)
 
 

@@ -1,0 +1,116 @@
+"""Time of ``pre`` and ``post`` by themselves, next to what the memory needs for their bytes.
+
+    python benchmarks/steps_time.py --output benchmarks/results/nvidia_h100_steps.jsonl
+
+The method is that of ``python -m mhc_ops bench``: a chain in one CUDA graph. Each ``pre`` has
+another ``fn``, and streams that the calls before have not left in the L2 where they are many; each
+``post`` has the streams of the one before. The floor is what the memory needs for the bytes of one
+pass at the copy bandwidth measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import mhc_ops
+import records
+from mhc_ops import bench, dispatch
+
+TOKENS = (1, 8, 32, 48, 64, 128, 256, 320, 512, 1024, 2048, 8192, 32768)
+HIDDEN = (4096, 7168)
+STEPS = ("pre", "post")
+STREAMS_BYTES = 300e6  # of a chain's streams: several times an L2
+EPS = bench.EPS
+
+
+def step_bytes(step: str, tokens: int, hidden: int) -> int:
+    """Bytes of one pass: streams, x and the result in bf16, ``fn`` in fp32; mixes left out."""
+    if step == "post":  # x and the streams read, the new streams written
+        return 18 * hidden * tokens
+    return 10 * hidden * tokens + 16 * dispatch.MIXES * hidden
+
+
+def make_chain(step: str, tokens: int, hidden: int, length: int) -> Callable[[], Tensor]:
+    """Random inputs, and the chain that runs over them; it returns the last result."""
+    n = dispatch.HC_MULT
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    if step == "post":
+        x, streams = normal(tokens, hidden).bfloat16(), normal(tokens, n, hidden).bfloat16()
+        mixes = normal(tokens, n, 1).sigmoid(), normal(tokens, n, n).softmax(-1)
+
+        def run() -> Tensor:
+            out = streams
+            for _ in range(length):
+                out = mhc_ops.post(x, out, *mixes)
+            return out
+
+        return run
+
+    count = min(length, 1 + int(STREAMS_BYTES / (8 * hidden * tokens)))
+    residuals = [normal(tokens, n, hidden).bfloat16() for _ in range(count)]
+    rows = dispatch.MIXES
+    fns = [normal(rows, n * hidden) * (n * hidden) ** -0.5 for _ in range(length)]
+    rest = (normal(3).abs() + 0.5, normal(rows), EPS, EPS, EPS, bench.POST_MULT, 20)
+    norm = {"norm_weight": (1 + 0.1 * normal(hidden)).bfloat16(), "norm_eps": EPS}
+
+    def run() -> Tensor:
+        for i, fn in enumerate(fns):
+            out = mhc_ops.pre(residuals[i % count], fn, *rest, **norm).layer_input
+        return out
+
+    return run
+
+
+@torch.no_grad()
+def time_step(step: str, tokens: int, hidden: int) -> tuple[float, float, float]:
+    """(10th percentile, median, 90th percentile) microseconds of a call."""
+    length = max(2, bench.chain_length(tokens))
+    graph, last = bench._capture(make_chain(step, tokens, hidden, length))
+    times, _ = bench._event_times(graph.replay, bench.REPLAYS)
+    if not last.isfinite().all():
+        raise RuntimeError(f"{step}, {tokens} tokens, hidden {hidden}: not finite")
+    low, middle, high = (value / length for value in bench.percentiles(times))
+    return low, middle, high
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+    parser.add_argument("--hidden", type=int, nargs="+", default=list(HIDDEN))
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    records.add_arguments(parser)
+    arguments = parser.parse_args()
+    mhc_ops.prewarm(arguments.hidden, max_tokens=max(arguments.tokens))
+    copy_tb_s = round(bench.copy_bandwidth(torch.device("cuda", 0)), 3)
+    print(f"{'hidden':>6} {'tokens':>6} {'step':6}{'us':>9}{'floor':>9}{'times':>7}")
+    for hidden in arguments.hidden:
+        for tokens in arguments.tokens:
+            for step in arguments.steps:
+                floor = step_bytes(step, tokens, hidden) / (copy_tb_s * 1e6)
+                low, median, high = time_step(step, tokens, hidden)
+                torch.cuda.empty_cache()
+                record = records.make_record(
+                    f"{step} by itself", "timed", commit=arguments.commit,
+                    command=records.command_line(), step=step, tokens=tokens, hidden=hidden,
+                    us_median=round(median, 3), us_p10=round(low, 3), us_p90=round(high, 3),
+                    floor_us=round(floor, 3), copy_tb_s=copy_tb_s,
+                )  # fmt: skip
+                records.append(record, arguments.output)
+                print(
+                    f"{hidden:6} {tokens:6} {step:6}{median:9.2f}{floor:9.2f}{median / floor:7.2f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
