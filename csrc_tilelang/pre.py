@@ -440,8 +440,8 @@ def run_roles(
         T.call_extern(
             "handle", "mhc::gate_open", T.access_ptr(mixed[0], "w"), token_threads(hidden)
         )
-    # what the barrier must order are the inboxes, and opening one has a fence of its own. Relaxed, 64
-    # and 128 tokens at H = 7168 take 10.0 and 13.3 us, otherwise 10.2 and 14.0
+    # what the barrier must order are the inboxes, and opening one has a fence of its own: relaxed,
+    # 64 and 128 tokens at H = 7168 take 10.0 and 13.3 us, otherwise 10.2 and 14.0
     T.call_extern("handle", "tl::cluster_arrive_relaxed")
     if tx < MIXES * HC_MULT and i_c < CLUSTER:
         T.call_extern(
