@@ -77,18 +77,17 @@ def send_sums(sums_shared, set0, token, v0, slot, inbox, owner):
 
 @T.macro
 def make_weights(
-    i, own, t, slices_shared, sums_inbox, hc_shared, weights_shared, weights_inbox, post_mix,
-    comb_mix, rms_eps, hc_pre_eps, lane, hidden,
+    i, own, slices_shared, sums_inbox, hc_shared, weights_shared, weights_inbox, rms_eps,
+    hc_pre_eps, lane, hidden, logit,
 ):  # fmt: skip
     """Collapse weights of token ``own`` of tile ``i``, which this CTA owns, to all, by one warp.
 
-    ``t`` is the token's place in the batch: its other logits wait where their results will be.
+    logit[0] of lane c < 24 is its logit c then.
     """
     slices_local = T.alloc_local((CLUSTER,), "float32")
     pre_local = T.alloc_local((HC_MULT,), "float32")
     scale = T.alloc_local((1,), "float32")
     base = T.alloc_local((1,), "float32")
-    logit = T.alloc_local((1,), "float32")
     mix = T.alloc_local((1,), "float32")
     every = CLUSTER // tile_tokens(hidden)  # a CTA owns one token in every so many tiles
     owned = slices_shared.shape[0]
@@ -128,7 +127,11 @@ def make_weights(
             lane,
             T.access_ptr(pre_local[0], "r"),
         )
-    # the other logits
+
+
+@T.macro
+def leave_logits(t, logit, lane, post_mix, comb_mix):
+    """The logits of post weights and comb of token ``t`` where their results will be."""
     if lane >= HC_MULT and lane < COMB:
         post_mix[t, lane - HC_MULT, 0] = logit[0]
     elif lane >= COMB and lane < MIXES:
@@ -137,19 +140,19 @@ def make_weights(
 
 @T.macro
 def finish_mixes(
-    first, count, rank, thread, post_mix, comb_mix, hc_sinkhorn_eps, hc_post_mult_value,
+    first, count, rank, thread, threads, post_mix, comb_mix, hc_sinkhorn_eps, hc_post_mult_value,
     sinkhorn_repeat,
 ):  # fmt: skip
-    """Of the tokens that this CTA owns, one a thread, from the logits that are in their place:
+    """Of the tokens that this CTA owns, one a thread of ``threads``, from logits in their place:
 
     post' = sigmoid(m) * hc_post_mult_value, comb' = Sinkhorn(softmax_rows(m)).
     """
     post_local = T.alloc_local((HC_MULT,), "float32")
     comb_local = T.alloc_local((HC_MULT * HC_MULT,), "float32")
     mix = T.alloc_local((1,), "float32")
-    for k in T.serial(T.ceildiv(count, PROJECTION_THREADS * CLUSTER)):
-        t = (k * PROJECTION_THREADS + thread) * CLUSTER + rank
-        if t < count:
+    for k in T.serial(T.ceildiv(count, threads * CLUSTER)):
+        t = (k * threads + thread) * CLUSTER + rank
+        if thread < threads and t < count:
             for j in T.vectorized(HC_MULT):
                 post_local[j] = post_mix[first + t, j, 0]
             for r in T.unroll(HC_MULT):

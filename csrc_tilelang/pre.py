@@ -51,6 +51,7 @@ from ._persistent import (
     PROJECTION_WARPS,
     collapse_tile,
     finish_mixes,
+    leave_logits,
     make_weights,
     normalise_tile,
     send_sums,
@@ -400,6 +401,7 @@ def run_roles(
 
     terms_local = T.alloc_local((len(register_shares(hidden)) * UNIT_TERMS,), "uint32")
     value_local = T.alloc_local((per * reps * VECTOR,), "bfloat16")
+    logit = T.alloc_local((1,), "float32")
 
     # the inboxes are open before anyone can send: the cluster barrier lies between
     if tx == 0:
@@ -478,8 +480,8 @@ def run_roles(
             T.call_extern("handle", "mhc::gate_pass", T.access_ptr(projected[i % 2], "w"))
         T.call_extern("handle", "mhc::gate_wait", T.access_ptr(mixed[0], "r"), 0)
         finish_mixes(
-            first, count, rank, tx, post_mix, comb_mix, hc_sinkhorn_eps, hc_post_mult_value,
-            sinkhorn_repeat,
+            first, count, rank, tx, PROJECTION_THREADS, post_mix, comb_mix, hc_sinkhorn_eps,
+            hc_post_mult_value, sinkhorn_repeat,
         )  # fmt: skip
     else:
         T.set_max_nreg(token_registers(hidden), 0)
@@ -544,10 +546,10 @@ def run_roles(
                     and i * tile + own < count
                 ):
                     make_weights(
-                        i, own, first + i * tile + own, slices_shared, sums_inbox, hc_shared,
-                        weights_shared, weights_inbox, post_mix, comb_mix, rms_eps, hc_pre_eps,
-                        lane, hidden,
+                        i, own, slices_shared, sums_inbox, hc_shared, weights_shared,
+                        weights_inbox, rms_eps, hc_pre_eps, lane, hidden, logit,
                     )  # fmt: skip
+                    leave_logits(first + i * tile + own, logit, lane, post_mix, comb_mix)
                 if i == tiles - 1:
                     T.call_extern("handle", "mhc::gate_pass", T.access_ptr(mixed[0], "w"))
             if i >= 1 and (i - 1) * tile + row0 < count:
