@@ -30,6 +30,9 @@ from ._boundary import boundary_program
 from ._collapse import sigmoid
 from ._device import DEVICE_SOURCE, HC_MULT, MIXES, MMA_COLUMNS, SQUARES, VECTOR, WARP
 from ._operands import (
+    ALL_OPERANDS,
+    ALL_PAIRS,
+    ALL_STEPS,
     CHUNK,
     OPERANDS,
     ROW_TILES,
@@ -46,7 +49,7 @@ from ._operands import (
     store_sums,
 )
 from ._sinkhorn import COMB, sinkhorn, softmax_row
-from ._steps import mix_stream
+from ._steps import mix_stream, widen
 
 WARPS = 16
 THREADS = WARPS * WARP
@@ -61,7 +64,23 @@ WEIGHTS_INBOX = OWNED  # inboxes: sums of an owned token, then weights, then squ
 SQUARES_INBOX = WEIGHTS_INBOX + GROUP_TOKENS
 INBOXES = SQUARES_INBOX + GROUP_TOKENS
 
+# Variants to be measured. All off is what was measured so far.
+WIDE_COLLAPSE = False  # collapse and norm with bf16 widened and rounded two at a time
+STREAMS_FIRST = 0  # groups of so many tokens ask for them before they split fn; 0: none does
+TILE_GROUPS = False  # post of a tile when its tokens have come, not those of all
+TILES_AT_ONCE = False  # terms in shared memory are read once for all tiles
+SIDE_BY_SIDE = False  # post of a tile beside the projection of the one before; with TILE_GROUPS
+STATIC_SLOTS = False  # no branch where all warps have a unit in shared memory
+RELAXED_ARRIVE = False  # at the cluster barrier: what it must order are the inboxes, fenced before
+PREFETCH_SPREAD = False  # fn's rows brought to L2 by all warps: one row after the other in each
+LOAD_GROUPS = TOKEN_TILES
+TILE_LOADED = f"mhc::loads_wait_but<{LOAD_GROUPS}>"  # in the tile's turn of a loop, see there
+
+PREFETCHES = MIXES * HC_MULT // WARPS  # rows of fn's slice that a warp has brought to L2
+
 # what a kernel loops over at trace time
+ALL_TILES = tuple(range(TOKEN_TILES))
+TILE_COUNTS = tuple(range(1, TOKEN_TILES + 1))
 WARP_TREE = tuple(WARPS >> i for i in range(1, WARPS.bit_length()))
 
 
@@ -76,6 +95,20 @@ def units(hidden: int) -> int:
 def shared_units(hidden: int) -> int:
     """Those of them whose terms are kept in shared memory."""
     return max(0, units(hidden) - REGISTER_UNITS * WARPS)
+
+
+def in_slots(first: int, warps: int, warp, n_shared: int):
+    """Whether warp ``warp`` of ``warps`` has slot ``first + warp``: known now if all or none."""
+    if STATIC_SLOTS and first + warps <= n_shared:
+        return True
+    if STATIC_SLOTS and first >= n_shared:
+        return False
+    return first + warp < n_shared
+
+
+def token_threads(hidden: int) -> int:
+    """Threads of a token in the post step: a power of two, for indices without divisions."""
+    return 1 << (slice_size(hidden) // CHUNK - 1).bit_length()
 
 
 def only_whole_blocks(hidden: int) -> bool:
@@ -133,9 +166,10 @@ def copy_unit(fn, unit, rank, lane, hidden, terms_shared, slot):
 @T.macro
 def split_shared_unit(terms_shared, slot, lane, weights_local, terms_local):
     """What :func:`copy_unit` has brought to this lane's places, split in place."""
+    words_local = T.view(weights_local, (UNIT_WEIGHTS,), "uint32")
     for q in T.unroll(UNIT_WEIGHTS // 4):
         for v in T.vectorized(4):
-            weights_local[q * 4 + v] = T.reinterpret(terms_shared[slot, q, lane, v], "float32")
+            words_local[q * 4 + v] = terms_shared[slot, q, lane, v]
     split_unit(weights_local, 0, terms_local, 0)
     for q in T.unroll(UNIT_TERMS // 4):
         for v in T.vectorized(4):
@@ -171,6 +205,211 @@ def add_unit(
 
 
 @T.macro
+def load_tokens(
+    x, residual, post_layer_mix, comb_res_mix, t0, count, rank, tx, hidden, x0, x_shared,
+    streams_shared, mixes_shared,
+):  # fmt: skip
+    """Streams, x and mixes of the group, all under way together; they take no registers.
+
+    LOAD_GROUPS groups of cp.async: the mixes and the first tile, then the other tiles.
+    """
+    size = slice_size(hidden)
+    row = token_threads(hidden)
+    if tx < count:
+        T.call_extern(
+            "handle",
+            "mhc::load_async16",
+            T.access_ptr(mixes_shared[tx, 0, 0], "w"),
+            T.access_ptr(post_layer_mix[t0 + tx, 0, 0], "r"),
+        )
+    elif tx < count * (HC_MULT + 1):
+        T.call_extern(
+            "handle",
+            "mhc::load_async16",
+            T.access_ptr(mixes_shared[(tx - count) // HC_MULT, 1 + (tx - count) % HC_MULT, 0], "w"),
+            T.access_ptr(
+                comb_res_mix[t0 + (tx - count) // HC_MULT, (tx - count) % HC_MULT, 0], "r"
+            ),
+        )
+    for group in T.serial(LOAD_GROUPS if TILE_GROUPS else 1):
+        first = group * MMA_COLUMNS if TILE_GROUPS else 0
+        here = T.min(count - first, MMA_COLUMNS) if TILE_GROUPS else count
+        for i0_t in T.serial(T.ceildiv(here, THREADS // row * 2)):
+            place = i0_t * (THREADS // row * 2) + tx // (row // 2)
+            token = first + place
+            h = tx % (row // 2) * VECTOR
+            if place < here and h < size:
+                T.call_extern(
+                    "handle",
+                    "mhc::load_async16",
+                    T.access_ptr(x_shared[x0 + token * size + h], "w"),
+                    T.access_ptr(x[t0 + token, rank * size + h], "r"),
+                )
+                for i in T.unroll(HC_MULT):
+                    T.call_extern(
+                        "handle",
+                        "mhc::load_async16",
+                        T.access_ptr(streams_shared[token, i * size + h], "w"),
+                        T.access_ptr(residual[t0 + token, i, rank * size + h], "r"),
+                    )
+        T.call_extern("handle", "mhc::loads_commit")
+
+
+@T.macro
+def post_tokens(
+    residual_out, first, here, t0, rank, tx, hidden, x0, x_shared, streams_shared, mixes_shared,
+):  # fmt: skip
+    """post of ``here`` tokens from ``first`` on, in place and out.
+
+    r'[j] = bf16(post[j] * x + sum_i comb[i, j] * r[i])
+    """
+    size = slice_size(hidden)
+    row = token_threads(hidden)
+    x_local = T.alloc_local((CHUNK,), "bfloat16")
+    streams_local = T.alloc_local((HC_MULT * CHUNK,), "bfloat16")
+    new_local = T.alloc_local((HC_MULT * CHUNK,), "bfloat16")
+    mixes_local = T.alloc_local(((HC_MULT + 1) * 2,), "float32")
+    for i0_t in T.serial(T.ceildiv(here, THREADS // row)):
+        place = i0_t * (THREADS // row) + tx // row
+        token = first + place
+        h = tx % row * CHUNK
+        if place < here and h < size:
+            for v in T.vectorized(CHUNK):
+                x_local[v] = x_shared[x0 + token * size + h + v]
+            for i in T.unroll(HC_MULT):
+                for v in T.vectorized(CHUNK):
+                    streams_local[i * CHUNK + v] = streams_shared[token, i * size + h + v]
+            for pair in T.unroll(HC_MULT // 2):
+                for i in T.unroll(HC_MULT + 1):
+                    for j in T.vectorized(2):
+                        mixes_local[i * 2 + j] = mixes_shared[token, i, pair * 2 + j]
+                for j in T.unroll(2):
+                    mix_stream(
+                        x_local, 0, streams_local, 0, mixes_local[j], mixes_local, 2 + j, 2,
+                        new_local, (pair * 2 + j) * CHUNK, CHUNK,
+                    )  # fmt: skip
+            for j in T.unroll(HC_MULT):
+                for v in T.vectorized(CHUNK):
+                    residual_out[t0 + token, j, rank * size + h + v] = new_local[j * CHUNK + v]
+                for v in T.vectorized(CHUNK):
+                    streams_shared[token, j * size + h + v] = new_local[j * CHUNK + v]
+
+
+@T.macro
+def project_tile(
+    streams_shared, tile, count, warp, lane, hidden, terms_local, terms_shared, sums_local
+):
+    """Projection and sum of squares of this slice for 8 tokens: the warp's units one by one."""
+    n_shared = shared_units(hidden)
+    token = T.min(tile * MMA_COLUMNS + lane // 4, count - 1)
+    for q in T.unroll(8):
+        sums_local[q] = 0.0
+    for u in T.unroll(REGISTER_UNITS):
+        add_unit(
+            streams_shared, token, u * WARPS + warp, lane, hidden,
+            terms_local, u * UNIT_TERMS, terms_shared, None, sums_local,
+        )  # fmt: skip
+    for u in tuple(range(-(-n_shared // WARPS))):
+        if in_slots(u * WARPS, WARPS, warp, n_shared):
+            add_unit(
+                streams_shared, token, (u + REGISTER_UNITS) * WARPS + warp, lane, hidden,
+                terms_local, 0, terms_shared, u * WARPS + warp, sums_local,
+            )  # fmt: skip
+
+
+@T.macro
+def project_tiles(streams_shared, count, warp, lane, hidden, terms_local, terms_shared, sums_local):
+    """:func:`project_tile` for all tiles: their sums stay in registers.
+
+    The units with terms in registers first, a tile at a time; then, when those registers are free,
+    the others for all tiles at once, so that their terms are read once.
+    """
+    n_shared = shared_units(hidden)
+    tile_local = T.alloc_local((8,), "float32")
+    for tile in ALL_TILES:
+        for q in T.unroll(8):
+            tile_local[q] = 0.0
+        if tile * MMA_COLUMNS < count:
+            token = T.min(tile * MMA_COLUMNS + lane // 4, count - 1)
+            for u in T.unroll(REGISTER_UNITS):
+                add_unit(
+                    streams_shared, token, u * WARPS + warp, lane, hidden,
+                    terms_local, u * UNIT_TERMS, terms_shared, None, tile_local,
+                )  # fmt: skip
+        for q in T.unroll(8):
+            sums_local[tile * 8 + q] = tile_local[q]
+    for tiles in TILE_COUNTS:
+        if T.ceildiv(count, MMA_COLUMNS) == tiles:
+            # not as many rounds as the warp has units: TileLang made 1 of 0 or 1
+            for u in T.serial(-(-n_shared // WARPS)):
+                if u * WARPS + warp < n_shared:
+                    add_shared_unit(
+                        streams_shared, tiles, count, (u + REGISTER_UNITS) * WARPS + warp, lane,
+                        hidden, terms_shared, u * WARPS + warp, sums_local,
+                    )  # fmt: skip
+
+
+@T.macro
+def add_shared_unit(
+    streams_shared, tiles, count, unit, lane, hidden, terms_shared, slot, sums_local
+):
+    """:func:`add_unit` of ``slot`` for ``tiles`` tiles at once."""
+    values_local = T.alloc_local((tiles * STEPS * CHUNK,), "bfloat16")
+    words_local = T.view(values_local, (tiles * STEPS * 2,), "uint32")
+    fragment = T.alloc_local((4,), "uint32")
+    last_local = T.alloc_local((4,), "uint32")
+    part = T.alloc_local((tiles * len(OPERANDS) * 4,), "float32")
+    for q in T.unroll(tiles * len(OPERANDS) * 4):
+        part[q] = 0.0
+    for tile in tuple(range(tiles)):
+        token = T.min(tile * MMA_COLUMNS + lane // 4, count - 1)
+        for step in T.unroll(STEPS):
+            h = unit // HC_MULT * BLOCK + step * (BLOCK // STEPS) + lane % 4 * CHUNK
+            inside = True if only_whole_blocks(hidden) else h < slice_size(hidden)
+            if inside:
+                for v in T.vectorized(CHUNK):
+                    values_local[(tile * STEPS + step) * CHUNK + v] = streams_shared[
+                        token, unit % HC_MULT * slice_size(hidden) + h + v
+                    ]
+            else:
+                for v in T.unroll(2):
+                    words_local[(tile * STEPS + step) * 2 + v] = T.uint32(0)
+    for q in T.vectorized(4):
+        last_local[q] = terms_shared[slot, 4 * STEPS, lane, q]
+    for operand in ALL_OPERANDS:
+        for step in ALL_STEPS:
+            if operand < 4:
+                for q in T.vectorized(4):
+                    fragment[q] = terms_shared[slot, operand * STEPS + step, lane, q]
+            for tile in tuple(range(tiles)):
+                if operand == 4:
+                    for pair in ALL_PAIRS:
+                        fragment[pair * 2] = last_local[step * 2 + pair]
+                        fragment[pair * 2 + 1] = words_local[(tile * STEPS + step) * 2 + pair]
+                T.call_extern(
+                    "handle",
+                    "mhc::mma_bf16",
+                    T.access_ptr(part[(tile * len(OPERANDS) + operand) * 4], "rw"),
+                    T.access_ptr(fragment[0], "r"),
+                    words_local[(tile * STEPS + step) * 2],
+                    words_local[(tile * STEPS + step) * 2 + 1],
+                )
+    for tile in tuple(range(tiles)):
+        p0 = tile * len(OPERANDS) * 4
+        s0 = tile * 8
+        for v in T.unroll(2):
+            for half in T.unroll(2):
+                sums_local[s0 + half * 2 + v] = sums_local[s0 + half * 2 + v] + (
+                    (part[p0 + half * 2 + v] + part[p0 + 4 + half * 2 + v])
+                    + part[p0 + 8 + half * 2 + v]
+                )
+            sums_local[s0 + 4 + v] = sums_local[s0 + 4 + v] + (
+                (part[p0 + 12 + v] + part[p0 + 14 + v]) + part[p0 + 16 + v]
+            )
+            sums_local[s0 + 6 + v] = sums_local[s0 + 6 + v] + part[p0 + 18 + v]
+
+
+@T.macro
 def share_group(
     x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, gain, residual_out, post_mix,
     comb_mix, layer_input, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
@@ -180,8 +419,6 @@ def share_group(
     T.import_source(DEVICE_SOURCE)
     size = slice_size(hidden)
     n_shared = shared_units(hidden)
-    # threads of a token in the post step: a power of two, for indices without divisions
-    row = 1 << (size // CHUNK - 1).bit_length()
     reps = -(-size // (VECTOR * WARP))  # 16-byte vectors of a lane, in the collapse
     rank = i_c % CLUSTER
     tx = T.get_thread_binding()
@@ -190,7 +427,8 @@ def share_group(
     streams_shared = T.alloc_shared((GROUP_TOKENS, HC_MULT * size + PAD), "bfloat16")
     terms_shared = T.alloc_shared((max(1, n_shared), UNIT_TERMS // 4, WARP, 4), "uint32")
     sums_shared = T.alloc_shared((TOKEN_TILES, WARPS, MMA_COLUMNS, SUMS_PITCH), "float32")
-    # in the place of the sums, which come when all have read theirs of it
+    # in the place of the sums, which come when all have read theirs of it: at its end
+    x0 = TOKEN_TILES * WARPS * MMA_COLUMNS * SUMS_PITCH * 2 - GROUP_TOKENS * size
     x_shared = T.view(
         sums_shared, (TOKEN_TILES * WARPS * MMA_COLUMNS * SUMS_PITCH * 2,), "bfloat16"
     )
@@ -204,13 +442,12 @@ def share_group(
     split_terms_local = T.alloc_local((UNIT_TERMS,), "uint32")
     weights_local = T.alloc_local((REGISTER_UNITS * UNIT_WEIGHTS,), "float32")
     shared_weights_local = T.alloc_local((UNIT_WEIGHTS,), "float32")
-    x_local = T.alloc_local((CHUNK,), "bfloat16")
-    streams_local = T.alloc_local((HC_MULT * CHUNK,), "bfloat16")
-    new_local = T.alloc_local((HC_MULT * CHUNK,), "bfloat16")
     post_local = T.alloc_local((HC_MULT,), "float32")
-    mixes_local = T.alloc_local(((HC_MULT + 1) * 2,), "float32")
     comb_local = T.alloc_local((HC_MULT * HC_MULT,), "float32")
-    sums_local = T.alloc_local((8,), "float32")
+    sums_local = T.alloc_local((8 * TOKEN_TILES if TILES_AT_ONCE else 8,), "float32")
+    tile_sums_local = T.alloc_local((8,), "float32")
+    wide_local = T.alloc_local((VECTOR,), "float32")
+    total_local = T.alloc_local((VECTOR,), "float32")
     slices_local = T.alloc_local((max(WARPS, CLUSTER),), "float32")
     value_local = T.alloc_local((ROUNDS * reps * VECTOR,), "bfloat16")
     gain_local = T.alloc_local((reps * VECTOR,), "bfloat16")
@@ -238,16 +475,20 @@ def share_group(
                         ),
                     ),
                 )
-    T.cluster_arrive()
+    if RELAXED_ARRIVE:
+        T.call_extern("handle", "tl::cluster_arrive_relaxed")
+    else:
+        T.cluster_arrive()
 
     # fn, split: weights, so on their way to L2 while the previous kernel runs, and read then too
     # where the host knows that it does not write them. To L2 by one cluster for all: of seven that
     # asked for the same bytes, 128 tokens took 0.3 us more at H = 4096 and 0.7 at 7168
-    if tx < MIXES * HC_MULT and i_c < CLUSTER:
+    row = warp * PREFETCHES + lane if PREFETCH_SPREAD else tx
+    if (lane < PREFETCHES if PREFETCH_SPREAD else tx < MIXES * HC_MULT) and i_c < CLUSTER:
         T.call_extern(
             "handle",
             "mhc::prefetch_l2_bulk",
-            T.access_ptr(fn[tx // HC_MULT, tx % HC_MULT * hidden + rank * size], "r"),
+            T.access_ptr(fn[row // HC_MULT, row % HC_MULT * hidden + rank * size], "r"),
             size * 4,
         )
     if early == 0:
@@ -256,106 +497,109 @@ def share_group(
     T.pdl_trigger()
     # all of it under way at once: what goes to shared memory without registers, over the place of
     # its terms
-    for u in T.unroll(-(-n_shared // WARPS)):
-        if u * WARPS + warp < n_shared:
+    for u in tuple(range(-(-n_shared // WARPS))):
+        if in_slots(u * WARPS, WARPS, warp, n_shared):
             copy_unit(
                 fn, (u + REGISTER_UNITS) * WARPS + warp, rank, lane, hidden,
                 terms_shared, u * WARPS + warp,
             )  # fmt: skip
     for u in T.unroll(REGISTER_UNITS):
         load_unit(fn, u * WARPS + warp, rank, lane, hidden, weights_local, u * UNIT_WEIGHTS)
-    if n_shared > 0:
+    if STREAMS_FIRST > 0:
+        T.call_extern("handle", "mhc::loads_commit")
+        if count >= STREAMS_FIRST:
+            T.cluster_wait()
+            T.pdl_sync()
+            load_tokens(
+                x, residual, post_layer_mix, comb_res_mix, t0, count, rank, tx, hidden, x0,
+                x_shared, streams_shared, mixes_shared,
+            )  # fmt: skip
+            if n_shared > 0:
+                T.call_extern("handle", TILE_LOADED if TILE_GROUPS else "mhc::loads_wait_but<1>")
+        elif n_shared > 0:
+            T.call_extern("handle", "mhc::loads_wait")
+    elif n_shared > 0:
         T.call_extern("handle", "mhc::loads_wait")
+    if n_shared > 0:
         T.sync_warp()
-        for u in T.unroll(-(-n_shared // WARPS)):
-            if u * WARPS + warp < n_shared:
+        for u in tuple(range(-(-n_shared // WARPS))):
+            if in_slots(u * WARPS, WARPS, warp, n_shared):
                 split_shared_unit(
                     terms_shared, u * WARPS + warp, lane, shared_weights_local, split_terms_local
                 )
     for u in T.unroll(REGISTER_UNITS):
         split_unit(weights_local, u * UNIT_WEIGHTS, terms_local, u * UNIT_TERMS)
-    T.cluster_wait()
-    T.pdl_sync()
-
-    # post: r'[j] = bf16(post[j] * x + sum_i comb[i, j] * r[i]), in place: all loads are under way
-    # together, and take no registers
-    for i0_t in T.serial(T.ceildiv(count, THREADS // row * 2)):
-        token = i0_t * (THREADS // row * 2) + tx // (row // 2)
-        h = tx % (row // 2) * VECTOR
-        if token < count and h < size:
-            T.call_extern(
-                "handle",
-                "mhc::load_async16",
-                T.access_ptr(x_shared[token * size + h], "w"),
-                T.access_ptr(x[t0 + token, rank * size + h], "r"),
-            )
-            for i in T.unroll(HC_MULT):
-                T.call_extern(
-                    "handle",
-                    "mhc::load_async16",
-                    T.access_ptr(streams_shared[token, i * size + h], "w"),
-                    T.access_ptr(residual[t0 + token, i, rank * size + h], "r"),
-                )
-    if tx < count:
-        T.call_extern(
-            "handle",
-            "mhc::load_async16",
-            T.access_ptr(mixes_shared[tx, 0, 0], "w"),
-            T.access_ptr(post_layer_mix[t0 + tx, 0, 0], "r"),
-        )
-    elif tx < count * (HC_MULT + 1):
-        T.call_extern(
-            "handle",
-            "mhc::load_async16",
-            T.access_ptr(mixes_shared[(tx - count) // HC_MULT, 1 + (tx - count) % HC_MULT, 0], "w"),
-            T.access_ptr(
-                comb_res_mix[t0 + (tx - count) // HC_MULT, (tx - count) % HC_MULT, 0], "r"
-            ),
-        )
-    T.call_extern("handle", "mhc::loads_wait")
-    T.sync_threads()
-    for i0_t in T.serial(T.ceildiv(count, THREADS // row)):
-        token = i0_t * (THREADS // row) + tx // row
-        h = tx % row * CHUNK
-        if token < count and h < size:
-            for v in T.vectorized(CHUNK):
-                x_local[v] = x_shared[token * size + h + v]
-            for i in T.unroll(HC_MULT):
-                for v in T.vectorized(CHUNK):
-                    streams_local[i * CHUNK + v] = streams_shared[token, i * size + h + v]
-            for pair in T.unroll(HC_MULT // 2):
-                for i in T.unroll(HC_MULT + 1):
-                    for j in T.vectorized(2):
-                        mixes_local[i * 2 + j] = mixes_shared[token, i, pair * 2 + j]
-                for j in T.unroll(2):
-                    mix_stream(
-                        x_local, 0, streams_local, 0, mixes_local[j], mixes_local, 2 + j, 2,
-                        new_local, (pair * 2 + j) * CHUNK, CHUNK,
-                    )  # fmt: skip
-            for j in T.unroll(HC_MULT):
-                for v in T.vectorized(CHUNK):
-                    residual_out[t0 + token, j, rank * size + h + v] = new_local[j * CHUNK + v]
-                for v in T.vectorized(CHUNK):
-                    streams_shared[token, j * size + h + v] = new_local[j * CHUNK + v]
-    T.sync_threads()
-
-    # projection and sum of squares of this slice, 8 tokens at a time
-    for tile in T.serial(T.ceildiv(count, MMA_COLUMNS)):
-        token = T.min(tile * MMA_COLUMNS + lane // 4, count - 1)
-        for q in T.unroll(8):
-            sums_local[q] = 0.0
-        for u in T.unroll(REGISTER_UNITS):
-            add_unit(
-                streams_shared, token, u * WARPS + warp, lane, hidden,
-                terms_local, u * UNIT_TERMS, terms_shared, None, sums_local,
+    # all loads of the group under way together
+    if STREAMS_FIRST > 0:
+        if count < STREAMS_FIRST:
+            T.cluster_wait()
+            T.pdl_sync()
+            load_tokens(
+                x, residual, post_layer_mix, comb_res_mix, t0, count, rank, tx, hidden, x0,
+                x_shared, streams_shared, mixes_shared,
             )  # fmt: skip
-        for u in T.unroll(-(-n_shared // WARPS)):
-            if u * WARPS + warp < n_shared:
-                add_unit(
-                    streams_shared, token, (u + REGISTER_UNITS) * WARPS + warp, lane, hidden,
-                    terms_local, 0, terms_shared, u * WARPS + warp, sums_local,
+    else:
+        T.cluster_wait()
+        T.pdl_sync()
+        load_tokens(
+            x, residual, post_layer_mix, comb_res_mix, t0, count, rank, tx, hidden, x0, x_shared,
+            streams_shared, mixes_shared,
+        )  # fmt: skip
+    if SIDE_BY_SIDE:
+        # post of a tile beside the projection of the one before
+        for tile in T.serial(T.ceildiv(count, MMA_COLUMNS) + 1):
+            if tile * MMA_COLUMNS < count:
+                # an empty group more leaves one of the others less to be excepted
+                T.call_extern("handle", "mhc::loads_commit")
+                T.call_extern("handle", TILE_LOADED)
+            T.sync_threads()
+            if tile * MMA_COLUMNS < count:
+                post_tokens(
+                    residual_out, tile * MMA_COLUMNS,
+                    T.min(count - tile * MMA_COLUMNS, MMA_COLUMNS), t0, rank, tx, hidden, x0,
+                    x_shared, streams_shared, mixes_shared,
                 )  # fmt: skip
-        store_sums(sums_local, lane, warp, tile, sums_shared)
+            if tile > 0:
+                project_tile(
+                    streams_shared, tile - 1, count, warp, lane, hidden, terms_local, terms_shared,
+                    sums_local,
+                )  # fmt: skip
+                store_sums(sums_local, lane, warp, tile - 1, sums_shared)
+    else:
+        if TILE_GROUPS:
+            for tile in T.serial(T.ceildiv(count, MMA_COLUMNS)):
+                T.call_extern("handle", "mhc::loads_commit")
+                T.call_extern("handle", TILE_LOADED)
+                T.sync_threads()
+                post_tokens(
+                    residual_out, tile * MMA_COLUMNS,
+                    T.min(count - tile * MMA_COLUMNS, MMA_COLUMNS), t0, rank, tx, hidden, x0,
+                    x_shared, streams_shared, mixes_shared,
+                )  # fmt: skip
+        else:
+            T.call_extern("handle", "mhc::loads_wait")
+            T.sync_threads()
+            post_tokens(
+                residual_out, 0, count, t0, rank, tx, hidden, x0, x_shared, streams_shared,
+                mixes_shared,
+            )  # fmt: skip
+        T.sync_threads()
+        if TILES_AT_ONCE and n_shared > 0:
+            project_tiles(
+                streams_shared, count, warp, lane, hidden, terms_local, terms_shared, sums_local
+            )
+            for tile in ALL_TILES:
+                if tile * MMA_COLUMNS < count:
+                    for q in T.unroll(8):
+                        tile_sums_local[q] = sums_local[tile * 8 + q]
+                    store_sums(tile_sums_local, lane, warp, tile, sums_shared)
+        else:
+            for tile in T.serial(T.ceildiv(count, MMA_COLUMNS)):
+                project_tile(
+                    streams_shared, tile, count, warp, lane, hidden, terms_local, terms_shared,
+                    sums_local,
+                )  # fmt: skip
+                store_sums(sums_local, lane, warp, tile, sums_shared)
     T.sync_threads()
 
     # the warps' sums added up, one warp a token and one lane a sum, and sent to the token's owner
@@ -401,7 +645,23 @@ def share_group(
                                 collapse_local[j * VECTOR + v] = streams_shared[
                                     token, j * size + (r * WARP + lane) * VECTOR + v
                                 ]
-                        for v in T.unroll(VECTOR):
+                        if WIDE_COLLAPSE:
+                            widen(collapse_local, 0, VECTOR, wide_local)
+                            for v in T.unroll(VECTOR):
+                                total_local[v] = post_local[0] * wide_local[v]
+                            for j in T.unroll(HC_MULT - 1):
+                                widen(collapse_local, (j + 1) * VECTOR, VECTOR, wide_local)
+                                for v in T.unroll(VECTOR):
+                                    total_local[v] = (
+                                        total_local[v] + post_local[j + 1] * wide_local[v]
+                                    )
+                            for v in T.unroll(VECTOR):
+                                squares[0] = squares[0] + total_local[v] * total_local[v]
+                            for v in T.vectorized(VECTOR):
+                                value_local[(i * reps + r) * VECTOR + v] = T.cast(
+                                    total_local[v], "bfloat16"
+                                )
+                        for v in T.unroll(0 if WIDE_COLLAPSE else VECTOR):
                             value = T.alloc_var("float32", init=0.0)
                             value = post_local[0] * T.cast(collapse_local[v], "float32")
                             for j in T.unroll(HC_MULT - 1):
@@ -437,7 +697,16 @@ def share_group(
                     squares[0] = T.rsqrt(slices_local[0] * (1.0 / hidden) + norm_eps)
                 for r in T.unroll(reps):
                     if (r * WARP + lane) * VECTOR < size:
-                        if norm:
+                        if norm and WIDE_COLLAPSE:
+                            widen(value_local, (i * reps + r) * VECTOR, VECTOR, wide_local)
+                            widen(gain_local, r * VECTOR, VECTOR, total_local)
+                            for v in T.unroll(VECTOR):
+                                total_local[v] = wide_local[v] * squares[0] * total_local[v]
+                            for v in T.vectorized(VECTOR):
+                                value_local[(i * reps + r) * VECTOR + v] = T.cast(
+                                    total_local[v], "bfloat16"
+                                )
+                        elif norm:
                             for v in T.unroll(VECTOR):
                                 value_local[(i * reps + r) * VECTOR + v] = T.cast(
                                     T.cast(value_local[(i * reps + r) * VECTOR + v], "float32")

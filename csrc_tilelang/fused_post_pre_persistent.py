@@ -47,10 +47,11 @@ from ._operands import (
     split_unit,
     store_sums,
 )
-from ._sinkhorn import COMB, sinkhorn, softmax_rows
+from ._sinkhorn import COMB, sinkhorn, softmax_row, softmax_rows
 from ._steps import mix_stream, widen
 from .fused_post_pre import (
     PAD,
+    PREFETCHES,
     REGISTER_UNITS,
     WARP_TREE,
     WARPS,
@@ -66,6 +67,7 @@ PROJECTION_WARPS = 8  # each with the units of two warps of fused_post_pre
 HALVES = WARPS // PROJECTION_WARPS
 PROJECTION_THREADS = PROJECTION_WARPS * WARP
 TOKEN_WARPS = WARPS - PROJECTION_WARPS
+ALL_HALVES = tuple(range(HALVES))
 # of 512 a thread of each sub-core's four warps: 144 of fn and 40, and what the token warps need
 PROJECTION_REGISTERS = 184
 TOKEN_REGISTERS = 512 // 2 - PROJECTION_REGISTERS
@@ -73,6 +75,13 @@ BUFFERS = 3  # of streams: a tile under way, one posted, one to be collapsed
 WEIGHTS_WARP = PROJECTION_WARPS - 1  # none of those that add up and send sums
 PROJECTION_BARRIER = 1  # named barrier of the projection warps; 0 is the whole CTA's
 TOKEN_BARRIER = 2  # of the token warps
+# Variants to be measured. All off is what was measured so far.
+SPLIT_END = False  # Sinkhorn of the last tile in lanes, of those before it on the other warps
+ALL_LOADS_FIRST = False  # all of fn that goes to registers is asked for before any is split
+TOKENS_FIRST = False  # the first tiles are asked for before the small inputs
+STATIC_SLOTS = False  # as in fused_post_pre, and the next two
+RELAXED_ARRIVE = False
+PREFETCH_SPREAD = False
 WIDE_TILE_COLUMNS = 320  # columns of a slice up to which 16 tokens fit
 
 
@@ -84,6 +93,15 @@ def tile_tokens(hidden: int) -> int:
 def warp_tokens(hidden: int) -> int:
     """Tokens of a token warp in a tile, and those that a projection warp loads."""
     return tile_tokens(hidden) // TOKEN_WARPS
+
+
+def in_slots(first: int, warp, n_shared: int):
+    """Whether projection warp ``warp`` has slot ``first + warp``: known now, where all or none."""
+    if STATIC_SLOTS and first + PROJECTION_WARPS <= n_shared:
+        return True
+    if STATIC_SLOTS and first >= n_shared:
+        return False
+    return first + warp < n_shared
 
 
 def tokens_here(i, size, count):
@@ -225,7 +243,7 @@ def run_roles(
     every = CLUSTER // tile  # a CTA owns one token in every so many tiles
     owned = 2 // every  # sets of what an owner is sent
     mma_tiles = tile // MMA_COLUMNS
-    shared_rounds = -(-n_shared // WARPS)
+    all_rounds = tuple(range(-(-n_shared // WARPS)))
     rank = i_c % CLUSTER
     tx = T.get_thread_binding()
     lane = tx % WARP
@@ -252,7 +270,9 @@ def run_roles(
 
     terms_local = T.alloc_local((HALVES * REGISTER_UNITS * UNIT_TERMS,), "uint32")
     split_terms_local = T.alloc_local((UNIT_TERMS,), "uint32")
-    weights_local = T.alloc_local((REGISTER_UNITS * UNIT_WEIGHTS,), "float32")
+    weights_local = T.alloc_local(
+        ((HALVES if ALL_LOADS_FIRST else 1) * REGISTER_UNITS * UNIT_WEIGHTS,), "float32"
+    )
     shared_weights_local = T.alloc_local((UNIT_WEIGHTS,), "float32")
     sums_local = T.alloc_local((8,), "float32")
     both_local = T.alloc_local((8,), "float32")
@@ -320,12 +340,16 @@ def run_roles(
                     T.access_ptr(loads_inbox[i, warp], "w"),
                     load_bytes(i, warp, hidden, count),
                 )
-    T.cluster_arrive()
-    if tx < MIXES * HC_MULT and i_c < CLUSTER:
+    if RELAXED_ARRIVE:
+        T.call_extern("handle", "tl::cluster_arrive_relaxed")
+    else:
+        T.cluster_arrive()
+    row = warp * PREFETCHES + lane if PREFETCH_SPREAD else tx
+    if (lane < PREFETCHES if PREFETCH_SPREAD else tx < MIXES * HC_MULT) and i_c < CLUSTER:
         T.call_extern(
             "handle",
             "mhc::prefetch_l2_bulk",
-            T.access_ptr(fn[tx // HC_MULT, tx % HC_MULT * hidden + rank * size], "r"),
+            T.access_ptr(fn[row // HC_MULT, row % HC_MULT * hidden + rank * size], "r"),
             size * 4,
         )
 
@@ -335,27 +359,36 @@ def run_roles(
             T.pdl_sync()
         T.pdl_trigger()
         # fn, split, as in fused_post_pre; this warp has the units of its warps p and p + 8
-        for half in T.unroll(HALVES):
-            for u in T.unroll(shared_rounds):
+        for half in ALL_HALVES:
+            for u in all_rounds:
                 slot = u * WARPS + half * PROJECTION_WARPS + warp
-                if slot < n_shared:
+                if in_slots(u * WARPS + half * PROJECTION_WARPS, warp, n_shared):
                     copy_unit(
                         fn, slot + REGISTER_UNITS * WARPS, rank, lane, hidden, terms_shared, slot
                     )
         for half in T.unroll(HALVES):
             unit = half * PROJECTION_WARPS + warp
-            t0 = half * REGISTER_UNITS * UNIT_TERMS
+            w0 = half * REGISTER_UNITS * UNIT_WEIGHTS if ALL_LOADS_FIRST else 0
             for u in T.unroll(REGISTER_UNITS):
-                load_unit(fn, unit + u * WARPS, rank, lane, hidden, weights_local, u * UNIT_WEIGHTS)
-            for u in T.unroll(REGISTER_UNITS):
-                split_unit(weights_local, u * UNIT_WEIGHTS, terms_local, t0 + u * UNIT_TERMS)
+                load_unit(
+                    fn, unit + u * WARPS, rank, lane, hidden, weights_local, w0 + u * UNIT_WEIGHTS
+                )
+            if not ALL_LOADS_FIRST:
+                for u in T.unroll(REGISTER_UNITS):
+                    split_unit(
+                        weights_local, u * UNIT_WEIGHTS, terms_local,
+                        (half * REGISTER_UNITS + u) * UNIT_TERMS,
+                    )  # fmt: skip
+        if ALL_LOADS_FIRST:
+            for u in T.unroll(HALVES * REGISTER_UNITS):
+                split_unit(weights_local, u * UNIT_WEIGHTS, terms_local, u * UNIT_TERMS)
         if n_shared > 0:
             T.call_extern("handle", "mhc::loads_wait")
             T.sync_warp()
-            for half in T.unroll(HALVES):
-                for u in T.unroll(shared_rounds):
+            for half in ALL_HALVES:
+                for u in all_rounds:
                     slot = u * WARPS + half * PROJECTION_WARPS + warp
-                    if slot < n_shared:
+                    if in_slots(u * WARPS + half * PROJECTION_WARPS, warp, n_shared):
                         split_shared_unit(
                             terms_shared, slot, lane, shared_weights_local, split_terms_local
                         )
@@ -368,7 +401,7 @@ def run_roles(
             T.call_extern("handle", "mhc::gate_wait", T.access_ptr(posted[i % 2], "r"), i // 2 % 2)
             for n in T.serial(T.ceildiv(here, MMA_COLUMNS)):
                 row = i % BUFFERS * tile + T.min(n * MMA_COLUMNS + lane // 4, here - 1)
-                for half in T.unroll(HALVES):
+                for half in ALL_HALVES:
                     for q in T.unroll(8):
                         sums_local[q] = 0.0
                     unit = half * PROJECTION_WARPS + warp
@@ -378,8 +411,8 @@ def run_roles(
                             streams_shared, row, unit + u * WARPS, lane, hidden,
                             terms_local, t0 + u * UNIT_TERMS, terms_shared, None, sums_local,
                         )  # fmt: skip
-                    for u in T.unroll(shared_rounds):
-                        if unit + u * WARPS < n_shared:
+                    for u in all_rounds:
+                        if in_slots(u * WARPS + half * PROJECTION_WARPS, warp, n_shared):
                             add_unit(
                                 streams_shared, row, unit + (u + REGISTER_UNITS) * WARPS, lane,
                                 hidden, terms_local, 0, terms_shared, unit + u * WARPS, sums_local,
@@ -476,16 +509,20 @@ def run_roles(
                         )
                     # the other logits wait where their results will be
                     t = first + i * tile + own
-                    if lane >= HC_MULT and lane < COMB:
-                        post_mix[t, lane - HC_MULT, 0] = logit[0]
-                    elif lane >= COMB and lane < MIXES:
-                        comb_mix[t, (lane - COMB) // HC_MULT, lane % HC_MULT] = logit[0]
-        T.sync_threads(PROJECTION_BARRIER, PROJECTION_THREADS)
+                    if not SPLIT_END or i + 1 < tiles:
+                        if lane >= HC_MULT and lane < COMB:
+                            post_mix[t, lane - HC_MULT, 0] = logit[0]
+                        elif lane >= COMB and lane < MIXES:
+                            comb_mix[t, (lane - COMB) // HC_MULT, lane % HC_MULT] = logit[0]
+        if not SPLIT_END:
+            T.sync_threads(PROJECTION_BARRIER, PROJECTION_THREADS)
         # of the tokens that this CTA owns, one a thread: post' = sigmoid(m) * hc_post_mult_value,
         # comb' = Sinkhorn(softmax_rows(m))
-        for k in T.serial(T.ceildiv(count, PROJECTION_THREADS * CLUSTER)):
-            t = (k * PROJECTION_THREADS + tx) * CLUSTER + rank
-            if t < count:
+        others = WEIGHTS_WARP * WARP if SPLIT_END else PROJECTION_THREADS
+        before = (tiles - 1) * tile if SPLIT_END else count
+        for k in T.serial(T.ceildiv(before, others * CLUSTER)):
+            t = (k * others + tx) * CLUSTER + rank
+            if tx < others and t < before:
                 for j in T.vectorized(HC_MULT):
                     pre_local[j] = post_mix[first + t, j, 0]
                 for r in T.unroll(HC_MULT):
@@ -501,6 +538,22 @@ def run_roles(
                 for r in T.unroll(HC_MULT):
                     for j in T.vectorized(HC_MULT):
                         comb_mix[first + t, r, j] = comb_local[r * HC_MULT + j]
+        if SPLIT_END and warp == WEIGHTS_WARP:
+            # that of the last tile, whose logits are in the lanes still
+            own = rank - (tiles - 1) % every * tile
+            if own >= 0 and own < count - (tiles - 1) * tile:
+                t = first + (tiles - 1) * tile + own
+                sigmoid(logit[0], mix)
+                if lane >= HC_MULT and lane < COMB:
+                    post_mix[t, lane - HC_MULT, 0] = mix[0] * hc_post_mult_value
+                softmax_row(logit, hc_sinkhorn_eps, mix)
+                for q in T.unroll(HC_MULT * HC_MULT):
+                    comb_local[q] = T.shfl_sync(mix[0], COMB + q)
+                sinkhorn(comb_local, hc_sinkhorn_eps, sinkhorn_repeat)
+                if lane == 0:
+                    for r in T.unroll(HC_MULT):
+                        for j in T.vectorized(HC_MULT):
+                            comb_mix[t, r, j] = comb_local[r * HC_MULT + j]
     else:
         T.set_max_nreg(TOKEN_REGISTERS, 0)
         me = warp - PROJECTION_WARPS
@@ -511,6 +564,14 @@ def run_roles(
         T.pdl_trigger()
         T.cluster_wait()
         T.pdl_sync()
+        if TOKENS_FIRST:
+            # who projects is not ready yet; everyone's own
+            for i in T.unroll(2):
+                load_tokens(
+                    x, residual, post_layer_mix, comb_res_mix, first, count, i, rank, me, lane,
+                    hidden, x_shared, streams_shared, post_shared, comb_shared,
+                    T.access_ptr(loads_inbox[i, me], "w"),
+                )  # fmt: skip
         if warp == PROJECTION_WARPS and lane < 3:
             hc_shared[lane] = hc_scale[lane]
         if warp == PROJECTION_WARPS and lane < MIXES:
@@ -523,13 +584,14 @@ def run_roles(
                             rank * size + (r * WARP + lane) * VECTOR + v
                         ]
         T.sync_threads(TOKEN_BARRIER, TOKEN_WARPS * WARP)
-        # who projects is not ready yet; everyone's own
-        for i in T.unroll(2):
-            load_tokens(
-                x, residual, post_layer_mix, comb_res_mix, first, count, i, rank, me, lane, hidden,
-                x_shared, streams_shared, post_shared, comb_shared,
-                T.access_ptr(loads_inbox[i, me], "w"),
-            )  # fmt: skip
+        if not TOKENS_FIRST:
+            # who projects is not ready yet; everyone's own
+            for i in T.unroll(2):
+                load_tokens(
+                    x, residual, post_layer_mix, comb_res_mix, first, count, i, rank, me, lane,
+                    hidden, x_shared, streams_shared, post_shared, comb_shared,
+                    T.access_ptr(loads_inbox[i, me], "w"),
+                )  # fmt: skip
         for i in T.serial(tiles + 2):
             # post, as soon as the loads are there
             if i < tiles:
