@@ -25,7 +25,7 @@ alone: a token's outputs are the same bits in any batch and at any position.
 
 import tilelang.language as T
 
-from ..dispatch import CLUSTER, GROUP_TOKENS
+from ..dispatch import CLUSTER, FEW_CLUSTERS, GROUP_TOKENS
 from ._boundary import boundary_program
 from ._collapse import sigmoid
 from ._device import DEVICE_SOURCE, HC_MULT, MIXES, MMA_COLUMNS, SQUARES, VECTOR, WARP
@@ -66,21 +66,17 @@ INBOXES = SQUARES_INBOX + GROUP_TOKENS
 
 # Variants to be measured. All off is what was measured so far.
 WIDE_COLLAPSE = False  # collapse and norm with bf16 widened and rounded two at a time
-STREAMS_FIRST = 0  # groups of so many tokens ask for them before they split fn; 0: none does
-TILE_GROUPS = False  # post of a tile when its tokens have come, not those of all
 TILES_AT_ONCE = False  # terms in shared memory are read once for all tiles
-SIDE_BY_SIDE = False  # post of a tile beside the projection of the one before; with TILE_GROUPS
 STATIC_SLOTS = False  # no branch where all warps have a unit in shared memory
-RELAXED_ARRIVE = False  # at the cluster barrier: what it must order are the inboxes, fenced before
-PREFETCH_SPREAD = False  # fn's rows brought to L2 by all warps: one row after the other in each
-LOAD_GROUPS = TOKEN_TILES
-TILE_LOADED = f"mhc::loads_wait_but<{LOAD_GROUPS}>"  # in the tile's turn of a loop, see there
+# at the cluster barrier: what it must order are the inboxes, fenced before
+RELAXED_ARRIVE = NEVER = 0
+PREFETCH_SPREAD = NEVER  # fn's rows brought to L2 by all warps: one row after the other in each
+ALWAYS, MANY_CLUSTERS = 1, 2  # the last: where a launch has more than FEW_CLUSTERS
 
 PREFETCHES = MIXES * HC_MULT // WARPS  # rows of fn's slice that a warp has brought to L2
 
 # what a kernel loops over at trace time
-ALL_TILES = tuple(range(TOKEN_TILES))
-TILE_COUNTS = tuple(range(1, TOKEN_TILES + 1))
+MORE_TILES = tuple(range(2, TOKEN_TILES + 1))
 WARP_TREE = tuple(WARPS >> i for i in range(1, WARPS.bit_length()))
 
 
@@ -97,18 +93,17 @@ def shared_units(hidden: int) -> int:
     return max(0, units(hidden) - REGISTER_UNITS * WARPS)
 
 
-def in_slots(first: int, warps: int, warp, n_shared: int):
-    """Whether warp ``warp`` of ``warps`` has slot ``first + warp``: known now if all or none."""
-    if STATIC_SLOTS and first + warps <= n_shared:
+def slot_rounds(n_shared: int):
+    """Rounds of a warp's units in shared memory."""
+    rounds = -(-n_shared // WARPS)
+    return tuple(range(rounds)) if STATIC_SLOTS else T.unroll(rounds)
+
+
+def in_slots(first: int, warp, n_shared: int):
+    """Whether warp ``warp`` has slot ``first + warp``: known now, where all or none have one."""
+    if STATIC_SLOTS and first + WARPS <= n_shared:
         return True
-    if STATIC_SLOTS and first >= n_shared:
-        return False
     return first + warp < n_shared
-
-
-def token_threads(hidden: int) -> int:
-    """Threads of a token in the post step: a power of two, for indices without divisions."""
-    return 1 << (slice_size(hidden) // CHUNK - 1).bit_length()
 
 
 def only_whole_blocks(hidden: int) -> bool:
@@ -166,10 +161,9 @@ def copy_unit(fn, unit, rank, lane, hidden, terms_shared, slot):
 @T.macro
 def split_shared_unit(terms_shared, slot, lane, weights_local, terms_local):
     """What :func:`copy_unit` has brought to this lane's places, split in place."""
-    words_local = T.view(weights_local, (UNIT_WEIGHTS,), "uint32")
     for q in T.unroll(UNIT_WEIGHTS // 4):
         for v in T.vectorized(4):
-            words_local[q * 4 + v] = terms_shared[slot, q, lane, v]
+            weights_local[q * 4 + v] = T.reinterpret(terms_shared[slot, q, lane, v], "float32")
     split_unit(weights_local, 0, terms_local, 0)
     for q in T.unroll(UNIT_TERMS // 4):
         for v in T.vectorized(4):
@@ -205,155 +199,10 @@ def add_unit(
 
 
 @T.macro
-def load_tokens(
-    x, residual, post_layer_mix, comb_res_mix, t0, count, rank, tx, hidden, x0, x_shared,
-    streams_shared, mixes_shared,
-):  # fmt: skip
-    """Streams, x and mixes of the group, all under way together; they take no registers.
-
-    LOAD_GROUPS groups of cp.async: the mixes and the first tile, then the other tiles.
-    """
-    size = slice_size(hidden)
-    row = token_threads(hidden)
-    if tx < count:
-        T.call_extern(
-            "handle",
-            "mhc::load_async16",
-            T.access_ptr(mixes_shared[tx, 0, 0], "w"),
-            T.access_ptr(post_layer_mix[t0 + tx, 0, 0], "r"),
-        )
-    elif tx < count * (HC_MULT + 1):
-        T.call_extern(
-            "handle",
-            "mhc::load_async16",
-            T.access_ptr(mixes_shared[(tx - count) // HC_MULT, 1 + (tx - count) % HC_MULT, 0], "w"),
-            T.access_ptr(
-                comb_res_mix[t0 + (tx - count) // HC_MULT, (tx - count) % HC_MULT, 0], "r"
-            ),
-        )
-    for group in T.serial(LOAD_GROUPS if TILE_GROUPS else 1):
-        first = group * MMA_COLUMNS if TILE_GROUPS else 0
-        here = T.min(count - first, MMA_COLUMNS) if TILE_GROUPS else count
-        for i0_t in T.serial(T.ceildiv(here, THREADS // row * 2)):
-            place = i0_t * (THREADS // row * 2) + tx // (row // 2)
-            token = first + place
-            h = tx % (row // 2) * VECTOR
-            if place < here and h < size:
-                T.call_extern(
-                    "handle",
-                    "mhc::load_async16",
-                    T.access_ptr(x_shared[x0 + token * size + h], "w"),
-                    T.access_ptr(x[t0 + token, rank * size + h], "r"),
-                )
-                for i in T.unroll(HC_MULT):
-                    T.call_extern(
-                        "handle",
-                        "mhc::load_async16",
-                        T.access_ptr(streams_shared[token, i * size + h], "w"),
-                        T.access_ptr(residual[t0 + token, i, rank * size + h], "r"),
-                    )
-        T.call_extern("handle", "mhc::loads_commit")
-
-
-@T.macro
-def post_tokens(
-    residual_out, first, here, t0, rank, tx, hidden, x0, x_shared, streams_shared, mixes_shared,
-):  # fmt: skip
-    """post of ``here`` tokens from ``first`` on, in place and out.
-
-    r'[j] = bf16(post[j] * x + sum_i comb[i, j] * r[i])
-    """
-    size = slice_size(hidden)
-    row = token_threads(hidden)
-    x_local = T.alloc_local((CHUNK,), "bfloat16")
-    streams_local = T.alloc_local((HC_MULT * CHUNK,), "bfloat16")
-    new_local = T.alloc_local((HC_MULT * CHUNK,), "bfloat16")
-    mixes_local = T.alloc_local(((HC_MULT + 1) * 2,), "float32")
-    for i0_t in T.serial(T.ceildiv(here, THREADS // row)):
-        place = i0_t * (THREADS // row) + tx // row
-        token = first + place
-        h = tx % row * CHUNK
-        if place < here and h < size:
-            for v in T.vectorized(CHUNK):
-                x_local[v] = x_shared[x0 + token * size + h + v]
-            for i in T.unroll(HC_MULT):
-                for v in T.vectorized(CHUNK):
-                    streams_local[i * CHUNK + v] = streams_shared[token, i * size + h + v]
-            for pair in T.unroll(HC_MULT // 2):
-                for i in T.unroll(HC_MULT + 1):
-                    for j in T.vectorized(2):
-                        mixes_local[i * 2 + j] = mixes_shared[token, i, pair * 2 + j]
-                for j in T.unroll(2):
-                    mix_stream(
-                        x_local, 0, streams_local, 0, mixes_local[j], mixes_local, 2 + j, 2,
-                        new_local, (pair * 2 + j) * CHUNK, CHUNK,
-                    )  # fmt: skip
-            for j in T.unroll(HC_MULT):
-                for v in T.vectorized(CHUNK):
-                    residual_out[t0 + token, j, rank * size + h + v] = new_local[j * CHUNK + v]
-                for v in T.vectorized(CHUNK):
-                    streams_shared[token, j * size + h + v] = new_local[j * CHUNK + v]
-
-
-@T.macro
-def project_tile(
-    streams_shared, tile, count, warp, lane, hidden, terms_local, terms_shared, sums_local
-):
-    """Projection and sum of squares of this slice for 8 tokens: the warp's units one by one."""
-    n_shared = shared_units(hidden)
-    token = T.min(tile * MMA_COLUMNS + lane // 4, count - 1)
-    for q in T.unroll(8):
-        sums_local[q] = 0.0
-    for u in T.unroll(REGISTER_UNITS):
-        add_unit(
-            streams_shared, token, u * WARPS + warp, lane, hidden,
-            terms_local, u * UNIT_TERMS, terms_shared, None, sums_local,
-        )  # fmt: skip
-    for u in tuple(range(-(-n_shared // WARPS))):
-        if in_slots(u * WARPS, WARPS, warp, n_shared):
-            add_unit(
-                streams_shared, token, (u + REGISTER_UNITS) * WARPS + warp, lane, hidden,
-                terms_local, 0, terms_shared, u * WARPS + warp, sums_local,
-            )  # fmt: skip
-
-
-@T.macro
-def project_tiles(streams_shared, count, warp, lane, hidden, terms_local, terms_shared, sums_local):
-    """:func:`project_tile` for all tiles: their sums stay in registers.
-
-    The units with terms in registers first, a tile at a time; then, when those registers are free,
-    the others for all tiles at once, so that their terms are read once.
-    """
-    n_shared = shared_units(hidden)
-    tile_local = T.alloc_local((8,), "float32")
-    for tile in ALL_TILES:
-        for q in T.unroll(8):
-            tile_local[q] = 0.0
-        if tile * MMA_COLUMNS < count:
-            token = T.min(tile * MMA_COLUMNS + lane // 4, count - 1)
-            for u in T.unroll(REGISTER_UNITS):
-                add_unit(
-                    streams_shared, token, u * WARPS + warp, lane, hidden,
-                    terms_local, u * UNIT_TERMS, terms_shared, None, tile_local,
-                )  # fmt: skip
-        for q in T.unroll(8):
-            sums_local[tile * 8 + q] = tile_local[q]
-    for tiles in TILE_COUNTS:
-        if T.ceildiv(count, MMA_COLUMNS) == tiles:
-            # not as many rounds as the warp has units: TileLang made 1 of 0 or 1
-            for u in T.serial(-(-n_shared // WARPS)):
-                if u * WARPS + warp < n_shared:
-                    add_shared_unit(
-                        streams_shared, tiles, count, (u + REGISTER_UNITS) * WARPS + warp, lane,
-                        hidden, terms_shared, u * WARPS + warp, sums_local,
-                    )  # fmt: skip
-
-
-@T.macro
 def add_shared_unit(
     streams_shared, tiles, count, unit, lane, hidden, terms_shared, slot, sums_local
 ):
-    """:func:`add_unit` of ``slot`` for ``tiles`` tiles at once."""
+    """:func:`add_unit` of ``slot`` for ``tiles`` tiles at once: its terms are read once."""
     values_local = T.alloc_local((tiles * STEPS * CHUNK,), "bfloat16")
     words_local = T.view(values_local, (tiles * STEPS * 2,), "uint32")
     fragment = T.alloc_local((4,), "uint32")
@@ -410,15 +259,53 @@ def add_shared_unit(
 
 
 @T.macro
+def load_sums(sums_shared, lane, warp, tile, sums_local):
+    """What ``store_sums`` has stored; of the squares, each lane what it stores again."""
+    for n in T.unroll(ROW_TILES):
+        for v in T.unroll(2):
+            sums_local[tile * 8 + n * 2 + v] = sums_shared[
+                tile, warp, lane % 4 * 2 + v, n * MMA_COLUMNS + lane // 4
+            ]
+    for v in T.unroll(2):
+        sums_local[tile * 8 + 6 + v] = sums_shared[tile, warp, lane // 4, SQUARES]
+
+
+@T.macro
+def project_shared(streams_shared, tiles, count, warp, lane, hidden, terms_shared, sums_shared):
+    """Adds the units with terms in shared memory to the sums of ``tiles`` tiles."""
+    n_shared = shared_units(hidden)
+    sums_local = T.alloc_local((tiles * 8,), "float32")
+    tile_local = T.alloc_local((8,), "float32")
+    if warp < n_shared:
+        for tile in tuple(range(tiles)):
+            load_sums(sums_shared, lane, warp, tile, sums_local)
+        # not as many rounds as the warp has units: TileLang made 1 of 0 or 1
+        for u in T.serial(-(-n_shared // WARPS)):
+            if u * WARPS + warp < n_shared:
+                add_shared_unit(
+                    streams_shared, tiles, count, (u + REGISTER_UNITS) * WARPS + warp, lane,
+                    hidden, terms_shared, u * WARPS + warp, sums_local,
+                )  # fmt: skip
+        # the squares of all tokens have been read by then
+        T.sync_warp()
+        for tile in tuple(range(tiles)):
+            for q in T.unroll(8):
+                tile_local[q] = sums_local[tile * 8 + q]
+            store_sums(tile_local, lane, warp, tile, sums_shared)
+
+
+@T.macro
 def share_group(
     x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, gain, residual_out, post_mix,
     comb_mix, layer_input, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
-    sinkhorn_repeat, norm_eps, early, t0, count, warp, i_c, hidden, norm,
+    sinkhorn_repeat, norm_eps, early, t0, count, many, warp, i_c, hidden, norm,
 ):  # fmt: skip
     """One CTA and its group of ``count`` tokens from ``t0`` on."""
     T.import_source(DEVICE_SOURCE)
     size = slice_size(hidden)
     n_shared = shared_units(hidden)
+    # threads of a token in the post step: a power of two, for indices without divisions
+    row = 1 << (size // CHUNK - 1).bit_length()
     reps = -(-size // (VECTOR * WARP))  # 16-byte vectors of a lane, in the collapse
     rank = i_c % CLUSTER
     tx = T.get_thread_binding()
@@ -427,8 +314,7 @@ def share_group(
     streams_shared = T.alloc_shared((GROUP_TOKENS, HC_MULT * size + PAD), "bfloat16")
     terms_shared = T.alloc_shared((max(1, n_shared), UNIT_TERMS // 4, WARP, 4), "uint32")
     sums_shared = T.alloc_shared((TOKEN_TILES, WARPS, MMA_COLUMNS, SUMS_PITCH), "float32")
-    # in the place of the sums, which come when all have read theirs of it: at its end
-    x0 = TOKEN_TILES * WARPS * MMA_COLUMNS * SUMS_PITCH * 2 - GROUP_TOKENS * size
+    # in the place of the sums, which come when all have read theirs of it
     x_shared = T.view(
         sums_shared, (TOKEN_TILES * WARPS * MMA_COLUMNS * SUMS_PITCH * 2,), "bfloat16"
     )
@@ -442,10 +328,13 @@ def share_group(
     split_terms_local = T.alloc_local((UNIT_TERMS,), "uint32")
     weights_local = T.alloc_local((REGISTER_UNITS * UNIT_WEIGHTS,), "float32")
     shared_weights_local = T.alloc_local((UNIT_WEIGHTS,), "float32")
+    x_local = T.alloc_local((CHUNK,), "bfloat16")
+    streams_local = T.alloc_local((HC_MULT * CHUNK,), "bfloat16")
+    new_local = T.alloc_local((HC_MULT * CHUNK,), "bfloat16")
     post_local = T.alloc_local((HC_MULT,), "float32")
+    mixes_local = T.alloc_local(((HC_MULT + 1) * 2,), "float32")
     comb_local = T.alloc_local((HC_MULT * HC_MULT,), "float32")
-    sums_local = T.alloc_local((8 * TOKEN_TILES if TILES_AT_ONCE else 8,), "float32")
-    tile_sums_local = T.alloc_local((8,), "float32")
+    sums_local = T.alloc_local((8,), "float32")
     wide_local = T.alloc_local((VECTOR,), "float32")
     total_local = T.alloc_local((VECTOR,), "float32")
     slices_local = T.alloc_local((max(WARPS, CLUSTER),), "float32")
@@ -475,20 +364,34 @@ def share_group(
                         ),
                     ),
                 )
-    if RELAXED_ARRIVE:
+    if RELAXED_ARRIVE == ALWAYS:
         T.call_extern("handle", "tl::cluster_arrive_relaxed")
+    elif RELAXED_ARRIVE == MANY_CLUSTERS:
+        if many:
+            T.call_extern("handle", "tl::cluster_arrive_relaxed")
+        else:
+            T.cluster_arrive()
     else:
         T.cluster_arrive()
 
     # fn, split: weights, so on their way to L2 while the previous kernel runs, and read then too
     # where the host knows that it does not write them. To L2 by one cluster for all: of seven that
     # asked for the same bytes, 128 tokens took 0.3 us more at H = 4096 and 0.7 at 7168
-    row = warp * PREFETCHES + lane if PREFETCH_SPREAD else tx
-    if (lane < PREFETCHES if PREFETCH_SPREAD else tx < MIXES * HC_MULT) and i_c < CLUSTER:
+    row_number = tx
+    has_row = tx < MIXES * HC_MULT
+    if PREFETCH_SPREAD == ALWAYS:
+        row_number = warp * PREFETCHES + lane
+        has_row = lane < PREFETCHES
+    elif PREFETCH_SPREAD == MANY_CLUSTERS:
+        row_number = T.if_then_else(many, warp * PREFETCHES + lane, tx)
+        has_row = T.if_then_else(many, lane < PREFETCHES, tx < MIXES * HC_MULT)
+    if has_row and i_c < CLUSTER:
         T.call_extern(
             "handle",
             "mhc::prefetch_l2_bulk",
-            T.access_ptr(fn[row // HC_MULT, row % HC_MULT * hidden + rank * size], "r"),
+            T.access_ptr(
+                fn[row_number // HC_MULT, row_number % HC_MULT * hidden + rank * size], "r"
+            ),
             size * 4,
         )
     if early == 0:
@@ -497,109 +400,116 @@ def share_group(
     T.pdl_trigger()
     # all of it under way at once: what goes to shared memory without registers, over the place of
     # its terms
-    for u in tuple(range(-(-n_shared // WARPS))):
-        if in_slots(u * WARPS, WARPS, warp, n_shared):
+    for u in slot_rounds(n_shared):
+        if in_slots(u * WARPS, warp, n_shared):
             copy_unit(
                 fn, (u + REGISTER_UNITS) * WARPS + warp, rank, lane, hidden,
                 terms_shared, u * WARPS + warp,
             )  # fmt: skip
     for u in T.unroll(REGISTER_UNITS):
         load_unit(fn, u * WARPS + warp, rank, lane, hidden, weights_local, u * UNIT_WEIGHTS)
-    if STREAMS_FIRST > 0:
-        T.call_extern("handle", "mhc::loads_commit")
-        if count >= STREAMS_FIRST:
-            T.cluster_wait()
-            T.pdl_sync()
-            load_tokens(
-                x, residual, post_layer_mix, comb_res_mix, t0, count, rank, tx, hidden, x0,
-                x_shared, streams_shared, mixes_shared,
-            )  # fmt: skip
-            if n_shared > 0:
-                T.call_extern("handle", TILE_LOADED if TILE_GROUPS else "mhc::loads_wait_but<1>")
-        elif n_shared > 0:
-            T.call_extern("handle", "mhc::loads_wait")
-    elif n_shared > 0:
-        T.call_extern("handle", "mhc::loads_wait")
     if n_shared > 0:
+        T.call_extern("handle", "mhc::loads_wait")
         T.sync_warp()
-        for u in tuple(range(-(-n_shared // WARPS))):
-            if in_slots(u * WARPS, WARPS, warp, n_shared):
+        for u in slot_rounds(n_shared):
+            if in_slots(u * WARPS, warp, n_shared):
                 split_shared_unit(
                     terms_shared, u * WARPS + warp, lane, shared_weights_local, split_terms_local
                 )
     for u in T.unroll(REGISTER_UNITS):
         split_unit(weights_local, u * UNIT_WEIGHTS, terms_local, u * UNIT_TERMS)
-    # all loads of the group under way together
-    if STREAMS_FIRST > 0:
-        if count < STREAMS_FIRST:
-            T.cluster_wait()
-            T.pdl_sync()
-            load_tokens(
-                x, residual, post_layer_mix, comb_res_mix, t0, count, rank, tx, hidden, x0,
-                x_shared, streams_shared, mixes_shared,
-            )  # fmt: skip
-    else:
-        T.cluster_wait()
-        T.pdl_sync()
-        load_tokens(
-            x, residual, post_layer_mix, comb_res_mix, t0, count, rank, tx, hidden, x0, x_shared,
-            streams_shared, mixes_shared,
-        )  # fmt: skip
-    if SIDE_BY_SIDE:
-        # post of a tile beside the projection of the one before
-        for tile in T.serial(T.ceildiv(count, MMA_COLUMNS) + 1):
-            if tile * MMA_COLUMNS < count:
-                # an empty group more leaves one of the others less to be excepted
-                T.call_extern("handle", "mhc::loads_commit")
-                T.call_extern("handle", TILE_LOADED)
-            T.sync_threads()
-            if tile * MMA_COLUMNS < count:
-                post_tokens(
-                    residual_out, tile * MMA_COLUMNS,
-                    T.min(count - tile * MMA_COLUMNS, MMA_COLUMNS), t0, rank, tx, hidden, x0,
-                    x_shared, streams_shared, mixes_shared,
-                )  # fmt: skip
-            if tile > 0:
-                project_tile(
-                    streams_shared, tile - 1, count, warp, lane, hidden, terms_local, terms_shared,
-                    sums_local,
-                )  # fmt: skip
-                store_sums(sums_local, lane, warp, tile - 1, sums_shared)
-    else:
-        if TILE_GROUPS:
-            for tile in T.serial(T.ceildiv(count, MMA_COLUMNS)):
-                T.call_extern("handle", "mhc::loads_commit")
-                T.call_extern("handle", TILE_LOADED)
-                T.sync_threads()
-                post_tokens(
-                    residual_out, tile * MMA_COLUMNS,
-                    T.min(count - tile * MMA_COLUMNS, MMA_COLUMNS), t0, rank, tx, hidden, x0,
-                    x_shared, streams_shared, mixes_shared,
-                )  # fmt: skip
-        else:
-            T.call_extern("handle", "mhc::loads_wait")
-            T.sync_threads()
-            post_tokens(
-                residual_out, 0, count, t0, rank, tx, hidden, x0, x_shared, streams_shared,
-                mixes_shared,
-            )  # fmt: skip
-        T.sync_threads()
-        if TILES_AT_ONCE and n_shared > 0:
-            project_tiles(
-                streams_shared, count, warp, lane, hidden, terms_local, terms_shared, sums_local
+    T.cluster_wait()
+    T.pdl_sync()
+
+    # post: r'[j] = bf16(post[j] * x + sum_i comb[i, j] * r[i]), in place: all loads are under way
+    # together, and take no registers
+    for i0_t in T.serial(T.ceildiv(count, THREADS // row * 2)):
+        token = i0_t * (THREADS // row * 2) + tx // (row // 2)
+        h = tx % (row // 2) * VECTOR
+        if token < count and h < size:
+            T.call_extern(
+                "handle",
+                "mhc::load_async16",
+                T.access_ptr(x_shared[token * size + h], "w"),
+                T.access_ptr(x[t0 + token, rank * size + h], "r"),
             )
-            for tile in ALL_TILES:
-                if tile * MMA_COLUMNS < count:
-                    for q in T.unroll(8):
-                        tile_sums_local[q] = sums_local[tile * 8 + q]
-                    store_sums(tile_sums_local, lane, warp, tile, sums_shared)
-        else:
-            for tile in T.serial(T.ceildiv(count, MMA_COLUMNS)):
-                project_tile(
-                    streams_shared, tile, count, warp, lane, hidden, terms_local, terms_shared,
-                    sums_local,
+            for i in T.unroll(HC_MULT):
+                T.call_extern(
+                    "handle",
+                    "mhc::load_async16",
+                    T.access_ptr(streams_shared[token, i * size + h], "w"),
+                    T.access_ptr(residual[t0 + token, i, rank * size + h], "r"),
+                )
+    if tx < count:
+        T.call_extern(
+            "handle",
+            "mhc::load_async16",
+            T.access_ptr(mixes_shared[tx, 0, 0], "w"),
+            T.access_ptr(post_layer_mix[t0 + tx, 0, 0], "r"),
+        )
+    elif tx < count * (HC_MULT + 1):
+        T.call_extern(
+            "handle",
+            "mhc::load_async16",
+            T.access_ptr(mixes_shared[(tx - count) // HC_MULT, 1 + (tx - count) % HC_MULT, 0], "w"),
+            T.access_ptr(
+                comb_res_mix[t0 + (tx - count) // HC_MULT, (tx - count) % HC_MULT, 0], "r"
+            ),
+        )
+    T.call_extern("handle", "mhc::loads_wait")
+    T.sync_threads()
+    for i0_t in T.serial(T.ceildiv(count, THREADS // row)):
+        token = i0_t * (THREADS // row) + tx // row
+        h = tx % row * CHUNK
+        if token < count and h < size:
+            for v in T.vectorized(CHUNK):
+                x_local[v] = x_shared[token * size + h + v]
+            for i in T.unroll(HC_MULT):
+                for v in T.vectorized(CHUNK):
+                    streams_local[i * CHUNK + v] = streams_shared[token, i * size + h + v]
+            for pair in T.unroll(HC_MULT // 2):
+                for i in T.unroll(HC_MULT + 1):
+                    for j in T.vectorized(2):
+                        mixes_local[i * 2 + j] = mixes_shared[token, i, pair * 2 + j]
+                for j in T.unroll(2):
+                    mix_stream(
+                        x_local, 0, streams_local, 0, mixes_local[j], mixes_local, 2 + j, 2,
+                        new_local, (pair * 2 + j) * CHUNK, CHUNK,
+                    )  # fmt: skip
+            for j in T.unroll(HC_MULT):
+                for v in T.vectorized(CHUNK):
+                    residual_out[t0 + token, j, rank * size + h + v] = new_local[j * CHUNK + v]
+                for v in T.vectorized(CHUNK):
+                    streams_shared[token, j * size + h + v] = new_local[j * CHUNK + v]
+    T.sync_threads()
+
+    # projection and sum of squares of this slice, 8 tokens at a time; of the units with terms in
+    # shared memory, all tokens at once where they are more
+    at_once = TILES_AT_ONCE and n_shared > 0
+    project_each = count <= MMA_COLUMNS if at_once else True
+    for tile in T.serial(T.ceildiv(count, MMA_COLUMNS)):
+        token = T.min(tile * MMA_COLUMNS + lane // 4, count - 1)
+        for q in T.unroll(8):
+            sums_local[q] = 0.0
+        for u in T.unroll(REGISTER_UNITS):
+            add_unit(
+                streams_shared, token, u * WARPS + warp, lane, hidden,
+                terms_local, u * UNIT_TERMS, terms_shared, None, sums_local,
+            )  # fmt: skip
+        for u in slot_rounds(n_shared):
+            if project_each and in_slots(u * WARPS, warp, n_shared):
+                add_unit(
+                    streams_shared, token, (u + REGISTER_UNITS) * WARPS + warp, lane, hidden,
+                    terms_local, 0, terms_shared, u * WARPS + warp, sums_local,
                 )  # fmt: skip
-                store_sums(sums_local, lane, warp, tile, sums_shared)
+        store_sums(sums_local, lane, warp, tile, sums_shared)
+    if at_once:
+        T.sync_warp()
+        for tiles in MORE_TILES:
+            if T.ceildiv(count, MMA_COLUMNS) == tiles:
+                project_shared(
+                    streams_shared, tiles, count, warp, lane, hidden, terms_shared, sums_shared
+                )
     T.sync_threads()
 
     # the warps' sums added up, one warp a token and one lane a sum, and sent to the token's owner
@@ -787,6 +697,7 @@ def boundary(
     """One CTA; ``gain`` and ``norm_eps`` are read when ``norm`` is true."""
     t0 = T.alloc_var("int32", init=i_c // CLUSTER * group_tokens)
     count = T.alloc_var("int32", init=T.min(group_tokens, tokens - t0))
+    many = tokens > FEW_CLUSTERS * group_tokens
     warp = T.get_thread_binding() // WARP
     if not 0 < shared_units(hidden) < WARPS:
         # from lane 0, so that the compiler knows it to be the same in all lanes: an eighth to a
@@ -798,7 +709,7 @@ def boundary(
     share_group(
         x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, gain, residual_out,
         post_mix, comb_mix, layer_input, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
-        sinkhorn_repeat, norm_eps, early, t0, count, warp, i_c, hidden, norm,
+        sinkhorn_repeat, norm_eps, early, t0, count, many, warp, i_c, hidden, norm,
     )  # fmt: skip
 
 

@@ -77,8 +77,9 @@ PROJECTION_BARRIER = 1  # named barrier of the projection warps; 0 is the whole 
 TOKEN_BARRIER = 2  # of the token warps
 # Variants to be measured. All off is what was measured so far.
 SPLIT_END = False  # Sinkhorn of the last tile in lanes, of those before it on the other warps
-ALL_LOADS_FIRST = False  # all of fn that goes to registers is asked for before any is split
 TOKENS_FIRST = False  # the first tiles are asked for before the small inputs
+MIXES_BY_TOKENS = False  # token warps load their own mixes, by cp.async
+WEIGHTS_FREE = False  # the warp that makes the weights loads nothing: the others load its part
 STATIC_SLOTS = False  # as in fused_post_pre, and the next two
 RELAXED_ARRIVE = False
 PREFETCH_SPREAD = False
@@ -114,7 +115,8 @@ def load_bytes(i, part, hidden, count):
     per = warp_tokens(hidden)
     row = HC_MULT + 1
     here = T.max(T.min(per, count - i * tile_tokens(hidden) - part * per), 0)
-    return here * (row * slice_size(hidden) * 2 + row * HC_MULT * 4)
+    mixes = 0 if MIXES_BY_TOKENS else row * HC_MULT * 4
+    return here * (row * slice_size(hidden) * 2 + mixes)
 
 
 def weights_bytes(i, hidden, count):
@@ -163,7 +165,7 @@ def load_tokens(
                     size * 2,
                     inbox,
                 )
-    if lane == 0 and here > 0:
+    if not MIXES_BY_TOKENS and lane == 0 and here > 0:
         t = first + i * tile + row0
         T.call_extern(
             "handle",
@@ -181,6 +183,86 @@ def load_tokens(
             here * (HC_MULT * HC_MULT * 4),
             inbox,
         )
+
+
+@T.macro
+def load_share(
+    x, residual, post_layer_mix, comb_res_mix, first, count, i, rank, share, part, lane, hidden,
+    x_shared, streams_shared, post_shared, comb_shared, inbox,
+):  # fmt: skip
+    """A warp's share of another's part of tile ``i``: of each token x, a stream or mixes."""
+    tile = tile_tokens(hidden)
+    per = warp_tokens(hidden)
+    size = slice_size(hidden)
+    row0 = part * per
+    here = T.min(per, count - i * tile - row0)
+    for k in T.unroll(per, unroll_factor=1):
+        if lane == 0 and k < here:
+            t = first + i * tile + row0 + k
+            if share == 0:
+                T.call_extern(
+                    "handle",
+                    "mhc::load_bulk",
+                    T.access_ptr(x_shared[i % 2 * tile + row0 + k, 0], "w"),
+                    T.access_ptr(x[t, rank * size], "r"),
+                    size * 2,
+                    inbox,
+                )
+            elif share <= HC_MULT:
+                T.call_extern(
+                    "handle",
+                    "mhc::load_bulk",
+                    T.access_ptr(
+                        streams_shared[i % BUFFERS * tile + row0 + k, (share - 1) * size], "w"
+                    ),
+                    T.access_ptr(residual[t, share - 1, rank * size], "r"),
+                    size * 2,
+                    inbox,
+                )
+            elif not MIXES_BY_TOKENS and share == HC_MULT + 1:
+                T.call_extern(
+                    "handle",
+                    "mhc::load_bulk",
+                    T.access_ptr(post_shared[i % 2 * tile + row0 + k, 0], "w"),
+                    T.access_ptr(post_layer_mix[t, 0, 0], "r"),
+                    HC_MULT * 4,
+                    inbox,
+                )
+            elif not MIXES_BY_TOKENS and share == HC_MULT + 2:
+                T.call_extern(
+                    "handle",
+                    "mhc::load_bulk",
+                    T.access_ptr(comb_shared[i % 2 * tile + row0 + k, 0], "w"),
+                    T.access_ptr(comb_res_mix[t, 0, 0], "r"),
+                    HC_MULT * HC_MULT * 4,
+                    inbox,
+                )
+
+
+@T.macro
+def load_mixes(
+    post_layer_mix, comb_res_mix, first, count, i, row0, lane, hidden, post_shared, comb_shared
+):
+    """Post weights and combs of a token warp's own tokens of tile ``i``: a group of cp.async."""
+    tile = tile_tokens(hidden)
+    k = lane // (HC_MULT + 1)
+    r = lane % (HC_MULT + 1)
+    if k < warp_tokens(hidden) and i * tile + row0 + k < count:
+        if r == 0:
+            T.call_extern(
+                "handle",
+                "mhc::load_async16",
+                T.access_ptr(post_shared[i % 2 * tile + row0 + k, 0], "w"),
+                T.access_ptr(post_layer_mix[first + i * tile + row0 + k, 0, 0], "r"),
+            )
+        else:
+            T.call_extern(
+                "handle",
+                "mhc::load_async16",
+                T.access_ptr(comb_shared[i % 2 * tile + row0 + k, (r - 1) * HC_MULT], "w"),
+                T.access_ptr(comb_res_mix[first + i * tile + row0 + k, r - 1, 0], "r"),
+            )
+    T.call_extern("handle", "mhc::loads_commit")
 
 
 @T.macro
@@ -270,9 +352,7 @@ def run_roles(
 
     terms_local = T.alloc_local((HALVES * REGISTER_UNITS * UNIT_TERMS,), "uint32")
     split_terms_local = T.alloc_local((UNIT_TERMS,), "uint32")
-    weights_local = T.alloc_local(
-        ((HALVES if ALL_LOADS_FIRST else 1) * REGISTER_UNITS * UNIT_WEIGHTS,), "float32"
-    )
+    weights_local = T.alloc_local((REGISTER_UNITS * UNIT_WEIGHTS,), "float32")
     shared_weights_local = T.alloc_local((UNIT_WEIGHTS,), "float32")
     sums_local = T.alloc_local((8,), "float32")
     both_local = T.alloc_local((8,), "float32")
@@ -368,20 +448,13 @@ def run_roles(
                     )
         for half in T.unroll(HALVES):
             unit = half * PROJECTION_WARPS + warp
-            w0 = half * REGISTER_UNITS * UNIT_WEIGHTS if ALL_LOADS_FIRST else 0
             for u in T.unroll(REGISTER_UNITS):
-                load_unit(
-                    fn, unit + u * WARPS, rank, lane, hidden, weights_local, w0 + u * UNIT_WEIGHTS
-                )
-            if not ALL_LOADS_FIRST:
-                for u in T.unroll(REGISTER_UNITS):
-                    split_unit(
-                        weights_local, u * UNIT_WEIGHTS, terms_local,
-                        (half * REGISTER_UNITS + u) * UNIT_TERMS,
-                    )  # fmt: skip
-        if ALL_LOADS_FIRST:
-            for u in T.unroll(HALVES * REGISTER_UNITS):
-                split_unit(weights_local, u * UNIT_WEIGHTS, terms_local, u * UNIT_TERMS)
+                load_unit(fn, unit + u * WARPS, rank, lane, hidden, weights_local, u * UNIT_WEIGHTS)
+            for u in T.unroll(REGISTER_UNITS):
+                split_unit(
+                    weights_local, u * UNIT_WEIGHTS, terms_local,
+                    (half * REGISTER_UNITS + u) * UNIT_TERMS,
+                )  # fmt: skip
         if n_shared > 0:
             T.call_extern("handle", "mhc::loads_wait")
             T.sync_warp()
@@ -454,7 +527,7 @@ def run_roles(
                     T.access_ptr(vectors_local[0], "r"),
                 )
             # loads of the tile after the next, when the tile before has been collapsed
-            if i + 2 < tiles:
+            if i + 2 < tiles and (not WEIGHTS_FREE or warp != WEIGHTS_WARP):
                 T.call_extern(
                     "handle", "mhc::gate_wait", T.access_ptr(freed[i % 2], "r"), i // 2 % 2
                 )
@@ -464,6 +537,13 @@ def run_roles(
                     lane, hidden, x_shared, streams_shared, post_shared, comb_shared,
                     T.access_ptr(loads_inbox[(i + 2) % BUFFERS, warp], "w"),
                 )  # fmt: skip
+                if WEIGHTS_FREE:
+                    load_share(
+                        x, residual, post_layer_mix, comb_res_mix, first, count, i + 2, rank, warp,
+                        WEIGHTS_WARP, lane, hidden, x_shared, streams_shared, post_shared,
+                        comb_shared,
+                        T.access_ptr(loads_inbox[(i + 2) % BUFFERS, WEIGHTS_WARP], "w"),
+                    )  # fmt: skip
             if warp == WEIGHTS_WARP:
                 own = rank - i % every * tile
                 if own >= 0 and own < here:
@@ -567,6 +647,11 @@ def run_roles(
         if TOKENS_FIRST:
             # who projects is not ready yet; everyone's own
             for i in T.unroll(2):
+                if MIXES_BY_TOKENS:
+                    load_mixes(
+                        post_layer_mix, comb_res_mix, first, count, i, row0, lane, hidden,
+                        post_shared, comb_shared,
+                    )  # fmt: skip
                 load_tokens(
                     x, residual, post_layer_mix, comb_res_mix, first, count, i, rank, me, lane,
                     hidden, x_shared, streams_shared, post_shared, comb_shared,
@@ -587,6 +672,11 @@ def run_roles(
         if not TOKENS_FIRST:
             # who projects is not ready yet; everyone's own
             for i in T.unroll(2):
+                if MIXES_BY_TOKENS:
+                    load_mixes(
+                        post_layer_mix, comb_res_mix, first, count, i, row0, lane, hidden,
+                        post_shared, comb_shared,
+                    )  # fmt: skip
                 load_tokens(
                     x, residual, post_layer_mix, comb_res_mix, first, count, i, rank, me, lane,
                     hidden, x_shared, streams_shared, post_shared, comb_shared,
@@ -610,6 +700,9 @@ def run_roles(
                             T.access_ptr(loads_inbox[i % BUFFERS, me], "w"),
                             load_bytes(i + BUFFERS, me, hidden, count),
                         )
+                if MIXES_BY_TOKENS:
+                    T.call_extern("handle", "mhc::loads_wait_but<1>")
+                    T.sync_warp()
                 for k in T.serial(T.max(T.min(per, count - i * tile - row0), 0)):
                     post_token(
                         x_shared, streams_shared, post_shared, comb_shared, residual_out,
@@ -617,6 +710,13 @@ def run_roles(
                         first + i * tile + row0 + k, rank, lane, hidden,
                     )  # fmt: skip
                 T.call_extern("handle", "mhc::gate_pass", T.access_ptr(posted[i % 2], "w"))
+                if MIXES_BY_TOKENS:
+                    # in the place of those that the warp has used
+                    T.sync_warp()
+                    load_mixes(
+                        post_layer_mix, comb_res_mix, first, count, i + 2, row0, lane, hidden,
+                        post_shared, comb_shared,
+                    )  # fmt: skip
             # RMSNorm of the tile before the last: bf16(bf16(v) * rsqrt(mean(v^2) + norm_eps) * g)
             if norm and i >= 2 and (i - 2) * tile + row0 < count:
                 T.call_extern(
