@@ -30,9 +30,6 @@ from ._boundary import boundary_program
 from ._collapse import sigmoid
 from ._device import DEVICE_SOURCE, HC_MULT, MIXES, MMA_COLUMNS, SQUARES, VECTOR, WARP
 from ._operands import (
-    ALL_OPERANDS,
-    ALL_PAIRS,
-    ALL_STEPS,
     CHUNK,
     OPERANDS,
     ROW_TILES,
@@ -49,7 +46,7 @@ from ._operands import (
     store_sums,
 )
 from ._sinkhorn import COMB, sinkhorn, softmax_row
-from ._steps import mix_stream, widen
+from ._steps import mix_stream
 
 WARPS = 16
 THREADS = WARPS * WARP
@@ -64,19 +61,7 @@ WEIGHTS_INBOX = OWNED  # inboxes: sums of an owned token, then weights, then squ
 SQUARES_INBOX = WEIGHTS_INBOX + GROUP_TOKENS
 INBOXES = SQUARES_INBOX + GROUP_TOKENS
 
-# Variants to be measured. All off is what was measured so far.
-WIDE_COLLAPSE = False  # collapse and norm with bf16 widened and rounded two at a time
-TILES_AT_ONCE = False  # terms in shared memory are read once for all tiles
-STATIC_SLOTS = False  # no branch where all warps have a unit in shared memory
-# at the cluster barrier: what it must order are the inboxes, fenced before
-RELAXED_ARRIVE = NEVER = 0
-PREFETCH_SPREAD = NEVER  # fn's rows brought to L2 by all warps: one row after the other in each
-ALWAYS, MANY_CLUSTERS = 1, 2  # the last: where a launch has more than FEW_CLUSTERS
-
-PREFETCHES = MIXES * HC_MULT // WARPS  # rows of fn's slice that a warp has brought to L2
-
 # what a kernel loops over at trace time
-MORE_TILES = tuple(range(2, TOKEN_TILES + 1))
 WARP_TREE = tuple(WARPS >> i for i in range(1, WARPS.bit_length()))
 
 
@@ -91,19 +76,6 @@ def units(hidden: int) -> int:
 def shared_units(hidden: int) -> int:
     """Those of them whose terms are kept in shared memory."""
     return max(0, units(hidden) - REGISTER_UNITS * WARPS)
-
-
-def slot_rounds(n_shared: int):
-    """Rounds of a warp's units in shared memory."""
-    rounds = -(-n_shared // WARPS)
-    return tuple(range(rounds)) if STATIC_SLOTS else T.unroll(rounds)
-
-
-def in_slots(first: int, warp, n_shared: int):
-    """Whether warp ``warp`` has slot ``first + warp``: known now, where all or none have one."""
-    if STATIC_SLOTS and first + WARPS <= n_shared:
-        return True
-    return first + warp < n_shared
 
 
 def only_whole_blocks(hidden: int) -> bool:
@@ -199,108 +171,12 @@ def add_unit(
 
 
 @T.macro
-def add_shared_unit(
-    streams_shared, tiles, count, unit, lane, hidden, terms_shared, slot, sums_local
-):
-    """:func:`add_unit` of ``slot`` for ``tiles`` tiles at once: its terms are read once."""
-    values_local = T.alloc_local((tiles * STEPS * CHUNK,), "bfloat16")
-    words_local = T.view(values_local, (tiles * STEPS * 2,), "uint32")
-    fragment = T.alloc_local((4,), "uint32")
-    last_local = T.alloc_local((4,), "uint32")
-    part = T.alloc_local((tiles * len(OPERANDS) * 4,), "float32")
-    for q in T.unroll(tiles * len(OPERANDS) * 4):
-        part[q] = 0.0
-    for tile in tuple(range(tiles)):
-        token = T.min(tile * MMA_COLUMNS + lane // 4, count - 1)
-        for step in T.unroll(STEPS):
-            h = unit // HC_MULT * BLOCK + step * (BLOCK // STEPS) + lane % 4 * CHUNK
-            inside = True if only_whole_blocks(hidden) else h < slice_size(hidden)
-            if inside:
-                for v in T.vectorized(CHUNK):
-                    values_local[(tile * STEPS + step) * CHUNK + v] = streams_shared[
-                        token, unit % HC_MULT * slice_size(hidden) + h + v
-                    ]
-            else:
-                for v in T.unroll(2):
-                    words_local[(tile * STEPS + step) * 2 + v] = T.uint32(0)
-    for q in T.vectorized(4):
-        last_local[q] = terms_shared[slot, 4 * STEPS, lane, q]
-    for operand in ALL_OPERANDS:
-        for step in ALL_STEPS:
-            if operand < 4:
-                for q in T.vectorized(4):
-                    fragment[q] = terms_shared[slot, operand * STEPS + step, lane, q]
-            for tile in tuple(range(tiles)):
-                if operand == 4:
-                    for pair in ALL_PAIRS:
-                        fragment[pair * 2] = last_local[step * 2 + pair]
-                        fragment[pair * 2 + 1] = words_local[(tile * STEPS + step) * 2 + pair]
-                T.call_extern(
-                    "handle",
-                    "mhc::mma_bf16",
-                    T.access_ptr(part[(tile * len(OPERANDS) + operand) * 4], "rw"),
-                    T.access_ptr(fragment[0], "r"),
-                    words_local[(tile * STEPS + step) * 2],
-                    words_local[(tile * STEPS + step) * 2 + 1],
-                )
-    for tile in tuple(range(tiles)):
-        p0 = tile * len(OPERANDS) * 4
-        s0 = tile * 8
-        for v in T.unroll(2):
-            for half in T.unroll(2):
-                sums_local[s0 + half * 2 + v] = sums_local[s0 + half * 2 + v] + (
-                    (part[p0 + half * 2 + v] + part[p0 + 4 + half * 2 + v])
-                    + part[p0 + 8 + half * 2 + v]
-                )
-            sums_local[s0 + 4 + v] = sums_local[s0 + 4 + v] + (
-                (part[p0 + 12 + v] + part[p0 + 14 + v]) + part[p0 + 16 + v]
-            )
-            sums_local[s0 + 6 + v] = sums_local[s0 + 6 + v] + part[p0 + 18 + v]
-
-
-@T.macro
-def load_sums(sums_shared, lane, warp, tile, sums_local):
-    """What ``store_sums`` has stored; of the squares, each lane what it stores again."""
-    for n in T.unroll(ROW_TILES):
-        for v in T.unroll(2):
-            sums_local[tile * 8 + n * 2 + v] = sums_shared[
-                tile, warp, lane % 4 * 2 + v, n * MMA_COLUMNS + lane // 4
-            ]
-    for v in T.unroll(2):
-        sums_local[tile * 8 + 6 + v] = sums_shared[tile, warp, lane // 4, SQUARES]
-
-
-@T.macro
-def project_shared(streams_shared, tiles, count, warp, lane, hidden, terms_shared, sums_shared):
-    """Adds the units with terms in shared memory to the sums of ``tiles`` tiles."""
-    n_shared = shared_units(hidden)
-    sums_local = T.alloc_local((tiles * 8,), "float32")
-    tile_local = T.alloc_local((8,), "float32")
-    if warp < n_shared:
-        for tile in tuple(range(tiles)):
-            load_sums(sums_shared, lane, warp, tile, sums_local)
-        # not as many rounds as the warp has units: TileLang made 1 of 0 or 1
-        for u in T.serial(-(-n_shared // WARPS)):
-            if u * WARPS + warp < n_shared:
-                add_shared_unit(
-                    streams_shared, tiles, count, (u + REGISTER_UNITS) * WARPS + warp, lane,
-                    hidden, terms_shared, u * WARPS + warp, sums_local,
-                )  # fmt: skip
-        # the squares of all tokens have been read by then
-        T.sync_warp()
-        for tile in tuple(range(tiles)):
-            for q in T.unroll(8):
-                tile_local[q] = sums_local[tile * 8 + q]
-            store_sums(tile_local, lane, warp, tile, sums_shared)
-
-
-@T.macro
 def share_group(
     x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, gain, residual_out, post_mix,
     comb_mix, layer_input, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
     sinkhorn_repeat, norm_eps, early, t0, count, many, warp, i_c, hidden, norm,
 ):  # fmt: skip
-    """One CTA and its group of ``count`` tokens from ``t0`` on."""
+    """One CTA and its group of ``count`` tokens from ``t0`` on, one of ``many`` groups or not."""
     T.import_source(DEVICE_SOURCE)
     size = slice_size(hidden)
     n_shared = shared_units(hidden)
@@ -335,8 +211,6 @@ def share_group(
     mixes_local = T.alloc_local(((HC_MULT + 1) * 2,), "float32")
     comb_local = T.alloc_local((HC_MULT * HC_MULT,), "float32")
     sums_local = T.alloc_local((8,), "float32")
-    wide_local = T.alloc_local((VECTOR,), "float32")
-    total_local = T.alloc_local((VECTOR,), "float32")
     slices_local = T.alloc_local((max(WARPS, CLUSTER),), "float32")
     value_local = T.alloc_local((ROUNDS * reps * VECTOR,), "bfloat16")
     gain_local = T.alloc_local((reps * VECTOR,), "bfloat16")
@@ -364,34 +238,22 @@ def share_group(
                         ),
                     ),
                 )
-    if RELAXED_ARRIVE == ALWAYS:
+    # what the barrier must order are the inboxes, and opening one has a fence of its own. Relaxed,
+    # 64 and 128 tokens at H = 4096 took 7.08 and 9.70 us, otherwise 7.43 and 10.35; in few clusters
+    # 8 and 32 took 4.14 and 5.57, otherwise 4.06 and 5.47
+    if many:
         T.call_extern("handle", "tl::cluster_arrive_relaxed")
-    elif RELAXED_ARRIVE == MANY_CLUSTERS:
-        if many:
-            T.call_extern("handle", "tl::cluster_arrive_relaxed")
-        else:
-            T.cluster_arrive()
     else:
         T.cluster_arrive()
 
     # fn, split: weights, so on their way to L2 while the previous kernel runs, and read then too
     # where the host knows that it does not write them. To L2 by one cluster for all: of seven that
     # asked for the same bytes, 128 tokens took 0.3 us more at H = 4096 and 0.7 at 7168
-    row_number = tx
-    has_row = tx < MIXES * HC_MULT
-    if PREFETCH_SPREAD == ALWAYS:
-        row_number = warp * PREFETCHES + lane
-        has_row = lane < PREFETCHES
-    elif PREFETCH_SPREAD == MANY_CLUSTERS:
-        row_number = T.if_then_else(many, warp * PREFETCHES + lane, tx)
-        has_row = T.if_then_else(many, lane < PREFETCHES, tx < MIXES * HC_MULT)
-    if has_row and i_c < CLUSTER:
+    if tx < MIXES * HC_MULT and i_c < CLUSTER:
         T.call_extern(
             "handle",
             "mhc::prefetch_l2_bulk",
-            T.access_ptr(
-                fn[row_number // HC_MULT, row_number % HC_MULT * hidden + rank * size], "r"
-            ),
+            T.access_ptr(fn[tx // HC_MULT, tx % HC_MULT * hidden + rank * size], "r"),
             size * 4,
         )
     if early == 0:
@@ -400,8 +262,8 @@ def share_group(
     T.pdl_trigger()
     # all of it under way at once: what goes to shared memory without registers, over the place of
     # its terms
-    for u in slot_rounds(n_shared):
-        if in_slots(u * WARPS, warp, n_shared):
+    for u in T.unroll(-(-n_shared // WARPS)):
+        if u * WARPS + warp < n_shared:
             copy_unit(
                 fn, (u + REGISTER_UNITS) * WARPS + warp, rank, lane, hidden,
                 terms_shared, u * WARPS + warp,
@@ -411,8 +273,8 @@ def share_group(
     if n_shared > 0:
         T.call_extern("handle", "mhc::loads_wait")
         T.sync_warp()
-        for u in slot_rounds(n_shared):
-            if in_slots(u * WARPS, warp, n_shared):
+        for u in T.unroll(-(-n_shared // WARPS)):
+            if u * WARPS + warp < n_shared:
                 split_shared_unit(
                     terms_shared, u * WARPS + warp, lane, shared_weights_local, split_terms_local
                 )
@@ -483,10 +345,7 @@ def share_group(
                     streams_shared[token, j * size + h + v] = new_local[j * CHUNK + v]
     T.sync_threads()
 
-    # projection and sum of squares of this slice, 8 tokens at a time; of the units with terms in
-    # shared memory, all tokens at once where they are more
-    at_once = TILES_AT_ONCE and n_shared > 0
-    project_each = count <= MMA_COLUMNS if at_once else True
+    # projection and sum of squares of this slice, 8 tokens at a time
     for tile in T.serial(T.ceildiv(count, MMA_COLUMNS)):
         token = T.min(tile * MMA_COLUMNS + lane // 4, count - 1)
         for q in T.unroll(8):
@@ -496,20 +355,13 @@ def share_group(
                 streams_shared, token, u * WARPS + warp, lane, hidden,
                 terms_local, u * UNIT_TERMS, terms_shared, None, sums_local,
             )  # fmt: skip
-        for u in slot_rounds(n_shared):
-            if project_each and in_slots(u * WARPS, warp, n_shared):
+        for u in T.unroll(-(-n_shared // WARPS)):
+            if u * WARPS + warp < n_shared:
                 add_unit(
                     streams_shared, token, (u + REGISTER_UNITS) * WARPS + warp, lane, hidden,
                     terms_local, 0, terms_shared, u * WARPS + warp, sums_local,
                 )  # fmt: skip
         store_sums(sums_local, lane, warp, tile, sums_shared)
-    if at_once:
-        T.sync_warp()
-        for tiles in MORE_TILES:
-            if T.ceildiv(count, MMA_COLUMNS) == tiles:
-                project_shared(
-                    streams_shared, tiles, count, warp, lane, hidden, terms_shared, sums_shared
-                )
     T.sync_threads()
 
     # the warps' sums added up, one warp a token and one lane a sum, and sent to the token's owner
@@ -555,23 +407,7 @@ def share_group(
                                 collapse_local[j * VECTOR + v] = streams_shared[
                                     token, j * size + (r * WARP + lane) * VECTOR + v
                                 ]
-                        if WIDE_COLLAPSE:
-                            widen(collapse_local, 0, VECTOR, wide_local)
-                            for v in T.unroll(VECTOR):
-                                total_local[v] = post_local[0] * wide_local[v]
-                            for j in T.unroll(HC_MULT - 1):
-                                widen(collapse_local, (j + 1) * VECTOR, VECTOR, wide_local)
-                                for v in T.unroll(VECTOR):
-                                    total_local[v] = (
-                                        total_local[v] + post_local[j + 1] * wide_local[v]
-                                    )
-                            for v in T.unroll(VECTOR):
-                                squares[0] = squares[0] + total_local[v] * total_local[v]
-                            for v in T.vectorized(VECTOR):
-                                value_local[(i * reps + r) * VECTOR + v] = T.cast(
-                                    total_local[v], "bfloat16"
-                                )
-                        for v in T.unroll(0 if WIDE_COLLAPSE else VECTOR):
+                        for v in T.unroll(VECTOR):
                             value = T.alloc_var("float32", init=0.0)
                             value = post_local[0] * T.cast(collapse_local[v], "float32")
                             for j in T.unroll(HC_MULT - 1):
@@ -607,16 +443,7 @@ def share_group(
                     squares[0] = T.rsqrt(slices_local[0] * (1.0 / hidden) + norm_eps)
                 for r in T.unroll(reps):
                     if (r * WARP + lane) * VECTOR < size:
-                        if norm and WIDE_COLLAPSE:
-                            widen(value_local, (i * reps + r) * VECTOR, VECTOR, wide_local)
-                            widen(gain_local, r * VECTOR, VECTOR, total_local)
-                            for v in T.unroll(VECTOR):
-                                total_local[v] = wide_local[v] * squares[0] * total_local[v]
-                            for v in T.vectorized(VECTOR):
-                                value_local[(i * reps + r) * VECTOR + v] = T.cast(
-                                    total_local[v], "bfloat16"
-                                )
-                        elif norm:
+                        if norm:
                             for v in T.unroll(VECTOR):
                                 value_local[(i * reps + r) * VECTOR + v] = T.cast(
                                     T.cast(value_local[(i * reps + r) * VECTOR + v], "float32")

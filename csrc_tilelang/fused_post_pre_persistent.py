@@ -11,13 +11,17 @@ written once. A CTA's warps have two roles, with registers to match:
 * 8 projection warps hold fn, 144 registers a thread and the rest of it in shared memory. They
   project a tile when it is posted, send its sums to the tokens' owners, and load the tile after the
   next when the one before has been collapsed; one of them makes the collapse weights of the token
-  that this CTA owns. When all tiles are done they make post weights and combs, a token a thread: in
-  the loop, with fn in registers, Sinkhorn spilled, and the kernel before this one took 1.2 times as
-  long as without it.
+  that this CTA owns. When all tiles are done they make post weights and combs: in the loop, with fn
+  in registers, Sinkhorn spilled, and the kernel before this one took 1.2 times as long as without
+  it. Those of the last tile are made in lanes, where their logits still are, by the warp with the
+  weights; those before by the other warps meanwhile, a token a thread. With all of them a token a
+  thread, after a barrier, 256 and 512 tokens at H = 4096 took 14.57 and 23.13 us, now 14.24 and
+  22.61.
 
 Loads are bulk copies, a row each. A warp takes 100 cycles for one, so all projection warps share
 them: by two warps, for 8192 tokens at H = 7168, the kernel took 580 us, by four 525. By the token
-warps, with cp.async, it took 562.
+warps, with cp.async, it took 562; they load their post weights and combs alone, where they have one
+token of a tile.
 
 What CTAs tell each other goes through inboxes as in ``fused_post_pre``, of two sets by the tile's
 parity, opened again for the tile after the next by a thread that has waited. Nothing else has to
@@ -51,7 +55,6 @@ from ._sinkhorn import COMB, sinkhorn, softmax_row, softmax_rows
 from ._steps import mix_stream, widen
 from .fused_post_pre import (
     PAD,
-    PREFETCHES,
     REGISTER_UNITS,
     WARP_TREE,
     WARPS,
@@ -67,23 +70,19 @@ PROJECTION_WARPS = 8  # each with the units of two warps of fused_post_pre
 HALVES = WARPS // PROJECTION_WARPS
 PROJECTION_THREADS = PROJECTION_WARPS * WARP
 TOKEN_WARPS = WARPS - PROJECTION_WARPS
-ALL_HALVES = tuple(range(HALVES))
 # of 512 a thread of each sub-core's four warps: 144 of fn and 40, and what the token warps need
 PROJECTION_REGISTERS = 184
 TOKEN_REGISTERS = 512 // 2 - PROJECTION_REGISTERS
 BUFFERS = 3  # of streams: a tile under way, one posted, one to be collapsed
 WEIGHTS_WARP = PROJECTION_WARPS - 1  # none of those that add up and send sums
+END_THREADS = WEIGHTS_WARP * WARP  # that make the post weights and combs of all tiles but the last
 PROJECTION_BARRIER = 1  # named barrier of the projection warps; 0 is the whole CTA's
 TOKEN_BARRIER = 2  # of the token warps
-# Variants to be measured. All off is what was measured so far.
-SPLIT_END = False  # Sinkhorn of the last tile in lanes, of those before it on the other warps
-TOKENS_FIRST = False  # the first tiles are asked for before the small inputs
-MIXES_BY_TOKENS = False  # token warps load their own mixes, by cp.async
-WEIGHTS_FREE = False  # the warp that makes the weights loads nothing: the others load its part
-STATIC_SLOTS = False  # as in fused_post_pre, and the next two
-RELAXED_ARRIVE = False
-PREFETCH_SPREAD = False
 WIDE_TILE_COLUMNS = 320  # columns of a slice up to which 16 tokens fit
+PREFETCHES = MIXES * HC_MULT // WARPS  # rows of fn's slice that a warp brings to L2
+
+# what a kernel loops over at trace time
+ALL_HALVES = tuple(range(HALVES))
 
 
 def tile_tokens(hidden: int) -> int:
@@ -96,11 +95,24 @@ def warp_tokens(hidden: int) -> int:
     return tile_tokens(hidden) // TOKEN_WARPS
 
 
+def tokens_load_mixes(hidden: int) -> bool:
+    """Whether token warps load their post weights and combs themselves: of one token a tile.
+
+    For 8192 tokens at H = 7168 the kernel took 480 us so, 494 with bulk copies by the projection
+    warps; of two tokens a tile, at H = 4096, 294 and 289.
+    """
+    return warp_tokens(hidden) == 1
+
+
 def in_slots(first: int, warp, n_shared: int):
-    """Whether projection warp ``warp`` has slot ``first + warp``: known now, where all or none."""
-    if STATIC_SLOTS and first + PROJECTION_WARPS <= n_shared:
+    """Whether projection warp ``warp`` has slot ``first + warp``: known now, where all or none do.
+
+    Without a branch around the units in shared memory, 512 and 8192 tokens at H = 7168 took 40.85
+    and 491 us, before 42.30 and 513; some of it by the relaxed arrival and the spread prefetch.
+    """
+    if first + PROJECTION_WARPS <= n_shared:
         return True
-    if STATIC_SLOTS and first >= n_shared:
+    if first >= n_shared:
         return False
     return first + warp < n_shared
 
@@ -111,11 +123,11 @@ def tokens_here(i, size, count):
 
 
 def load_bytes(i, part, hidden, count):
-    """What warp ``part`` loads of tile ``i``: x, streams, post weights and combs."""
+    """What warp ``part`` loads of tile ``i``: x, streams, and mixes that no token warp loads."""
     per = warp_tokens(hidden)
     row = HC_MULT + 1
     here = T.max(T.min(per, count - i * tile_tokens(hidden) - part * per), 0)
-    mixes = 0 if MIXES_BY_TOKENS else row * HC_MULT * 4
+    mixes = 0 if tokens_load_mixes(hidden) else row * HC_MULT * 4
     return here * (row * slice_size(hidden) * 2 + mixes)
 
 
@@ -165,7 +177,7 @@ def load_tokens(
                     size * 2,
                     inbox,
                 )
-    if not MIXES_BY_TOKENS and lane == 0 and here > 0:
+    if not tokens_load_mixes(hidden) and lane == 0 and here > 0:
         t = first + i * tile + row0
         T.call_extern(
             "handle",
@@ -186,81 +198,22 @@ def load_tokens(
 
 
 @T.macro
-def load_share(
-    x, residual, post_layer_mix, comb_res_mix, first, count, i, rank, share, part, lane, hidden,
-    x_shared, streams_shared, post_shared, comb_shared, inbox,
-):  # fmt: skip
-    """A warp's share of another's part of tile ``i``: of each token x, a stream or mixes."""
-    tile = tile_tokens(hidden)
-    per = warp_tokens(hidden)
-    size = slice_size(hidden)
-    row0 = part * per
-    here = T.min(per, count - i * tile - row0)
-    for k in T.unroll(per, unroll_factor=1):
-        if lane == 0 and k < here:
-            t = first + i * tile + row0 + k
-            if share == 0:
-                T.call_extern(
-                    "handle",
-                    "mhc::load_bulk",
-                    T.access_ptr(x_shared[i % 2 * tile + row0 + k, 0], "w"),
-                    T.access_ptr(x[t, rank * size], "r"),
-                    size * 2,
-                    inbox,
-                )
-            elif share <= HC_MULT:
-                T.call_extern(
-                    "handle",
-                    "mhc::load_bulk",
-                    T.access_ptr(
-                        streams_shared[i % BUFFERS * tile + row0 + k, (share - 1) * size], "w"
-                    ),
-                    T.access_ptr(residual[t, share - 1, rank * size], "r"),
-                    size * 2,
-                    inbox,
-                )
-            elif not MIXES_BY_TOKENS and share == HC_MULT + 1:
-                T.call_extern(
-                    "handle",
-                    "mhc::load_bulk",
-                    T.access_ptr(post_shared[i % 2 * tile + row0 + k, 0], "w"),
-                    T.access_ptr(post_layer_mix[t, 0, 0], "r"),
-                    HC_MULT * 4,
-                    inbox,
-                )
-            elif not MIXES_BY_TOKENS and share == HC_MULT + 2:
-                T.call_extern(
-                    "handle",
-                    "mhc::load_bulk",
-                    T.access_ptr(comb_shared[i % 2 * tile + row0 + k, 0], "w"),
-                    T.access_ptr(comb_res_mix[t, 0, 0], "r"),
-                    HC_MULT * HC_MULT * 4,
-                    inbox,
-                )
-
-
-@T.macro
-def load_mixes(
-    post_layer_mix, comb_res_mix, first, count, i, row0, lane, hidden, post_shared, comb_shared
-):
-    """Post weights and combs of a token warp's own tokens of tile ``i``: a group of cp.async."""
-    tile = tile_tokens(hidden)
-    k = lane // (HC_MULT + 1)
-    r = lane % (HC_MULT + 1)
-    if k < warp_tokens(hidden) and i * tile + row0 + k < count:
-        if r == 0:
+def load_mixes(post_layer_mix, comb_res_mix, t, there, row, lane, post_shared, comb_shared):
+    """Post weights and combs of token ``t`` if ``there``, 16 bytes a lane: a group of cp.async."""
+    if lane <= HC_MULT and there:
+        if lane == 0:
             T.call_extern(
                 "handle",
                 "mhc::load_async16",
-                T.access_ptr(post_shared[i % 2 * tile + row0 + k, 0], "w"),
-                T.access_ptr(post_layer_mix[first + i * tile + row0 + k, 0, 0], "r"),
+                T.access_ptr(post_shared[row, 0], "w"),
+                T.access_ptr(post_layer_mix[t, 0, 0], "r"),
             )
         else:
             T.call_extern(
                 "handle",
                 "mhc::load_async16",
-                T.access_ptr(comb_shared[i % 2 * tile + row0 + k, (r - 1) * HC_MULT], "w"),
-                T.access_ptr(comb_res_mix[first + i * tile + row0 + k, r - 1, 0], "r"),
+                T.access_ptr(comb_shared[row, (lane - 1) * HC_MULT], "w"),
+                T.access_ptr(comb_res_mix[t, lane - 1, 0], "r"),
             )
     T.call_extern("handle", "mhc::loads_commit")
 
@@ -420,12 +373,11 @@ def run_roles(
                     T.access_ptr(loads_inbox[i, warp], "w"),
                     load_bytes(i, warp, hidden, count),
                 )
-    if RELAXED_ARRIVE:
-        T.call_extern("handle", "tl::cluster_arrive_relaxed")
-    else:
-        T.cluster_arrive()
-    row = warp * PREFETCHES + lane if PREFETCH_SPREAD else tx
-    if (lane < PREFETCHES if PREFETCH_SPREAD else tx < MIXES * HC_MULT) and i_c < CLUSTER:
+    # relaxed as in fused_post_pre, and fn's rows to L2 by all warps, six each, not by three: both
+    # together, 256 and 512 tokens at H = 4096 took 14.57 and 23.13 us, before 15.26 and 23.30
+    T.call_extern("handle", "tl::cluster_arrive_relaxed")
+    row = warp * PREFETCHES + lane
+    if lane < PREFETCHES and i_c < CLUSTER:
         T.call_extern(
             "handle",
             "mhc::prefetch_l2_bulk",
@@ -527,7 +479,7 @@ def run_roles(
                     T.access_ptr(vectors_local[0], "r"),
                 )
             # loads of the tile after the next, when the tile before has been collapsed
-            if i + 2 < tiles and (not WEIGHTS_FREE or warp != WEIGHTS_WARP):
+            if i + 2 < tiles:
                 T.call_extern(
                     "handle", "mhc::gate_wait", T.access_ptr(freed[i % 2], "r"), i // 2 % 2
                 )
@@ -537,13 +489,6 @@ def run_roles(
                     lane, hidden, x_shared, streams_shared, post_shared, comb_shared,
                     T.access_ptr(loads_inbox[(i + 2) % BUFFERS, warp], "w"),
                 )  # fmt: skip
-                if WEIGHTS_FREE:
-                    load_share(
-                        x, residual, post_layer_mix, comb_res_mix, first, count, i + 2, rank, warp,
-                        WEIGHTS_WARP, lane, hidden, x_shared, streams_shared, post_shared,
-                        comb_shared,
-                        T.access_ptr(loads_inbox[(i + 2) % BUFFERS, WEIGHTS_WARP], "w"),
-                    )  # fmt: skip
             if warp == WEIGHTS_WARP:
                 own = rank - i % every * tile
                 if own >= 0 and own < here:
@@ -587,22 +532,20 @@ def run_roles(
                             lane,
                             T.access_ptr(pre_local[0], "r"),
                         )
-                    # the other logits wait where their results will be
+                    # the other logits wait where their results will be; of the last tile, here
                     t = first + i * tile + own
-                    if not SPLIT_END or i + 1 < tiles:
+                    if i + 1 < tiles:
                         if lane >= HC_MULT and lane < COMB:
                             post_mix[t, lane - HC_MULT, 0] = logit[0]
                         elif lane >= COMB and lane < MIXES:
                             comb_mix[t, (lane - COMB) // HC_MULT, lane % HC_MULT] = logit[0]
-        if not SPLIT_END:
-            T.sync_threads(PROJECTION_BARRIER, PROJECTION_THREADS)
-        # of the tokens that this CTA owns, one a thread: post' = sigmoid(m) * hc_post_mult_value,
-        # comb' = Sinkhorn(softmax_rows(m))
-        others = WEIGHTS_WARP * WARP if SPLIT_END else PROJECTION_THREADS
-        before = (tiles - 1) * tile if SPLIT_END else count
-        for k in T.serial(T.ceildiv(before, others * CLUSTER)):
-            t = (k * others + tx) * CLUSTER + rank
-            if tx < others and t < before:
+        # of the tokens that this CTA owns: post' = sigmoid(m) * hc_post_mult_value,
+        # comb' = Sinkhorn(softmax_rows(m)). Of the tiles before the last, a token a thread: their
+        # logits were written before the last tile's barrier
+        before = (tiles - 1) * tile
+        for k in T.serial(T.ceildiv(before, END_THREADS * CLUSTER)):
+            t = (k * END_THREADS + tx) * CLUSTER + rank
+            if tx < END_THREADS and t < before:
                 for j in T.vectorized(HC_MULT):
                     pre_local[j] = post_mix[first + t, j, 0]
                 for r in T.unroll(HC_MULT):
@@ -618,11 +561,11 @@ def run_roles(
                 for r in T.unroll(HC_MULT):
                     for j in T.vectorized(HC_MULT):
                         comb_mix[first + t, r, j] = comb_local[r * HC_MULT + j]
-        if SPLIT_END and warp == WEIGHTS_WARP:
-            # that of the last tile, whose logits are in the lanes still
+        # and of the last tile, in lanes
+        if warp == WEIGHTS_WARP:
             own = rank - (tiles - 1) % every * tile
-            if own >= 0 and own < count - (tiles - 1) * tile:
-                t = first + (tiles - 1) * tile + own
+            if own >= 0 and own < count - before:
+                t = first + before + own
                 sigmoid(logit[0], mix)
                 if lane >= HC_MULT and lane < COMB:
                     post_mix[t, lane - HC_MULT, 0] = mix[0] * hc_post_mult_value
@@ -644,19 +587,6 @@ def run_roles(
         T.pdl_trigger()
         T.cluster_wait()
         T.pdl_sync()
-        if TOKENS_FIRST:
-            # who projects is not ready yet; everyone's own
-            for i in T.unroll(2):
-                if MIXES_BY_TOKENS:
-                    load_mixes(
-                        post_layer_mix, comb_res_mix, first, count, i, row0, lane, hidden,
-                        post_shared, comb_shared,
-                    )  # fmt: skip
-                load_tokens(
-                    x, residual, post_layer_mix, comb_res_mix, first, count, i, rank, me, lane,
-                    hidden, x_shared, streams_shared, post_shared, comb_shared,
-                    T.access_ptr(loads_inbox[i, me], "w"),
-                )  # fmt: skip
         if warp == PROJECTION_WARPS and lane < 3:
             hc_shared[lane] = hc_scale[lane]
         if warp == PROJECTION_WARPS and lane < MIXES:
@@ -669,19 +599,18 @@ def run_roles(
                             rank * size + (r * WARP + lane) * VECTOR + v
                         ]
         T.sync_threads(TOKEN_BARRIER, TOKEN_WARPS * WARP)
-        if not TOKENS_FIRST:
-            # who projects is not ready yet; everyone's own
-            for i in T.unroll(2):
-                if MIXES_BY_TOKENS:
-                    load_mixes(
-                        post_layer_mix, comb_res_mix, first, count, i, row0, lane, hidden,
-                        post_shared, comb_shared,
-                    )  # fmt: skip
-                load_tokens(
-                    x, residual, post_layer_mix, comb_res_mix, first, count, i, rank, me, lane,
-                    hidden, x_shared, streams_shared, post_shared, comb_shared,
-                    T.access_ptr(loads_inbox[i, me], "w"),
+        # who projects is not ready yet; everyone's own
+        for i in T.unroll(2):
+            if tokens_load_mixes(hidden):
+                load_mixes(
+                    post_layer_mix, comb_res_mix, first + i * tile + row0, i * tile + row0 < count,
+                    i * tile + row0, lane, post_shared, comb_shared,
                 )  # fmt: skip
+            load_tokens(
+                x, residual, post_layer_mix, comb_res_mix, first, count, i, rank, me, lane, hidden,
+                x_shared, streams_shared, post_shared, comb_shared,
+                T.access_ptr(loads_inbox[i, me], "w"),
+            )  # fmt: skip
         for i in T.serial(tiles + 2):
             # post, as soon as the loads are there
             if i < tiles:
@@ -700,7 +629,8 @@ def run_roles(
                             T.access_ptr(loads_inbox[i % BUFFERS, me], "w"),
                             load_bytes(i + BUFFERS, me, hidden, count),
                         )
-                if MIXES_BY_TOKENS:
+                if tokens_load_mixes(hidden):
+                    # all but those of the next tile
                     T.call_extern("handle", "mhc::loads_wait_but<1>")
                     T.sync_warp()
                 for k in T.serial(T.max(T.min(per, count - i * tile - row0), 0)):
@@ -710,12 +640,13 @@ def run_roles(
                         first + i * tile + row0 + k, rank, lane, hidden,
                     )  # fmt: skip
                 T.call_extern("handle", "mhc::gate_pass", T.access_ptr(posted[i % 2], "w"))
-                if MIXES_BY_TOKENS:
+                if tokens_load_mixes(hidden):
                     # in the place of those that the warp has used
                     T.sync_warp()
                     load_mixes(
-                        post_layer_mix, comb_res_mix, first, count, i + 2, row0, lane, hidden,
-                        post_shared, comb_shared,
+                        post_layer_mix, comb_res_mix, first + (i + 2) * tile + row0,
+                        (i + 2) * tile + row0 < count, i % 2 * tile + row0, lane, post_shared,
+                        comb_shared,
                     )  # fmt: skip
             # RMSNorm of the tile before the last: bf16(bf16(v) * rsqrt(mean(v^2) + norm_eps) * g)
             if norm and i >= 2 and (i - 2) * tile + row0 < count:
