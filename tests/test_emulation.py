@@ -298,7 +298,9 @@ def small_clusters():
     with kernels_with(
         "_boundary", "_operands", "fused_post_pre", "_group", *ENDS,
         CLUSTER=2, GROUP_TOKENS=4, EXPAND_PRE_GROUP_TOKENS=16, POST_HEAD_GROUP_TOKENS=16,
-    ):  # fmt: skip
+    ) as modules, pytest.MonkeyPatch.context() as patch:  # fmt: skip
+        # three are many already, at whose barrier they arrive relaxed
+        patch.setattr(modules[2], "FEW_CLUSTERS", 2)
         yield
 
 
@@ -333,22 +335,53 @@ def test_no_races_in_clusters(monkeypatch, folder, small_clusters, op, tokens, k
     device.check(op, cluster_inputs(op, tokens, key))
 
 
-def test_no_races_in_the_persistent_kernel(monkeypatch, folder):
-    """In one cluster of 8, a token of each tile a CTA: 4096 threads, about what can be held."""
-    key = dispatch.persistent_key(256, ARCH, True)
+PERSISTENT_KEY = dispatch.persistent_key(256, ARCH, True)
+
+
+@pytest.fixture(scope="module")
+def small_persistent_kernel() -> Lowered:
+    """In clusters of 8 with tiles of 8: 4096 threads, about what ThreadSanitizer can hold."""
     names = ("_boundary", "_operands", "fused_post_pre", "fused_post_pre_persistent")
-    with kernels_with(*names, CLUSTER=8) as modules:
-        monkeypatch.setattr(modules[-1], "WIDE_TILE_COLUMNS", 0)  # tiles of 8
-        lowered = small_cluster_kernel(key)
+    with kernels_with(*names, CLUSTER=8) as modules, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modules[-1], "WIDE_TILE_COLUMNS", 0)
+        return small_cluster_kernel(PERSISTENT_KEY)
+
+
+def run_persistent(monkeypatch, folder, lowered: Lowered) -> None:
+    """In one cluster, 4 tiles, the last one short: every buffer, gate and inbox is used again."""
     monkeypatch.setattr(dispatch, "ONE_LAUNCH_MAX_TOKENS", 0)
     monkeypatch.setattr(dispatch, "CLUSTERS", 1)
     monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
     device = Device(
         monkeypatch, lambda key: Kernel(lowered, folder, sanitize_threads=True, resident=8)
     )
-    # 4 tiles, the last one short: every buffer, gate and inbox is used again
-    device.check("fused_post_pre", cluster_inputs("fused_post_pre", 27, key))
-    assert device.launched == {key}
+    device.check("fused_post_pre", cluster_inputs("fused_post_pre", 27, PERSISTENT_KEY))
+    assert device.launched == {PERSISTENT_KEY}
+
+
+def test_no_races_in_the_persistent_kernel(monkeypatch, folder, small_persistent_kernel):
+    run_persistent(monkeypatch, folder, small_persistent_kernel)
+
+
+MIXES_WAIT = re.compile(r"^ *mhc::loads_wait_but<1>\(\);\n *(__syncwarp\(\);\n)", re.M)
+MIXES_AGAIN = re.compile(r"^ *mhc::gate_pass\(.*\);\n *(__syncwarp\(\);\n)", re.M)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "group"),
+    [(MIXES_WAIT, 0), (MIXES_WAIT, 1), (MIXES_AGAIN, 1)],
+    ids=["loads", "all_lanes_loads", "all_lanes_reads"],
+)
+def test_mixes_of_token_warps_are_waited_for(
+    monkeypatch, folder, small_persistent_kernel, pattern, group
+):
+    found = list(pattern.finditer(small_persistent_kernel.source))
+    assert len(found) == 1
+    start, end = found[0].span(group)
+    source = small_persistent_kernel.source
+    broken = dataclasses.replace(small_persistent_kernel, source=source[:start] + source[end:])
+    with pytest.raises(EmulationError, match=r"data race|waited for"):
+        run_persistent(monkeypatch, folder, broken)
 
 
 WAIT = re.compile(
