@@ -11,13 +11,17 @@ written once. A CTA's warps have two roles, with registers to match:
 * 8 projection warps hold fn, 144 registers a thread and the rest of it in shared memory. They
   project a tile when it is posted, send its sums to the tokens' owners, and load the tile after the
   next when the one before has been collapsed; one of them makes the collapse weights of the token
-  that this CTA owns. When all tiles are done they make post weights and combs, a token a thread: in
-  the loop, with fn in registers, Sinkhorn spilled, and the kernel before this one took 1.2 times as
-  long as without it.
+  that this CTA owns. When all tiles are done they make post weights and combs: in the loop, with fn
+  in registers, Sinkhorn spilled, and the kernel before this one took 1.2 times as long as without
+  it. Those of the last tile are made in lanes, where their logits still are, by the warp with the
+  weights; those before by the other warps meanwhile, a token a thread. With all of them a token a
+  thread, after a barrier, 256 and 512 tokens at H = 4096 took 14.57 and 23.13 us, now 14.24 and
+  22.61.
 
 Loads are bulk copies, a row each. A warp takes 100 cycles for one, so all projection warps share
 them: by two warps, for 8192 tokens at H = 7168, the kernel took 580 us, by four 525. By the token
-warps, with cp.async, it took 562.
+warps, with cp.async, it took 562; they load their post weights and combs alone, where they have one
+token of a tile.
 
 What CTAs tell each other goes through inboxes as in ``fused_post_pre``, of two sets by the tile's
 parity, opened again for the tile after the next by a thread that has waited. Nothing else has to
@@ -34,25 +38,35 @@ import tilelang.language as T
 from ..dispatch import CLUSTER
 from ._boundary import boundary_program
 from ._collapse import sigmoid
-from ._device import DEVICE_SOURCE, HC_MULT, MIXES, MMA_COLUMNS, SQUARES, VECTOR, WARP
+from ._device import DEVICE_SOURCE, HC_MULT, MIXES, MMA_COLUMNS, VECTOR, WARP
 from ._operands import (
     CHUNK,
-    SLICE_TREE,
-    SUMS,
     SUMS_PITCH,
     UNIT_TERMS,
     UNIT_WEIGHTS,
-    add_tree,
     slice_size,
     split_unit,
     store_sums,
 )
-from ._sinkhorn import COMB, sinkhorn, softmax_rows
-from ._steps import mix_stream, widen
+from ._persistent import (
+    HALVES,
+    PROJECTION_THREADS,
+    PROJECTION_WARPS,
+    collapse_tile,
+    finish_mixes,
+    leave_logits,
+    make_weights,
+    normalise_tile,
+    send_sums,
+    squares_bytes,
+    tile_tokens,
+    weights_bytes,
+)
+from ._sinkhorn import COMB, sinkhorn, softmax_row
+from ._steps import mix_stream
 from .fused_post_pre import (
     PAD,
     REGISTER_UNITS,
-    WARP_TREE,
     WARPS,
     add_unit,
     copy_unit,
@@ -62,23 +76,19 @@ from .fused_post_pre import (
 )
 
 THREADS = WARPS * WARP
-PROJECTION_WARPS = 8  # each with the units of two warps of fused_post_pre
-HALVES = WARPS // PROJECTION_WARPS
-PROJECTION_THREADS = PROJECTION_WARPS * WARP
 TOKEN_WARPS = WARPS - PROJECTION_WARPS
 # of 512 a thread of each sub-core's four warps: 144 of fn and 40, and what the token warps need
 PROJECTION_REGISTERS = 184
 TOKEN_REGISTERS = 512 // 2 - PROJECTION_REGISTERS
 BUFFERS = 3  # of streams: a tile under way, one posted, one to be collapsed
 WEIGHTS_WARP = PROJECTION_WARPS - 1  # none of those that add up and send sums
+END_THREADS = WEIGHTS_WARP * WARP  # that make the post weights and combs of all tiles but the last
 PROJECTION_BARRIER = 1  # named barrier of the projection warps; 0 is the whole CTA's
 TOKEN_BARRIER = 2  # of the token warps
-WIDE_TILE_COLUMNS = 320  # columns of a slice up to which 16 tokens fit
+PREFETCHES = MIXES * HC_MULT // WARPS  # rows of fn's slice that a warp brings to L2
 
-
-def tile_tokens(hidden: int) -> int:
-    """Tokens of a tile: 16, or 8 where 16 do not fit in shared memory."""
-    return 16 if slice_size(hidden) <= WIDE_TILE_COLUMNS else 8
+# what a kernel loops over at trace time
+ALL_HALVES = tuple(range(HALVES))
 
 
 def warp_tokens(hidden: int) -> int:
@@ -86,28 +96,35 @@ def warp_tokens(hidden: int) -> int:
     return tile_tokens(hidden) // TOKEN_WARPS
 
 
-def tokens_here(i, size, count):
-    """Tokens of tile ``i`` of ``size`` tokens, 0 past the end."""
-    return T.max(T.min(size, count - i * size), 0)
+def tokens_load_mixes(hidden: int) -> bool:
+    """Whether token warps load their post weights and combs themselves: of one token a tile.
+
+    For 8192 tokens at H = 7168 the kernel took 480 us so, 494 with bulk copies by the projection
+    warps; of two tokens a tile, at H = 4096, 294 and 289.
+    """
+    return warp_tokens(hidden) == 1
+
+
+def in_slots(first: int, warp, n_shared: int):
+    """Whether projection warp ``warp`` has slot ``first + warp``: known now, where all or none do.
+
+    Without a branch around the units in shared memory, 512 and 8192 tokens at H = 7168 took 40.85
+    and 491 us, before 42.30 and 513; some of it by the relaxed arrival and the spread prefetch.
+    """
+    if first + PROJECTION_WARPS <= n_shared:
+        return True
+    if first >= n_shared:
+        return False
+    return first + warp < n_shared
 
 
 def load_bytes(i, part, hidden, count):
-    """What warp ``part`` loads of tile ``i``: x, streams, post weights and combs."""
+    """What warp ``part`` loads of tile ``i``: x, streams, and mixes that no token warp loads."""
     per = warp_tokens(hidden)
     row = HC_MULT + 1
     here = T.max(T.min(per, count - i * tile_tokens(hidden) - part * per), 0)
-    return here * (row * slice_size(hidden) * 2 + row * HC_MULT * 4)
-
-
-def weights_bytes(i, hidden, count):
-    """What the owners send of tile ``i``: 4 weights a token."""
-    return tokens_here(i, tile_tokens(hidden), count) * (HC_MULT * 4)
-
-
-def squares_bytes(i, hidden, count):
-    """What 16 CTAs send of tile ``i``: a sum a token, as many at once as a token warp has."""
-    each = warp_tokens(hidden)
-    return T.ceildiv(tokens_here(i, tile_tokens(hidden), count), each) * (each * CLUSTER * 4)
+    mixes = 0 if tokens_load_mixes(hidden) else row * HC_MULT * 4
+    return here * (row * slice_size(hidden) * 2 + mixes)
 
 
 @T.macro
@@ -145,7 +162,7 @@ def load_tokens(
                     size * 2,
                     inbox,
                 )
-    if lane == 0 and here > 0:
+    if not tokens_load_mixes(hidden) and lane == 0 and here > 0:
         t = first + i * tile + row0
         T.call_extern(
             "handle",
@@ -163,6 +180,27 @@ def load_tokens(
             here * (HC_MULT * HC_MULT * 4),
             inbox,
         )
+
+
+@T.macro
+def load_mixes(post_layer_mix, comb_res_mix, t, there, row, lane, post_shared, comb_shared):
+    """Post weights and combs of token ``t`` if ``there``, 16 bytes a lane: a group of cp.async."""
+    if lane <= HC_MULT and there:
+        if lane == 0:
+            T.call_extern(
+                "handle",
+                "mhc::load_async16",
+                T.access_ptr(post_shared[row, 0], "w"),
+                T.access_ptr(post_layer_mix[t, 0, 0], "r"),
+            )
+        else:
+            T.call_extern(
+                "handle",
+                "mhc::load_async16",
+                T.access_ptr(comb_shared[row, (lane - 1) * HC_MULT], "w"),
+                T.access_ptr(comb_res_mix[t, lane - 1, 0], "r"),
+            )
+    T.call_extern("handle", "mhc::loads_commit")
 
 
 @T.macro
@@ -203,13 +241,6 @@ def post_token(
 
 
 @T.macro
-def add_slices(value):
-    """value[0] summed up over 16 aligned lanes, in the order of SLICE_TREE."""
-    for half in SLICE_TREE:
-        value[0] = value[0] + T.shfl_xor(value[0], half)
-
-
-@T.macro
 def run_roles(
     x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, gain, residual_out, post_mix,
     comb_mix, layer_input, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
@@ -225,7 +256,7 @@ def run_roles(
     every = CLUSTER // tile  # a CTA owns one token in every so many tiles
     owned = 2 // every  # sets of what an owner is sent
     mma_tiles = tile // MMA_COLUMNS
-    shared_rounds = -(-n_shared // WARPS)
+    all_rounds = tuple(range(-(-n_shared // WARPS)))
     rank = i_c % CLUSTER
     tx = T.get_thread_binding()
     lane = tx % WARP
@@ -256,22 +287,8 @@ def run_roles(
     shared_weights_local = T.alloc_local((UNIT_WEIGHTS,), "float32")
     sums_local = T.alloc_local((8,), "float32")
     both_local = T.alloc_local((8,), "float32")
-    slices_local = T.alloc_local((CLUSTER,), "float32")
-    vectors_local = T.alloc_local((PROJECTION_WARPS // 2 * 4,), "float32")
-    upper_local = T.alloc_local((4,), "float32")
     comb_local = T.alloc_local((HC_MULT * HC_MULT,), "float32")
-    pre_local = T.alloc_local((HC_MULT,), "float32")
-    collapse_weights = T.alloc_local((per * HC_MULT,), "float32")
     value_local = T.alloc_local((per * reps * VECTOR,), "bfloat16")
-    gain_local = T.alloc_local((VECTOR,), "bfloat16")
-    out_local = T.alloc_local((VECTOR,), "bfloat16")
-    collapse_local = T.alloc_local((HC_MULT * VECTOR,), "bfloat16")
-    wide_local = T.alloc_local((VECTOR,), "float32")
-    total_local = T.alloc_local((VECTOR,), "float32")
-    squares_local = T.alloc_local((per,), "float32")
-    squares = T.alloc_local((1,), "float32")
-    scale = T.alloc_local((1,), "float32")
-    base = T.alloc_local((1,), "float32")
     logit = T.alloc_local((1,), "float32")
     mix = T.alloc_local((1,), "float32")
 
@@ -289,7 +306,7 @@ def run_roles(
                 "handle",
                 "mhc::inbox_open",
                 T.access_ptr(squares_inbox[warp - owned], "w"),
-                squares_bytes(warp - owned, hidden, count),
+                squares_bytes(warp - owned, per, hidden, count),
             )
         elif warp < owned + 4:
             T.call_extern(
@@ -320,12 +337,15 @@ def run_roles(
                     T.access_ptr(loads_inbox[i, warp], "w"),
                     load_bytes(i, warp, hidden, count),
                 )
-    T.cluster_arrive()
-    if tx < MIXES * HC_MULT and i_c < CLUSTER:
+    # relaxed as in fused_post_pre, and fn's rows to L2 by all warps, six each, not by three: both
+    # together, 256 and 512 tokens at H = 4096 took 14.57 and 23.13 us, before 15.26 and 23.30
+    T.call_extern("handle", "tl::cluster_arrive_relaxed")
+    row = warp * PREFETCHES + lane
+    if lane < PREFETCHES and i_c < CLUSTER:
         T.call_extern(
             "handle",
             "mhc::prefetch_l2_bulk",
-            T.access_ptr(fn[tx // HC_MULT, tx % HC_MULT * hidden + rank * size], "r"),
+            T.access_ptr(fn[row // HC_MULT, row % HC_MULT * hidden + rank * size], "r"),
             size * 4,
         )
 
@@ -335,27 +355,29 @@ def run_roles(
             T.pdl_sync()
         T.pdl_trigger()
         # fn, split, as in fused_post_pre; this warp has the units of its warps p and p + 8
-        for half in T.unroll(HALVES):
-            for u in T.unroll(shared_rounds):
+        for half in ALL_HALVES:
+            for u in all_rounds:
                 slot = u * WARPS + half * PROJECTION_WARPS + warp
-                if slot < n_shared:
+                if in_slots(u * WARPS + half * PROJECTION_WARPS, warp, n_shared):
                     copy_unit(
                         fn, slot + REGISTER_UNITS * WARPS, rank, lane, hidden, terms_shared, slot
                     )
         for half in T.unroll(HALVES):
             unit = half * PROJECTION_WARPS + warp
-            t0 = half * REGISTER_UNITS * UNIT_TERMS
             for u in T.unroll(REGISTER_UNITS):
                 load_unit(fn, unit + u * WARPS, rank, lane, hidden, weights_local, u * UNIT_WEIGHTS)
             for u in T.unroll(REGISTER_UNITS):
-                split_unit(weights_local, u * UNIT_WEIGHTS, terms_local, t0 + u * UNIT_TERMS)
+                split_unit(
+                    weights_local, u * UNIT_WEIGHTS, terms_local,
+                    (half * REGISTER_UNITS + u) * UNIT_TERMS,
+                )  # fmt: skip
         if n_shared > 0:
             T.call_extern("handle", "mhc::loads_wait")
             T.sync_warp()
-            for half in T.unroll(HALVES):
-                for u in T.unroll(shared_rounds):
+            for half in ALL_HALVES:
+                for u in all_rounds:
                     slot = u * WARPS + half * PROJECTION_WARPS + warp
-                    if slot < n_shared:
+                    if in_slots(u * WARPS + half * PROJECTION_WARPS, warp, n_shared):
                         split_shared_unit(
                             terms_shared, slot, lane, shared_weights_local, split_terms_local
                         )
@@ -368,7 +390,7 @@ def run_roles(
             T.call_extern("handle", "mhc::gate_wait", T.access_ptr(posted[i % 2], "r"), i // 2 % 2)
             for n in T.serial(T.ceildiv(here, MMA_COLUMNS)):
                 row = i % BUFFERS * tile + T.min(n * MMA_COLUMNS + lane // 4, here - 1)
-                for half in T.unroll(HALVES):
+                for half in ALL_HALVES:
                     for q in T.unroll(8):
                         sums_local[q] = 0.0
                     unit = half * PROJECTION_WARPS + warp
@@ -378,8 +400,8 @@ def run_roles(
                             streams_shared, row, unit + u * WARPS, lane, hidden,
                             terms_local, t0 + u * UNIT_TERMS, terms_shared, None, sums_local,
                         )  # fmt: skip
-                    for u in T.unroll(shared_rounds):
-                        if unit + u * WARPS < n_shared:
+                    for u in all_rounds:
+                        if in_slots(u * WARPS + half * PROJECTION_WARPS, warp, n_shared):
                             add_unit(
                                 streams_shared, row, unit + (u + REGISTER_UNITS) * WARPS, lane,
                                 hidden, terms_local, 0, terms_shared, unit + u * WARPS, sums_local,
@@ -395,31 +417,12 @@ def run_roles(
             # the warps' sums added up, 4 of a token a thread, and sent to the token's owner
             sent = tx // 8
             if sent < here and tx % 8 < SUMS_PITCH // 4:
-                for w in T.unroll(PROJECTION_WARPS // 2):
-                    for v in T.vectorized(4):
-                        pre_local[v] = sums_shared[
-                            set0 + sent // MMA_COLUMNS, w, sent % MMA_COLUMNS, tx % 8 * 4 + v
-                        ]
-                    for v in T.vectorized(4):
-                        upper_local[v] = sums_shared[
-                            set0 + sent // MMA_COLUMNS,
-                            w + PROJECTION_WARPS // 2,
-                            sent % MMA_COLUMNS,
-                            tx % 8 * 4 + v,
-                        ]
-                    for v in T.unroll(4):
-                        vectors_local[w * 4 + v] = pre_local[v] + upper_local[v]
-                for half in WARP_TREE[2:]:
-                    for q in T.unroll(half * 4):
-                        vectors_local[q] = vectors_local[q] + vectors_local[half * 4 + q]
-                T.call_extern(
-                    "handle",
-                    "mhc::send4",
+                send_sums(
+                    sums_shared, set0, sent, tx % 8 * 4,
                     T.access_ptr(slices_shared[i % owned, rank, tx % 8 * 4], "w"),
                     T.access_ptr(sums_inbox[i % owned], "w"),
                     i % every * tile + sent,
-                    T.access_ptr(vectors_local[0], "r"),
-                )
+                )  # fmt: skip
             # loads of the tile after the next, when the tile before has been collapsed
             if i + 2 < tiles:
                 T.call_extern(
@@ -434,78 +437,41 @@ def run_roles(
             if warp == WEIGHTS_WARP:
                 own = rank - i % every * tile
                 if own >= 0 and own < here:
-                    # m = projection * rsqrt(mean square + rms_eps), one column a lane; scale, base
-                    scale[0] = hc_shared[
-                        T.if_then_else(lane < HC_MULT, 0, T.if_then_else(lane < COMB, 1, 2))
-                    ]
-                    base[0] = hc_shared[3 + T.min(lane, MIXES - 1)]
-                    T.call_extern(
-                        "handle",
-                        "mhc::inbox_wait",
-                        T.access_ptr(sums_inbox[i % owned], "r"),
-                        i // 2 % 2,
-                    )
-                    for c in T.unroll(CLUSTER):
-                        slices_local[c] = slices_shared[i % owned, c, T.min(lane, SUMS - 1)]
-                    T.sync_warp()
-                    if lane == 0:
-                        T.call_extern(
-                            "handle",
-                            "mhc::inbox_again",
-                            T.access_ptr(sums_inbox[i % owned], "w"),
-                            CLUSTER * SUMS_PITCH * 4,
-                        )
-                    add_tree(slices_local, SLICE_TREE)
-                    mix[0] = T.rsqrt(
-                        T.shfl_sync(slices_local[0], SQUARES) * (1.0 / (HC_MULT * hidden)) + rms_eps
-                    )
-                    logit[0] = slices_local[0] * mix[0] * scale[0] + base[0]
-                    # collapse weights: sigmoid(m) + hc_pre_eps, to everyone
-                    sigmoid(logit[0], mix)
-                    mix[0] = mix[0] + hc_pre_eps
-                    for j in T.unroll(HC_MULT):
-                        pre_local[j] = T.shfl_sync(mix[0], j)
-                    if lane < CLUSTER:
-                        T.call_extern(
-                            "handle",
-                            "mhc::send4",
-                            T.access_ptr(weights_shared[i % 2, own, 0], "w"),
-                            T.access_ptr(weights_inbox[i % 2], "w"),
-                            lane,
-                            T.access_ptr(pre_local[0], "r"),
-                        )
-                    # the other logits wait where their results will be
-                    t = first + i * tile + own
-                    if lane >= HC_MULT and lane < COMB:
-                        post_mix[t, lane - HC_MULT, 0] = logit[0]
-                    elif lane >= COMB and lane < MIXES:
-                        comb_mix[t, (lane - COMB) // HC_MULT, lane % HC_MULT] = logit[0]
-        T.sync_threads(PROJECTION_BARRIER, PROJECTION_THREADS)
-        # of the tokens that this CTA owns, one a thread: post' = sigmoid(m) * hc_post_mult_value,
-        # comb' = Sinkhorn(softmax_rows(m))
-        for k in T.serial(T.ceildiv(count, PROJECTION_THREADS * CLUSTER)):
-            t = (k * PROJECTION_THREADS + tx) * CLUSTER + rank
-            if t < count:
-                for j in T.vectorized(HC_MULT):
-                    pre_local[j] = post_mix[first + t, j, 0]
-                for r in T.unroll(HC_MULT):
-                    for j in T.vectorized(HC_MULT):
-                        comb_local[r * HC_MULT + j] = comb_mix[first + t, r, j]
-                for j in T.unroll(HC_MULT):
-                    sigmoid(pre_local[j], mix)
-                    pre_local[j] = mix[0] * hc_post_mult_value
-                for j in T.vectorized(HC_MULT):
-                    post_mix[first + t, j, 0] = pre_local[j]
-                softmax_rows(comb_local, hc_sinkhorn_eps)
+                    make_weights(
+                        i, own, slices_shared, sums_inbox, hc_shared, weights_shared,
+                        weights_inbox, rms_eps, hc_pre_eps, lane, hidden, logit,
+                    )  # fmt: skip
+                    # the other logits wait where their results will be; of the last tile, here
+                    if i + 1 < tiles:
+                        leave_logits(first + i * tile + own, logit, lane, post_mix, comb_mix)
+        # of the tokens that this CTA owns: post' = sigmoid(m) * hc_post_mult_value,
+        # comb' = Sinkhorn(softmax_rows(m)). Of the tiles before the last, a token a thread: their
+        # logits were written before the last tile's barrier
+        before = (tiles - 1) * tile
+        finish_mixes(
+            first, before, rank, tx, END_THREADS, post_mix, comb_mix, hc_sinkhorn_eps,
+            hc_post_mult_value, sinkhorn_repeat,
+        )  # fmt: skip
+        # and of the last tile, in lanes
+        if warp == WEIGHTS_WARP:
+            own = rank - (tiles - 1) % every * tile
+            if own >= 0 and own < count - before:
+                t = first + before + own
+                sigmoid(logit[0], mix)
+                if lane >= HC_MULT and lane < COMB:
+                    post_mix[t, lane - HC_MULT, 0] = mix[0] * hc_post_mult_value
+                softmax_row(logit, hc_sinkhorn_eps, mix)
+                for q in T.unroll(HC_MULT * HC_MULT):
+                    comb_local[q] = T.shfl_sync(mix[0], COMB + q)
                 sinkhorn(comb_local, hc_sinkhorn_eps, sinkhorn_repeat)
-                for r in T.unroll(HC_MULT):
-                    for j in T.vectorized(HC_MULT):
-                        comb_mix[first + t, r, j] = comb_local[r * HC_MULT + j]
+                if lane == 0:
+                    for r in T.unroll(HC_MULT):
+                        for j in T.vectorized(HC_MULT):
+                            comb_mix[t, r, j] = comb_local[r * HC_MULT + j]
     else:
         T.set_max_nreg(TOKEN_REGISTERS, 0)
         me = warp - PROJECTION_WARPS
         row0 = me * per
-        mine = lane // CLUSTER % per  # this half warp's token of the warp's
         if early == 0:
             T.pdl_sync()
         T.pdl_trigger()
@@ -525,6 +491,11 @@ def run_roles(
         T.sync_threads(TOKEN_BARRIER, TOKEN_WARPS * WARP)
         # who projects is not ready yet; everyone's own
         for i in T.unroll(2):
+            if tokens_load_mixes(hidden):
+                load_mixes(
+                    post_layer_mix, comb_res_mix, first + i * tile + row0, i * tile + row0 < count,
+                    i * tile + row0, lane, post_shared, comb_shared,
+                )  # fmt: skip
             load_tokens(
                 x, residual, post_layer_mix, comb_res_mix, first, count, i, rank, me, lane, hidden,
                 x_shared, streams_shared, post_shared, comb_shared,
@@ -548,6 +519,10 @@ def run_roles(
                             T.access_ptr(loads_inbox[i % BUFFERS, me], "w"),
                             load_bytes(i + BUFFERS, me, hidden, count),
                         )
+                if tokens_load_mixes(hidden):
+                    # all but those of the next tile
+                    T.call_extern("handle", "mhc::loads_wait_but<1>")
+                    T.sync_warp()
                 for k in T.serial(T.max(T.min(per, count - i * tile - row0), 0)):
                     post_token(
                         x_shared, streams_shared, post_shared, comb_shared, residual_out,
@@ -555,123 +530,26 @@ def run_roles(
                         first + i * tile + row0 + k, rank, lane, hidden,
                     )  # fmt: skip
                 T.call_extern("handle", "mhc::gate_pass", T.access_ptr(posted[i % 2], "w"))
+                if tokens_load_mixes(hidden):
+                    # in the place of those that the warp has used
+                    T.sync_warp()
+                    load_mixes(
+                        post_layer_mix, comb_res_mix, first + (i + 2) * tile + row0,
+                        (i + 2) * tile + row0 < count, i % 2 * tile + row0, lane, post_shared,
+                        comb_shared,
+                    )  # fmt: skip
             # RMSNorm of the tile before the last: bf16(bf16(v) * rsqrt(mean(v^2) + norm_eps) * g)
             if norm and i >= 2 and (i - 2) * tile + row0 < count:
-                T.call_extern(
-                    "handle",
-                    "mhc::inbox_wait",
-                    T.access_ptr(squares_inbox[i % 2], "r"),
-                    (i - 2) // 2 % 2,
-                )
-                squares[0] = squares_shared[i % 2, lane % CLUSTER, row0 + mine]
-                T.sync_warp()
-                if me == 0 and lane == 0 and i < tiles:
-                    T.call_extern(
-                        "handle",
-                        "mhc::inbox_again",
-                        T.access_ptr(squares_inbox[i % 2], "w"),
-                        squares_bytes(i, hidden, count),
-                    )
-                add_slices(squares)
-                squares[0] = T.rsqrt(squares[0] * (1.0 / hidden) + norm_eps)
-                for k in T.unroll(per):
-                    squares_local[k] = T.shfl_sync(squares[0], k * CLUSTER)
-                for k in T.unroll(per):
-                    if (i - 2) * tile + row0 + k < count:
-                        for r in T.unroll(reps):
-                            if (r * WARP + lane) * VECTOR < size:
-                                widen(value_local, (k * reps + r) * VECTOR, VECTOR, wide_local)
-                                for v in T.vectorized(VECTOR):
-                                    gain_local[v] = gain_shared[(r * WARP + lane) * VECTOR + v]
-                                widen(gain_local, 0, VECTOR, total_local)
-                                for v in T.unroll(VECTOR):
-                                    total_local[v] = (
-                                        wide_local[v] * squares_local[k] * total_local[v]
-                                    )
-                                for v in T.vectorized(VECTOR):
-                                    out_local[v] = T.cast(total_local[v], "bfloat16")
-                                for v in T.vectorized(VECTOR):
-                                    layer_input[
-                                        first + (i - 2) * tile + row0 + k,
-                                        rank * size + (r * WARP + lane) * VECTOR + v,
-                                    ] = out_local[v]
+                normalise_tile(
+                    i - 2, i < tiles, squares_shared, squares_inbox, value_local, gain_shared,
+                    layer_input, norm_eps, first, count, rank, me, per, lane, hidden,
+                )  # fmt: skip
             if i >= 1 and (i - 1) * tile + row0 < count:
-                T.call_extern(
-                    "handle",
-                    "mhc::inbox_wait",
-                    T.access_ptr(weights_inbox[(i - 1) % 2], "r"),
-                    (i - 1) // 2 % 2,
-                )
-                for k in T.unroll(per):
-                    for j in T.vectorized(HC_MULT):
-                        collapse_weights[k * HC_MULT + j] = weights_shared[(i - 1) % 2, row0 + k, j]
-                T.sync_warp()
-                if me == 0 and lane == 0 and i + 1 < tiles:
-                    T.call_extern(
-                        "handle",
-                        "mhc::inbox_again",
-                        T.access_ptr(weights_inbox[(i - 1) % 2], "w"),
-                        weights_bytes(i + 1, hidden, count),
-                    )
-                # collapse of the tile before: v = sum_j weight_j * r'_j
-                for k in T.unroll(per):
-                    squares_local[k] = 0.0
-                    if (i - 1) * tile + row0 + k < count:
-                        for r in T.unroll(reps):
-                            if (r * WARP + lane) * VECTOR < size:
-                                for j in T.unroll(HC_MULT):
-                                    for v in T.vectorized(VECTOR):
-                                        collapse_local[j * VECTOR + v] = streams_shared[
-                                            (i - 1) % BUFFERS * tile + row0 + k,
-                                            j * size + (r * WARP + lane) * VECTOR + v,
-                                        ]
-                                widen(collapse_local, 0, VECTOR, wide_local)
-                                for v in T.unroll(VECTOR):
-                                    total_local[v] = collapse_weights[k * HC_MULT] * wide_local[v]
-                                for j in T.unroll(HC_MULT - 1):
-                                    widen(collapse_local, (j + 1) * VECTOR, VECTOR, wide_local)
-                                    for v in T.unroll(VECTOR):
-                                        total_local[v] = (
-                                            total_local[v]
-                                            + collapse_weights[k * HC_MULT + j + 1] * wide_local[v]
-                                        )
-                                for v in T.unroll(VECTOR):
-                                    squares_local[k] = (
-                                        squares_local[k] + total_local[v] * total_local[v]
-                                    )
-                                for v in T.vectorized(VECTOR):
-                                    value_local[(k * reps + r) * VECTOR + v] = T.cast(
-                                        total_local[v], "bfloat16"
-                                    )
-                                if not norm:
-                                    for v in T.vectorized(VECTOR):
-                                        layer_input[
-                                            first + (i - 1) * tile + row0 + k,
-                                            rank * size + (r * WARP + lane) * VECTOR + v,
-                                        ] = value_local[(k * reps + r) * VECTOR + v]
-                if norm:
-                    for k in T.unroll(per):
-                        squares_local[k] = T.warp_reduce_sum(squares_local[k])
-                    if lane < CLUSTER:
-                        if per == 2:
-                            T.call_extern(
-                                "handle",
-                                "mhc::send2",
-                                T.access_ptr(squares_shared[(i - 1) % 2, rank, row0], "w"),
-                                T.access_ptr(squares_inbox[(i - 1) % 2], "w"),
-                                lane,
-                                squares_local[0],
-                                squares_local[per - 1],
-                            )
-                        else:
-                            T.call_extern(
-                                "handle",
-                                "mhc::send",
-                                T.access_ptr(squares_shared[(i - 1) % 2, rank, row0], "w"),
-                                T.access_ptr(squares_inbox[(i - 1) % 2], "w"),
-                                lane,
-                                squares_local[0],
-                            )
+                collapse_tile(
+                    i - 1, (i - 1) % BUFFERS, i + 1 < tiles, weights_shared, weights_inbox,
+                    streams_shared, squares_shared, squares_inbox, value_local, layer_input, first,
+                    count, rank, me, per, lane, hidden, norm,
+                )  # fmt: skip
             if i < tiles:
                 T.call_extern("handle", "mhc::gate_pass", T.access_ptr(freed[i % 2], "w"))
 

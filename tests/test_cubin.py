@@ -31,7 +31,7 @@ LONG_TO_LOWER = {
 # Their warps have two roles with registers to match, 184 or 200 to hold fn; what is spilled is
 # addresses above all, in pre some of fn.
 # expand_pre lacks a register where two CTAs share an SM.
-MAY_SPILL = {dispatch.PERSISTENT: 128, dispatch.PRE: 128, "expand_pre": 8}  # bytes
+MAY_SPILL = {dispatch.PERSISTENT: 80, dispatch.PRE: 96, "expand_pre": 8}  # bytes
 
 WAIT = "cudaGridDependencySynchronize()"
 PDL = (WAIT, "cudaTriggerProgrammaticLaunchCompletion()", "griddepcontrol")

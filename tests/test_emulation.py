@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import re
 import shutil
@@ -321,7 +322,9 @@ def small_clusters():
     with kernels_with(
         "_boundary", "_operands", "fused_post_pre", "_group", *ENDS,
         CLUSTER=2, GROUP_TOKENS=4, EXPAND_PRE_GROUP_TOKENS=16, POST_HEAD_GROUP_TOKENS=16,
-    ):  # fmt: skip
+    ) as modules, pytest.MonkeyPatch.context() as patch:  # fmt: skip
+        # three are many already, at whose barrier they arrive relaxed
+        patch.setattr(modules[2], "FEW_CLUSTERS", 2)
         yield
 
 
@@ -356,25 +359,64 @@ def test_no_races_in_clusters(monkeypatch, folder, small_clusters, op, tokens, k
     device.check(op, cluster_inputs(op, tokens, key))
 
 
-@pytest.mark.parametrize("op", [dispatch.ONE_LAUNCH, dispatch.PRE])
-def test_no_races_in_kernels_that_loop(monkeypatch, folder, op):
-    """In one cluster of 8, a token of each tile a CTA: 4096 threads, about what can be held."""
-    fused = op == dispatch.ONE_LAUNCH
-    key = (dispatch.persistent_key if fused else dispatch.pre_key)(256, ARCH, True)
-    names = ("_boundary", "_operands", "fused_post_pre", "_persistent")
-    with kernels_with(*names, key.kernel, CLUSTER=8) as modules:
-        wide = modules[-1] if fused else modules[-2]
-        monkeypatch.setattr(wide, "WIDE_TILE_COLUMNS", 0)  # tiles of 8
-        lowered = small_cluster_kernel(key)
+LOOPING_KEYS = {
+    "fused_post_pre": dispatch.persistent_key(256, ARCH, True),
+    "pre": dispatch.pre_key(256, ARCH, True),
+}
+
+
+@pytest.fixture(scope="module")
+def small_looping_kernel() -> Callable[[str], Lowered]:
+    """Op to a kernel in clusters of 8 with tiles of 8: as many threads as ThreadSanitizer holds."""
+
+    @functools.cache
+    def get(op: str) -> Lowered:
+        key = LOOPING_KEYS[op]
+        names = ("_boundary", "_operands", "fused_post_pre", "_persistent", key.kernel)
+        with kernels_with(*names, CLUSTER=8) as modules, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(modules[-2], "WIDE_TILE_COLUMNS", 0)
+            return small_cluster_kernel(key)
+
+    return get
+
+
+def run_loop(monkeypatch, folder, op: str, lowered: Lowered) -> None:
+    """In one cluster, the last tile short: every buffer, gate and inbox is used again."""
     monkeypatch.setattr(dispatch, "ONE_LAUNCH_MAX_TOKENS", 0)
     monkeypatch.setattr(dispatch, "CLUSTERS", 1)
     monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
     device = Device(
         monkeypatch, lambda key: Kernel(lowered, folder, sanitize_threads=True, resident=8)
     )
-    # the last tile short: every buffer, gate and inbox is used again
-    device.check(op, cluster_inputs(op, 27 if fused else 61, key))
-    assert device.launched == {key}
+    tokens = 27 if op == "fused_post_pre" else 61  # 3 and 6 buffers
+    device.check(op, cluster_inputs(op, tokens, LOOPING_KEYS[op]))
+    assert device.launched == {LOOPING_KEYS[op]}
+
+
+@pytest.mark.parametrize("op", LOOPING_KEYS)
+def test_no_races_in_kernels_that_loop(monkeypatch, folder, small_looping_kernel, op):
+    run_loop(monkeypatch, folder, op, small_looping_kernel(op))
+
+
+MIXES_WAIT = re.compile(r"^ *mhc::loads_wait_but<1>\(\);\n *(__syncwarp\(\);\n)", re.M)
+MIXES_AGAIN = re.compile(r"^ *mhc::gate_pass\(.*\);\n *(__syncwarp\(\);\n)", re.M)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "group"),
+    [(MIXES_WAIT, 0), (MIXES_WAIT, 1), (MIXES_AGAIN, 1)],
+    ids=["loads", "all_lanes_loads", "all_lanes_reads"],
+)
+def test_mixes_of_token_warps_are_waited_for(
+    monkeypatch, folder, small_looping_kernel, pattern, group
+):
+    lowered = small_looping_kernel("fused_post_pre")
+    found = list(pattern.finditer(lowered.source))
+    assert len(found) == 1
+    start, end = found[0].span(group)
+    broken = dataclasses.replace(lowered, source=lowered.source[:start] + lowered.source[end:])
+    with pytest.raises(EmulationError, match=r"data race|waited for"):
+        run_loop(monkeypatch, folder, "fused_post_pre", broken)
 
 
 WAIT = re.compile(
