@@ -40,18 +40,14 @@ PERSISTENT_LANES_COLUMNS = 32 * 8  # of a token warp's lanes, at a time
 PERSISTENT_MIN_TOKENS = {8: ONE_LAUNCH_MAX_TOKENS + 1, 7: 384}
 PERSISTENT_MIN_TOKENS_PARTLY = 640
 
-# expand_pre and, for few and for many tokens, post_head are one launch, on the same GPUs and up to
-# the same hidden size, each of the kernel of its name.
+# expand_pre and post_head are one launch, on the same GPUs and up to the same hidden size, each of
+# the kernel of its name.
 EXPAND_PRE_TILE = 8  # tokens of an mma tile
 EXPAND_PRE_GROUP_TOKENS = 32  # tokens of a cluster at most: fn is read once for them
 # of post_head at least: fewer would have fn read more often for little less to load
 POST_HEAD_LEAST_GROUP = 4
-POST_HEAD_GROUP_TOKENS = 24  # at most: for 512 at H = 7168 16, 24, 32 took 40.2, 38.5 and 43.7 us
-# one round of its clusters, or so many that a round more or less does not count; the second with
-# the streams written. For 192 at H = 7168 it took 19.7 us, post and head 15.1; for 512 36.3 and
-# 43.0; with the streams for 512 at H = 4096 26.0 and 23.1, for 1024 48.9 and 49.5
-POST_HEAD_FEW_TOKENS = CLUSTERS * POST_HEAD_GROUP_TOKENS
-POST_HEAD_MANY_TOKENS = (512, 1024)
+POST_HEAD_TILE = 8  # tokens of an mma tile: its clusters loop over them
+POST_HEAD_TWO_CTAS_HIDDEN = 4096  # up to which two of its CTAs fit on an SM
 
 # Elsewhere fused_post_pre runs post_projection + finish up to so many tokens, and fewer at larger
 # hidden sizes, where tokens * hidden counts; post + projection + finish beyond.
@@ -183,14 +179,8 @@ def persistent_group_tokens(tokens: int) -> int:
 
 
 def takes_one_launch_end(hidden: int, arch: str) -> bool:
-    """Whether ``expand_pre`` and, for few tokens, ``post_head`` run the kernels of these names."""
+    """Whether ``expand_pre`` and ``post_head`` run the kernels of these names."""
     return hidden <= ONE_LAUNCH_MAX_HIDDEN and arch in ONE_LAUNCH_ARCHS
-
-
-def takes_post_head(tokens: int, hidden: int, arch: str, streams: bool) -> bool:
-    """Whether ``post_head``, or ``post_head_streams``, runs the ``post_head`` kernel."""
-    few, many = POST_HEAD_FEW_TOKENS, POST_HEAD_MANY_TOKENS[streams]
-    return takes_one_launch_end(hidden, arch) and not few < tokens < many
 
 
 @functools.cache
@@ -214,9 +204,13 @@ def expand_pre_group_tokens(tokens: int) -> int:
     return min(EXPAND_PRE_GROUP_TOKENS, EXPAND_PRE_TILE * tiles)
 
 
-def post_head_group_tokens(tokens: int) -> int:
-    """Tokens of a cluster of ``post_head``: all clusters run at once, where there are so few."""
-    return min(POST_HEAD_GROUP_TOKENS, max(POST_HEAD_LEAST_GROUP, _ceildiv(tokens, CLUSTERS)))
+def post_head_group_tokens(tokens: int, hidden: int) -> int:
+    """Tokens of a cluster of ``post_head``: each cluster runs once, all of them at once.
+
+    Two CTAs share an SM only where a tile for each of half as many clusters would not do.
+    """
+    two = hidden <= POST_HEAD_TWO_CTAS_HIDDEN and tokens > CLUSTERS * POST_HEAD_TILE
+    return max(POST_HEAD_LEAST_GROUP, _ceildiv(tokens, (1 + two) * CLUSTERS))
 
 
 def post_projection_max_tokens(hidden: int) -> int:
@@ -312,7 +306,6 @@ def path_tokens(hidden: int, arch: str, max_tokens: int) -> tuple[int, ...]:
     starts.update(tile.max_tokens + 1 for tile in PROJECTION_TILES)
     if one_launch:
         starts.add(persistent_min_tokens(hidden))
-        starts.update((POST_HEAD_FEW_TOKENS + 1, *POST_HEAD_MANY_TOKENS))
     return tuple(sorted(tokens for tokens in starts if tokens <= max_tokens))
 
 

@@ -1,13 +1,11 @@
 """dispatch: plans cover the work, keys are few and never depend on the token count."""
 
-import itertools
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mhc_ops import dispatch
-from mhc_ops.csrc_tilelang import _device, post_projection, projection
+from mhc_ops.csrc_tilelang import _device, post_head, post_projection, projection
 
 ARCH = "sm_90a"
 SMS = 132
@@ -25,7 +23,9 @@ def test_constants_are_those_of_the_kernels():
     assert dispatch.POST_PROJECTION_SLICE == post_projection.SLICE
     assert dispatch.PROJECTION_BLOCK == projection.BLOCK
     assert dispatch.PROJECTION_WARPS == projection.WARPS
-    assert dispatch.EXPAND_PRE_TILE == _device.MMA_COLUMNS
+    assert dispatch.EXPAND_PRE_TILE == dispatch.POST_HEAD_TILE == _device.MMA_COLUMNS
+    assert post_head.ctas_per_sm(dispatch.POST_HEAD_TWO_CTAS_HIDDEN) == 2
+    assert post_head.ctas_per_sm(dispatch.POST_HEAD_TWO_CTAS_HIDDEN + 256) == 1
 
 
 @given(TOKENS, HIDDEN, ROWS, st.integers(1, 200))
@@ -79,19 +79,19 @@ def test_groups_of_expand_pre_are_whole_tiles(tokens):
     assert -(-tokens // group) <= dispatch.CLUSTERS or group == dispatch.EXPAND_PRE_GROUP_TOKENS
 
 
-@given(TOKENS)
-def test_groups_of_post_head_fit(tokens):
-    group = dispatch.post_head_group_tokens(tokens)
-    assert 1 <= group <= dispatch.POST_HEAD_GROUP_TOKENS
-    assert -(-tokens // group) <= dispatch.CLUSTERS or group == dispatch.POST_HEAD_GROUP_TOKENS
+@given(TOKENS, HIDDEN)
+def test_clusters_of_post_head_run_at_once(tokens, hidden):
+    group = dispatch.post_head_group_tokens(tokens, hidden)
+    two = hidden <= 4096 and tokens > 56
+    assert -(-tokens // group) <= dispatch.CLUSTERS * (1 + two)
+    # a cluster has no more than its share
+    assert group == 4 or (group - 1) * dispatch.CLUSTERS * (1 + two) < tokens
 
 
 def test_one_launch_is_for_clusters_of_16():
     for arch, served in (("sm_90a", True), ("sm_100a", True), ("sm_120a", False), ("sm_80", False)):
         assert dispatch.takes_one_launch(1, 4096, arch) == served
         assert dispatch.takes_one_launch_end(4096, arch) == served
-        for streams in (False, True):
-            assert dispatch.takes_post_head(1, 4096, arch, streams) == served
         assert dispatch.takes_persistent(5000, 4096, arch, False) == served
     assert not dispatch.takes_one_launch(129, 4096, ARCH)
     assert not dispatch.takes_one_launch(1, 7424, ARCH)
@@ -104,11 +104,6 @@ def test_where_one_launch_begins_and_ends():
     assert [dispatch.persistent_min_tokens(h) for h in (4096, 5120, 7168)] == [129, 640, 384]
     assert dispatch.takes_persistent(129, 5120, ARCH, True)
     assert not dispatch.takes_persistent(129, 5120, ARCH, False)
-    for hidden, streams in itertools.product((256, 4096, 7168), (False, True)):
-        taken = [dispatch.takes_post_head(n, hidden, ARCH, streams) for n in (168, 169, 511, 1024)]
-        assert taken == [True, False, False, True]
-    assert dispatch.takes_post_head(512, 4096, ARCH, False)
-    assert not dispatch.takes_post_head(1023, 4096, ARCH, True)
 
 
 @pytest.mark.parametrize("hidden", [256, 4096, 5120, 7168])

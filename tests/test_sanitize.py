@@ -25,15 +25,15 @@ def kernels_of(case):
         return {dispatch.fused_post_pre_key(case.hidden, ARCH, case.norm)}
     if case.op == "expand_pre":
         return {dispatch.expand_pre_key(case.hidden, ARCH, case.norm)}
-    streams = case.op == "post_head_streams"
-    if case.op.startswith("post_head") and dispatch.takes_post_head(*size, ARCH, streams):
+    if case.op.startswith("post_head"):
+        streams = case.op == "post_head_streams"
         return {dispatch.post_head_key(case.hidden, ARCH, case.norm, streams)}
     last = dispatch.head_key if "head" in case.op else dispatch.finish_key
     if case.op != "post":
         keys.add(last(case.hidden, ARCH, case.norm))
     if case.op == "fused_post_pre" and dispatch.takes_post_projection(*size):
         return keys | {dispatch.post_projection_plan(*size, ARCH, SMS).key}
-    if case.op in ("post", "fused_post_pre", "post_head", "post_head_streams"):
+    if case.op in ("post", "fused_post_pre"):
         keys.add(dispatch.post_key(case.hidden, ARCH))
     if case.op != "post":
         rows = dispatch.HC_MULT if "head" in case.op else dispatch.MIXES

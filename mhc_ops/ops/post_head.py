@@ -94,7 +94,7 @@ def launch_post_head(
         rms_eps,
         hc_eps,
         *(() if norm_weight is None else (norm_eps,)),
-        dispatch.post_head_group_tokens(tokens),
+        dispatch.post_head_group_tokens(tokens, hidden),
     )
 
 
@@ -121,8 +121,7 @@ def _cuda(
     out = residual.new_empty((*residual.shape[:-2], hidden))
     if not residual.numel():
         return out
-    tokens = out.numel() // hidden
-    if dispatch.takes_post_head(tokens, hidden, support.arch(residual.device), False):
+    if dispatch.takes_one_launch_end(hidden, support.arch(residual.device)):
         launch_post_head(
             x, residual, post_layer_mix, comb_res_mix, fn, scale, base, rms_eps, hc_eps,
             norm_weight, norm_eps, None, out,
