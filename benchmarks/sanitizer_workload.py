@@ -39,7 +39,8 @@ class Case(NamedTuple):
     Attributes:
         op, norm, tokens, hidden: what is called.
         way: ``classical``, as on a GPU without kernels of one launch; ``invariant``, as with
-            MHC_OPS_BATCH_INVARIANT, which takes the persistent kernel for few tokens; ``own``.
+            MHC_OPS_BATCH_INVARIANT, which takes the persistent kernel for few tokens; ``small``, as
+            on a GPU with few multiprocessors, which takes that of post_head; ``own``.
     """
 
     op: str
@@ -57,15 +58,13 @@ def cases() -> list[Case]:
         for hidden in HIDDEN
         for op in OUTPUTS
         for norm in ((False,) if op == "post" else (False, True))
-        for way in ("own", "classical", "invariant")
-        if way == "own"
-        or (
-            op == "fused_post_pre"
-            and {
-                "classical": dispatch.takes_post_projection(tokens, hidden),
-                "invariant": tokens > dispatch.ONE_LAUNCH_MAX_TOKENS,
-            }[way]
-        )
+        for way in ("own", "classical", "invariant", "small")
+        if {
+            "own": True,
+            "classical": op == "fused_post_pre" and dispatch.takes_post_projection(tokens, hidden),
+            "invariant": op == "fused_post_pre" and tokens > dispatch.ONE_LAUNCH_MAX_TOKENS,
+            "small": op.startswith("post_head") and tokens > dispatch.ONE_LAUNCH_MAX_TOKENS,
+        }[way]
     ]
 
 
@@ -78,18 +77,27 @@ def keys(arch: str) -> set[dispatch.Key]:
             *dispatch.keys(hidden, arch, max(TOKENS)),
             dispatch.post_projection_plan(1, hidden, arch, 1).key,
             *(dispatch.persistent_key(hidden, arch, norm) for norm in (False, True)),
+            *(
+                dispatch.post_head_persistent_key(hidden, arch, norm, streams)
+                for norm in (False, True)
+                for streams in (False, True)
+            ),
         )
     }
 
 
 @contextlib.contextmanager
 def path(way: str) -> Iterator[None]:
-    """While it lasts, ``fused_post_pre`` goes this way of a :class:`Case`."""
+    """While it lasts, ops go this way of a :class:`Case`."""
     if way == "own":
         yield
         return
     if way == "invariant":
         with mock.patch.dict(os.environ, {"MHC_OPS_BATCH_INVARIANT": "1"}):
+            yield
+        return
+    if way == "small":
+        with mock.patch.object(dispatch, "CLUSTERS", 2):
             yield
         return
     host.forget()  # of the native calls, which know nothing of what follows

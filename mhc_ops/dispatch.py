@@ -40,13 +40,15 @@ PERSISTENT_LANES_COLUMNS = 32 * 8  # of a token warp's lanes, at a time
 PERSISTENT_MIN_TOKENS = {8: ONE_LAUNCH_MAX_TOKENS + 1, 7: 384}
 PERSISTENT_MIN_TOKENS_PARTLY = 640
 
-# expand_pre and post_head are one launch, on the same GPUs and up to the same hidden size, each of
-# the kernel of its name.
+# expand_pre and post_head are one launch, on the same GPUs and up to the same hidden size: of the
+# kernel of the op's name, post_head of the persistent one for more tokens than a round of clusters
+# of the other takes.
 EXPAND_PRE_TILE = 8  # tokens of an mma tile
 EXPAND_PRE_GROUP_TOKENS = 32  # tokens of a cluster at most: fn is read once for them
+POST_HEAD_TILE = 8  # tokens of an mma tile
 # of post_head at least: fewer would have fn read more often for little less to load
 POST_HEAD_LEAST_GROUP = 4
-POST_HEAD_TILE = 8  # tokens of an mma tile: its clusters loop over them
+POST_HEAD_GROUP_TOKENS = 32  # at most: 112 KB of shared memory at H = 4096, 187 KB at 7168
 POST_HEAD_TWO_CTAS_HIDDEN = 4096  # up to which two of its CTAs fit on an SM
 
 # Elsewhere fused_post_pre runs post_projection + finish up to so many tokens, and fewer at larger
@@ -179,14 +181,35 @@ def persistent_group_tokens(tokens: int) -> int:
 
 
 def takes_one_launch_end(hidden: int, arch: str) -> bool:
-    """Whether ``expand_pre`` and ``post_head`` run the kernels of these names."""
+    """Whether ``expand_pre`` and ``post_head`` are one launch."""
     return hidden <= ONE_LAUNCH_MAX_HIDDEN and arch in ONE_LAUNCH_ARCHS
+
+
+def post_head_clusters(hidden: int) -> int:
+    """Clusters of ``post_head`` and ``post_head_persistent`` that run at once."""
+    return CLUSTERS * (2 if hidden <= POST_HEAD_TWO_CTAS_HIDDEN else 1)
+
+
+def post_head_max_tokens(hidden: int) -> int:
+    """Tokens of one round of the clusters of ``post_head``."""
+    return post_head_clusters(hidden) * POST_HEAD_GROUP_TOKENS
+
+
+def takes_one_round(tokens: int, hidden: int) -> bool:
+    """Whether ``post_head`` runs the kernel of that name, and not ``post_head_persistent``."""
+    return tokens <= post_head_max_tokens(hidden)
 
 
 @functools.cache
 def post_head_key(hidden: int, arch: str, norm: bool, streams: bool) -> Key:
     """The ``post_head`` kernel, with or without the RMSNorm, writing the streams or not."""
     return Key("post_head", arch, hidden, (("norm", norm), ("streams", streams)))
+
+
+@functools.cache
+def post_head_persistent_key(hidden: int, arch: str, norm: bool, streams: bool) -> Key:
+    """The ``post_head_persistent`` kernel, with or without both of them."""
+    return Key("post_head_persistent", arch, hidden, (("norm", norm), ("streams", streams)))
 
 
 @functools.cache
@@ -205,12 +228,12 @@ def expand_pre_group_tokens(tokens: int) -> int:
 
 
 def post_head_group_tokens(tokens: int, hidden: int) -> int:
-    """Tokens of a cluster of ``post_head``: each cluster runs once, all of them at once.
+    """Tokens of a cluster of ``post_head`` or ``post_head_persistent``: all clusters run at once.
 
     Two CTAs share an SM only where a tile for each of half as many clusters would not do.
     """
-    two = hidden <= POST_HEAD_TWO_CTAS_HIDDEN and tokens > CLUSTERS * POST_HEAD_TILE
-    return max(POST_HEAD_LEAST_GROUP, _ceildiv(tokens, (1 + two) * CLUSTERS))
+    clusters = CLUSTERS if tokens <= CLUSTERS * POST_HEAD_TILE else post_head_clusters(hidden)
+    return max(POST_HEAD_LEAST_GROUP, _ceildiv(tokens, clusters))
 
 
 def post_projection_max_tokens(hidden: int) -> int:
@@ -305,7 +328,7 @@ def path_tokens(hidden: int, arch: str, max_tokens: int) -> tuple[int, ...]:
     starts = {1, least + 1}
     starts.update(tile.max_tokens + 1 for tile in PROJECTION_TILES)
     if one_launch:
-        starts.add(persistent_min_tokens(hidden))
+        starts.update((persistent_min_tokens(hidden), post_head_max_tokens(hidden) + 1))
     return tuple(sorted(tokens for tokens in starts if tokens <= max_tokens))
 
 
@@ -341,3 +364,5 @@ def keys(hidden: int, arch: str, max_tokens: int) -> Iterator[Key]:
             yield expand_pre_key(hidden, arch, norm)
             for streams in (False, True):
                 yield post_head_key(hidden, arch, norm, streams)
+                if not takes_one_round(max_tokens, hidden):
+                    yield post_head_persistent_key(hidden, arch, norm, streams)

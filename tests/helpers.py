@@ -163,7 +163,9 @@ def path(op: str, hidden: int, tokens: int) -> str:
     if op == "post":
         return "post"
     if op in ENDS and dispatch.takes_one_launch_end(hidden, "sm_90a"):
-        return op.removesuffix("_streams")
+        if op == "expand_pre":
+            return op
+        return "post_head" if dispatch.takes_one_round(tokens, hidden) else "post_head_persistent"
     if op == "fused_post_pre" and dispatch.takes_one_launch(tokens, hidden, "sm_90a"):
         return "fused_post_pre"
     if op == "fused_post_pre" and dispatch.takes_persistent(tokens, hidden, "sm_90a", False):

@@ -25,7 +25,9 @@ CASES += [(arch, 4096) for arch in ("sm_80", "sm_100a", "sm_120a")]
 
 # Of kernels that take long to lower and differ by the norm or the streams alone, the largest, where
 # that is enough.
-LONG_TO_LOWER = {dispatch.ONE_LAUNCH, dispatch.PERSISTENT, "expand_pre", "post_head"}
+LONG_TO_LOWER = {
+    dispatch.ONE_LAUNCH, dispatch.PERSISTENT, "expand_pre", "post_head", "post_head_persistent",
+}  # fmt: skip
 # Its warps have two roles with 184 and 72 registers; what is spilled is addresses above all.
 # expand_pre lacks a register where two CTAs share an SM.
 MAY_SPILL = {dispatch.PERSISTENT: 128, "expand_pre": 8}  # bytes

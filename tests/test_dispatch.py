@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhc_ops import dispatch
-from mhc_ops.csrc_tilelang import _device, post_head, post_projection, projection
+from mhc_ops.csrc_tilelang import _device, _post_head, post_projection, projection
 
 ARCH = "sm_90a"
 SMS = 132
@@ -24,8 +24,8 @@ def test_constants_are_those_of_the_kernels():
     assert dispatch.PROJECTION_BLOCK == projection.BLOCK
     assert dispatch.PROJECTION_WARPS == projection.WARPS
     assert dispatch.EXPAND_PRE_TILE == dispatch.POST_HEAD_TILE == _device.MMA_COLUMNS
-    assert post_head.ctas_per_sm(dispatch.POST_HEAD_TWO_CTAS_HIDDEN) == 2
-    assert post_head.ctas_per_sm(dispatch.POST_HEAD_TWO_CTAS_HIDDEN + 256) == 1
+    assert _post_head.ctas_per_sm(dispatch.POST_HEAD_TWO_CTAS_HIDDEN) == 2
+    assert _post_head.ctas_per_sm(dispatch.POST_HEAD_TWO_CTAS_HIDDEN + 256) == 1
 
 
 @given(TOKENS, HIDDEN, ROWS, st.integers(1, 200))
@@ -60,7 +60,10 @@ def test_every_plan_is_among_the_enumerated_keys(tokens, hidden, rows):
         assert dispatch.head_key(hidden, ARCH, norm) in keys
         assert (dispatch.expand_pre_key(hidden, ARCH, norm) in keys) == one_launch
         for streams in (False, True):
-            assert (dispatch.post_head_key(hidden, ARCH, norm, streams) in keys) == one_launch
+            options = (hidden, ARCH, norm, streams)
+            many = one_launch and not dispatch.takes_one_round(tokens, hidden)
+            assert (dispatch.post_head_key(*options) in keys) == one_launch
+            assert (dispatch.post_head_persistent_key(*options) in keys) == many
 
 
 @pytest.mark.parametrize("tokens", range(1, dispatch.ONE_LAUNCH_MAX_TOKENS + 1))
@@ -84,8 +87,10 @@ def test_clusters_of_post_head_run_at_once(tokens, hidden):
     group = dispatch.post_head_group_tokens(tokens, hidden)
     two = hidden <= 4096 and tokens > 56
     assert -(-tokens // group) <= dispatch.CLUSTERS * (1 + two)
-    # a cluster has no more than its share
+    # a cluster has no more than its share, nor than its kernel takes
     assert group == 4 or (group - 1) * dispatch.CLUSTERS * (1 + two) < tokens
+    if dispatch.takes_one_round(tokens, hidden):
+        assert group <= dispatch.POST_HEAD_GROUP_TOKENS
 
 
 def test_one_launch_is_for_clusters_of_16():
@@ -104,6 +109,7 @@ def test_where_one_launch_begins_and_ends():
     assert [dispatch.persistent_min_tokens(h) for h in (4096, 5120, 7168)] == [129, 640, 384]
     assert dispatch.takes_persistent(129, 5120, ARCH, True)
     assert not dispatch.takes_persistent(129, 5120, ARCH, False)
+    assert [dispatch.post_head_max_tokens(h) for h in (4096, 5120, 7168)] == [448, 224, 224]
 
 
 @pytest.mark.parametrize("hidden", [256, 4096, 5120, 7168])

@@ -27,7 +27,10 @@ def kernels_of(case):
         return {dispatch.expand_pre_key(case.hidden, ARCH, case.norm)}
     if case.op.startswith("post_head"):
         streams = case.op == "post_head_streams"
-        return {dispatch.post_head_key(case.hidden, ARCH, case.norm, streams)}
+        with workload.path(case.way):
+            one_round = dispatch.takes_one_round(*size)
+        key = dispatch.post_head_key if one_round else dispatch.post_head_persistent_key
+        return {key(case.hidden, ARCH, case.norm, streams)}
     last = dispatch.head_key if "head" in case.op else dispatch.finish_key
     if case.op != "post":
         keys.add(last(case.hidden, ARCH, case.norm))
@@ -47,7 +50,7 @@ def test_every_kernel_is_reached_in_the_first_half():
     assert reached == workload.keys(ARCH)
     assert {key.kernel for key in reached} == {
         "post", "projection", "finish", "post_projection", "head", "fused_post_pre",
-        "expand_pre", "post_head", "fused_post_pre_persistent",
+        "expand_pre", "post_head", "post_head_persistent", "fused_post_pre_persistent",
     }  # fmt: skip
 
 

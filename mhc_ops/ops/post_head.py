@@ -72,12 +72,14 @@ def launch_post_head(
     residual_out: Tensor | None,
     out: Tensor,
 ) -> None:
-    """One launch of the ``post_head`` kernel, which writes ``out``, and the streams where asked."""
+    """One launch of a ``post_head`` kernel, which writes ``out``, and the streams where asked."""
     hc_mult, hidden = residual.shape[-2:]
     tokens = residual.numel() // (hc_mult * hidden)
     streams = residual.reshape(tokens, hc_mult, hidden).contiguous()
+    one_round = dispatch.takes_one_round(tokens, hidden)
+    key = dispatch.post_head_key if one_round else dispatch.post_head_persistent_key
     jit.launch(
-        dispatch.post_head_key(
+        key(
             hidden, support.arch(residual.device), norm_weight is not None, residual_out is not None
         ),
         residual.device,
