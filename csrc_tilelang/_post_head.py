@@ -27,6 +27,7 @@ STREAM_TERMS = STEPS * 4  # packed pairs of a lane and stream: an A fragment for
 TWO_CTAS_WARPS = 8
 BATCH = 4  # tokens whose sums of squares, a float each, are one message
 ALL_STREAMS = tuple(range(HC_MULT))
+SQUARES_BY_MMA = False  # the diagonal of tokens . tokens^T, or a lane's own columns
 
 # A lane of a quad adds up every fourth slice, then the quad: the order of _group.add_slices
 QUAD = min(4, CLUSTER)
@@ -199,9 +200,10 @@ def mix_tile(
             )  # fmt: skip
             for v in T.vectorized(VECTOR):
                 streams_shared[place, j, tx, v] = new_local[j * VECTOR + v]
-            widen(new_local, j * VECTOR, VECTOR, wide_local)
-            for v in T.unroll(VECTOR):
-                squares[0] = squares[0] + wide_local[v] * wide_local[v]
+            if not SQUARES_BY_MMA:
+                widen(new_local, j * VECTOR, VECTOR, wide_local)
+                for v in T.unroll(VECTOR):
+                    squares[0] = squares[0] + wide_local[v] * wide_local[v]
         if streams and row < here:
             for j in T.unroll(HC_MULT):
                 T.call_extern(
@@ -232,8 +234,6 @@ def mix_tile(
             )
         for q in T.unroll(4):
             sums_local[q] = sums_local[q] + part[q]
-    squares[0] = squares[0] + T.shfl_xor(squares[0], 1)
-    squares[0] = squares[0] + T.shfl_xor(squares[0], 2)
     w0 = s0 + warp * MMA_COLUMNS * HEAD_PITCH  # the warp's sums of 8 tokens
     for v in T.unroll(2):
         sums_shared[w0 + (lane % 4 * 2 + v) * HEAD_PITCH + row] = sums_local[v]
@@ -241,8 +241,37 @@ def mix_tile(
             sums_shared[w0 + (lane % 4 * 2 + v) * HEAD_PITCH + MMA_COLUMNS + row] = sums_local[
                 2 + v
             ]
-    if lane % 4 == 0:
-        sums_shared[w0 + row * HEAD_PITCH + ROWS] = squares[0]
+    if SQUARES_BY_MMA:
+        diagonal = T.alloc_local((2,), "float32")
+        fragment = T.alloc_local((4,), "uint32")
+        for v in T.unroll(2):
+            diagonal[v] = 0.0
+        for j in T.unroll(HC_MULT):
+            for q in T.unroll(4):
+                part[q] = 0.0
+            for step in T.unroll(STEPS):
+                for half in T.unroll(2):
+                    fragment[half * 2] = words_local[j * CHUNK + step * 2 + half]
+                    fragment[half * 2 + 1] = T.uint32(0)
+                T.call_extern(
+                    "handle",
+                    "mhc::mma_bf16",
+                    T.access_ptr(part[0], "rw"),
+                    T.access_ptr(fragment[0], "r"),
+                    words_local[j * CHUNK + step * 2],
+                    words_local[j * CHUNK + step * 2 + 1],
+                )
+            for v in T.unroll(2):
+                diagonal[v] = diagonal[v] + part[v]
+        if lane // 8 == lane % 4:
+            sums_shared[w0 + row * HEAD_PITCH + ROWS] = T.if_then_else(
+                row % 2 == 0, diagonal[0], diagonal[1]
+            )
+    else:
+        squares[0] = squares[0] + T.shfl_xor(squares[0], 1)
+        squares[0] = squares[0] + T.shfl_xor(squares[0], 2)
+        if lane % 4 == 0:
+            sums_shared[w0 + row * HEAD_PITCH + ROWS] = squares[0]
 
 
 @T.macro
