@@ -7,7 +7,7 @@ its own, and an inbox says when all of it has come.
 
 import tilelang.language as T
 
-from ..dispatch import CLUSTER
+from ..dispatch import CLUSTER, post_head_ctas_per_sm
 from ._device import (
     DEVICE_SOURCE,
     HC_MULT,
@@ -24,10 +24,8 @@ ROWS = HC_MULT * SPLIT_TERMS  # of A: term 0 of fn's 4 rows, term 1, term 2
 HEAD_SUMS = ROWS + 1  # and the squares
 HEAD_PITCH = HEAD_SUMS  # floats from token to token
 STREAM_TERMS = STEPS * 4  # packed pairs of a lane and stream: an A fragment for each step
-TWO_CTAS_WARPS = 8
 BATCH = 4  # tokens whose sums of squares, a float each, are one message
 ALL_STREAMS = tuple(range(HC_MULT))
-SQUARES_BY_MMA = False  # the diagonal of tokens . tokens^T, or a lane's own columns
 
 # A lane of a quad adds up every fourth slice, then the quad: the order of _group.add_slices
 QUAD = min(4, CLUSTER)
@@ -36,9 +34,9 @@ QUAD_TREE = tuple(QUAD_SLICES >> i for i in range(1, QUAD_SLICES.bit_length()))
 QUAD_LANES = tuple(QUAD >> i for i in range(1, QUAD.bit_length()))
 
 
-def ctas_per_sm(hidden: int) -> int:
-    """CTAs to allow on an SM by a limit on registers: of 8 warps two have 128 a thread."""
-    return 2 if column_warps(hidden) <= TWO_CTAS_WARPS else 1
+def loads_wait_but(groups: int) -> str:
+    """Device function that waits for all groups of loads but the last so many."""
+    return f"mhc::loads_wait_but<{groups}>"
 
 
 def tile_sums(hidden: int) -> int:
@@ -172,13 +170,12 @@ def mix_tile(
     streams_local = T.alloc_local((HC_MULT * VECTOR,), "bfloat16")
     new_local = T.alloc_local((HC_MULT * VECTOR,), "bfloat16")
     words_local = T.view(new_local, (HC_MULT * VECTOR // 2,), "uint32")
-    wide_local = T.alloc_local((VECTOR,), "float32")
+    fragment = T.alloc_local((4,), "uint32")
     post_local = T.alloc_local((HC_MULT,), "float32")
     comb_local = T.alloc_local((HC_MULT * HC_MULT,), "float32")
     part = T.alloc_local((4,), "float32")
     sums_local = T.alloc_local((4,), "float32")
-    squares = T.alloc_local((1,), "float32")
-    squares[0] = 0.0
+    diagonal = T.alloc_local((2,), "float32")
     if inside:
         # post: r'[j] = bf16(post[j] * x + sum_i comb[i, j] * r[i])
         for v in T.vectorized(VECTOR):
@@ -200,10 +197,6 @@ def mix_tile(
             )  # fmt: skip
             for v in T.vectorized(VECTOR):
                 streams_shared[place, j, tx, v] = new_local[j * VECTOR + v]
-            if not SQUARES_BY_MMA:
-                widen(new_local, j * VECTOR, VECTOR, wide_local)
-                for v in T.unroll(VECTOR):
-                    squares[0] = squares[0] + wide_local[v] * wide_local[v]
         if streams and row < here:
             for j in T.unroll(HC_MULT):
                 T.call_extern(
@@ -216,10 +209,13 @@ def mix_tile(
         for v in T.unroll(HC_MULT * VECTOR // 2):
             words_local[v] = T.uint32(0)
 
-    # projection of these columns; tensor cores truncate as they accumulate, so each stream and each
-    # term starts from zero and is added in fp32, rounded to nearest
+    # projection of these columns, and their squares: the diagonal of tokens . tokens^T, as B is
+    # rows 0 to 7 of A. Tensor cores truncate as they accumulate, so each stream and each term
+    # starts from zero and is added in fp32, rounded to nearest
     for q in T.unroll(4):
         sums_local[q] = 0.0
+    for v in T.unroll(2):
+        diagonal[v] = 0.0
     for j in T.unroll(HC_MULT):
         for q in T.unroll(4):
             part[q] = 0.0
@@ -234,6 +230,23 @@ def mix_tile(
             )
         for q in T.unroll(4):
             sums_local[q] = sums_local[q] + part[q]
+    for j in T.unroll(HC_MULT):
+        for q in T.unroll(4):
+            part[q] = 0.0
+        for step in T.unroll(STEPS):
+            for half in T.unroll(2):
+                fragment[half * 2] = words_local[j * CHUNK + step * 2 + half]
+                fragment[half * 2 + 1] = T.uint32(0)
+            T.call_extern(
+                "handle",
+                "mhc::mma_bf16",
+                T.access_ptr(part[0], "rw"),
+                T.access_ptr(fragment[0], "r"),
+                words_local[j * CHUNK + step * 2],
+                words_local[j * CHUNK + step * 2 + 1],
+            )
+        for v in T.unroll(2):
+            diagonal[v] = diagonal[v] + part[v]
     w0 = s0 + warp * MMA_COLUMNS * HEAD_PITCH  # the warp's sums of 8 tokens
     for v in T.unroll(2):
         sums_shared[w0 + (lane % 4 * 2 + v) * HEAD_PITCH + row] = sums_local[v]
@@ -241,37 +254,10 @@ def mix_tile(
             sums_shared[w0 + (lane % 4 * 2 + v) * HEAD_PITCH + MMA_COLUMNS + row] = sums_local[
                 2 + v
             ]
-    if SQUARES_BY_MMA:
-        diagonal = T.alloc_local((2,), "float32")
-        fragment = T.alloc_local((4,), "uint32")
-        for v in T.unroll(2):
-            diagonal[v] = 0.0
-        for j in T.unroll(HC_MULT):
-            for q in T.unroll(4):
-                part[q] = 0.0
-            for step in T.unroll(STEPS):
-                for half in T.unroll(2):
-                    fragment[half * 2] = words_local[j * CHUNK + step * 2 + half]
-                    fragment[half * 2 + 1] = T.uint32(0)
-                T.call_extern(
-                    "handle",
-                    "mhc::mma_bf16",
-                    T.access_ptr(part[0], "rw"),
-                    T.access_ptr(fragment[0], "r"),
-                    words_local[j * CHUNK + step * 2],
-                    words_local[j * CHUNK + step * 2 + 1],
-                )
-            for v in T.unroll(2):
-                diagonal[v] = diagonal[v] + part[v]
-        if lane // 8 == lane % 4:
-            sums_shared[w0 + row * HEAD_PITCH + ROWS] = T.if_then_else(
-                row % 2 == 0, diagonal[0], diagonal[1]
-            )
-    else:
-        squares[0] = squares[0] + T.shfl_xor(squares[0], 1)
-        squares[0] = squares[0] + T.shfl_xor(squares[0], 2)
-        if lane % 4 == 0:
-            sums_shared[w0 + row * HEAD_PITCH + ROWS] = squares[0]
+    if row // 2 == lane % 4:
+        sums_shared[w0 + row * HEAD_PITCH + ROWS] = T.if_then_else(
+            row % 2 == 0, diagonal[0], diagonal[1]
+        )
 
 
 @T.macro
@@ -454,7 +440,7 @@ def normalise_tile(
 
 
 def post_head_program(name: str, finish_tiles, hidden: int, *, norm: bool, streams: bool):
-    """A kernel whose clusters take ``group_tokens`` tokens each.
+    """A kernel whose clusters share the tokens, a unit at a time.
 
     Args:
         name: of the kernel, before "_norm".
@@ -468,7 +454,8 @@ def post_head_program(name: str, finish_tiles, hidden: int, *, norm: bool, strea
         The TileLang program: (x [n, H] bf16, residual [n, 4, H] bf16, post_layer_mix [n, 4] fp32,
         comb_res_mix [n, 4, 4] fp32, fn [4, 4 * H] fp32, scale [1] fp32, base [4] fp32, norm_weight
         [H] bf16 if norm, residual_out [n, 4, H] bf16, out [n, H] bf16, rms_eps, hc_eps fp32,
-        norm_eps fp32 if norm, group_tokens int32: tokens of a cluster).
+        norm_eps fp32 if norm, clusters int32, unit int32: tokens that a cluster takes at a time; a
+        cluster has as many units as another, or one more).
     """
     tokens = T.dynamic("tokens", "int64")
     threads = column_warps(hidden) * WARP
@@ -476,13 +463,27 @@ def post_head_program(name: str, finish_tiles, hidden: int, *, norm: bool, strea
     @T.macro
     def finish_group(
         x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, gain, residual_out, out,
-        rms_eps, hc_eps, norm_eps, group_tokens, i_c, norm,
+        rms_eps, hc_eps, norm_eps, clusters, unit, i_c, norm,
     ):  # fmt: skip
         T.import_source(DEVICE_SOURCE)
-        T.annotate_min_blocks_per_sm(ctas_per_sm(hidden))
-        first = T.alloc_var("int64", init=T.cast(i_c // CLUSTER, "int64") * group_tokens)
+        T.annotate_min_blocks_per_sm(post_head_ctas_per_sm(hidden))
+        cluster = i_c // CLUSTER
+        # the first clusters have a unit more: they start first, and on SMs of their own
+        units = T.alloc_var("int32", init=T.truncdiv(T.cast(tokens, "int32") + unit - 1, unit))
+        share = T.alloc_var("int32", init=T.truncdiv(units, clusters))
+        more = T.alloc_var("int32", init=units - share * clusters)
+        first = T.alloc_var(
+            "int64", init=T.cast(cluster * share + T.min(cluster, more), "int64") * unit
+        )
         count = T.alloc_var(
-            "int32", init=T.cast(T.min(T.cast(group_tokens, "int64"), tokens - first), "int32")
+            "int32",
+            init=T.cast(
+                T.min(
+                    T.cast((share + T.if_then_else(cluster < more, 1, 0)) * unit, "int64"),
+                    tokens - first,
+                ),
+                "int32",
+            ),
         )
         tiles = T.alloc_var("int32", init=T.ceildiv(count, MMA_COLUMNS))
         # handed on, they are variables no more: see fused_post_pre_persistent.boundary
@@ -504,16 +505,13 @@ def post_head_program(name: str, finish_tiles, hidden: int, *, norm: bool, strea
         out: T.Tensor((tokens, hidden), "bfloat16"),
         rms_eps: T.float32,
         hc_eps: T.float32,
-        group_tokens: T.int32,
+        clusters: T.int32,
+        unit: T.int32,
     ):
-        with T.Kernel(
-            T.ceildiv(tokens, group_tokens) * CLUSTER,
-            threads=threads,
-            cluster_dims=(CLUSTER, 1, 1),
-        ) as i_c:
+        with T.Kernel(clusters * CLUSTER, threads=threads, cluster_dims=(CLUSTER, 1, 1)) as i_c:
             finish_group(
                 x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, None,
-                residual_out, out, rms_eps, hc_eps, None, group_tokens, i_c, False,
+                residual_out, out, rms_eps, hc_eps, None, clusters, unit, i_c, False,
             )  # fmt: skip
 
     @T.prim_func
@@ -531,16 +529,13 @@ def post_head_program(name: str, finish_tiles, hidden: int, *, norm: bool, strea
         rms_eps: T.float32,
         hc_eps: T.float32,
         norm_eps: T.float32,
-        group_tokens: T.int32,
+        clusters: T.int32,
+        unit: T.int32,
     ):
-        with T.Kernel(
-            T.ceildiv(tokens, group_tokens) * CLUSTER,
-            threads=threads,
-            cluster_dims=(CLUSTER, 1, 1),
-        ) as i_c:
+        with T.Kernel(clusters * CLUSTER, threads=threads, cluster_dims=(CLUSTER, 1, 1)) as i_c:
             finish_group(
                 x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, norm_weight,
-                residual_out, out, rms_eps, hc_eps, norm_eps, group_tokens, i_c, True,
+                residual_out, out, rms_eps, hc_eps, norm_eps, clusters, unit, i_c, True,
             )  # fmt: skip
 
     program = with_norm if norm else plain

@@ -14,10 +14,10 @@ loops over tiles of 8 tokens. In turn i it
 4. normalises tile i - 3;
 5. works out the 4 weights of each token of tile i - 1, every warp for itself, and collapses its
    columns;
-6. sends for tile i + 3: x and streams go to shared memory, 16 bytes a lane, where nobody but the
+6. sends for tile i + 2: x and streams go to shared memory, 16 bytes a lane, where nobody but the
    lane reads them.
 
-So loads have two turns and more to come, and what CTAs tell each other has the work on another tile
+So loads have a turn and more to come, and what CTAs tell each other has the work on another tile
 to travel, with one barrier of the CTA a turn.
 
 What CTAs tell each other goes through inboxes of 4 sets, tile by tile, opened again for the tile
@@ -44,6 +44,7 @@ from ._post_head import (
     collapse_tile,
     load_rows,
     load_tile,
+    loads_wait_but,
     mix_tile,
     norm_bytes,
     normalise_tile,
@@ -57,15 +58,15 @@ from ._post_head import (
     tile_tokens,
 )
 
-BUFFERS = 4  # of streams: a tile in work, the one before, to be collapsed, and two on their way
+BUFFERS = 3  # of streams: a tile in work, the one before, to be collapsed, and one on its way
 X_BUFFERS = BUFFERS + 2  # the two before that are normalised later, from the place of x
 SETS = 4  # of what other CTAs send
 TAIL = 3  # a tile is normalised so many turns after its projection, or collapsed one turn after it
-LOAD = "mhc::load_async16"
+LOAD = "mhc::load_stream16"
 # groups of loads: fn, the first tile's mixes, then one for each tile, with the mixes of the next
-FN_LOADED = f"mhc::loads_wait_but<{BUFFERS}>"
-MIXES_LOADED = f"mhc::loads_wait_but<{BUFFERS - 1}>"
-TILE_LOADED = f"mhc::loads_wait_but<{BUFFERS - 2}>"
+FN_LOADED = loads_wait_but(BUFFERS)
+MIXES_LOADED = loads_wait_but(BUFFERS - 1)
+TILE_LOADED = loads_wait_but(BUFFERS - 2)
 
 
 @T.macro

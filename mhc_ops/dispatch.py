@@ -46,10 +46,10 @@ PERSISTENT_MIN_TOKENS_PARTLY = 640
 EXPAND_PRE_TILE = 8  # tokens of an mma tile
 EXPAND_PRE_GROUP_TOKENS = 32  # tokens of a cluster at most: fn is read once for them
 POST_HEAD_TILE = 8  # tokens of an mma tile
-# of post_head at least: fewer would have fn read more often for little less to load
+# of a cluster of post_head at least: fewer would have fn read more often for little less to load
 POST_HEAD_LEAST_GROUP = 4
-POST_HEAD_GROUP_TOKENS = 32  # at most: 112 KB of shared memory at H = 4096, 187 KB at 7168
-POST_HEAD_TWO_CTAS_HIDDEN = 4096  # up to which two of its CTAs fit on an SM
+POST_HEAD_TWO_CTAS_HIDDEN = 5120  # up to which two of its CTAs of 24 tokens share an SM
+POST_HEAD_GROUP_TOKENS = {2: 24, 1: 32}  # at most, by the CTAs on an SM
 
 # Elsewhere fused_post_pre runs post_projection + finish up to so many tokens, and fewer at larger
 # hidden sizes, where tokens * hidden counts; post + projection + finish beyond.
@@ -185,14 +185,19 @@ def takes_one_launch_end(hidden: int, arch: str) -> bool:
     return hidden <= ONE_LAUNCH_MAX_HIDDEN and arch in ONE_LAUNCH_ARCHS
 
 
-def post_head_clusters(hidden: int) -> int:
-    """Clusters of ``post_head`` and ``post_head_persistent`` that run at once."""
-    return CLUSTERS * (2 if hidden <= POST_HEAD_TWO_CTAS_HIDDEN else 1)
+def post_head_ctas_per_sm(hidden: int) -> int:
+    """CTAs of ``post_head`` or ``post_head_persistent`` that share an SM."""
+    return 2 if hidden <= POST_HEAD_TWO_CTAS_HIDDEN else 1
+
+
+def post_head_group_tokens(hidden: int) -> int:
+    """Tokens of a cluster of ``post_head`` at most."""
+    return POST_HEAD_GROUP_TOKENS[post_head_ctas_per_sm(hidden)]
 
 
 def post_head_max_tokens(hidden: int) -> int:
     """Tokens of one round of the clusters of ``post_head``."""
-    return post_head_clusters(hidden) * POST_HEAD_GROUP_TOKENS
+    return CLUSTERS * post_head_ctas_per_sm(hidden) * post_head_group_tokens(hidden)
 
 
 def takes_one_round(tokens: int, hidden: int) -> bool:
@@ -227,13 +232,17 @@ def expand_pre_group_tokens(tokens: int) -> int:
     return min(EXPAND_PRE_GROUP_TOKENS, EXPAND_PRE_TILE * tiles)
 
 
-def post_head_group_tokens(tokens: int, hidden: int) -> int:
-    """Tokens of a cluster of ``post_head`` or ``post_head_persistent``: all clusters run at once.
+def post_head_share(tokens: int, hidden: int) -> tuple[int, int]:
+    """Clusters of ``post_head`` or ``post_head_persistent``, which run at once, and their unit.
 
-    Two CTAs share an SM only where a tile for each of half as many clusters would not do.
+    They share the tokens evenly, a unit at a time: a token of the first tile of each, whole tiles
+    beyond, as a tile of one token takes about as long as one of 8. Two CTAs share an SM only where
+    one would have more than the tiles of a group.
     """
-    clusters = CLUSTERS if tokens <= CLUSTERS * POST_HEAD_TILE else post_head_clusters(hidden)
-    return max(POST_HEAD_LEAST_GROUP, _ceildiv(tokens, clusters))
+    if tokens <= CLUSTERS * POST_HEAD_TILE:
+        return min(CLUSTERS, _ceildiv(tokens, POST_HEAD_LEAST_GROUP)), 1
+    one_a_sm = tokens <= CLUSTERS * post_head_group_tokens(hidden)
+    return CLUSTERS * (1 if one_a_sm else post_head_ctas_per_sm(hidden)), POST_HEAD_TILE
 
 
 def post_projection_max_tokens(hidden: int) -> int:

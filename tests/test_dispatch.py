@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhc_ops import dispatch
-from mhc_ops.csrc_tilelang import _device, _post_head, post_projection, projection
+from mhc_ops.csrc_tilelang import _device, post_projection, projection
 
 ARCH = "sm_90a"
 SMS = 132
@@ -24,8 +24,7 @@ def test_constants_are_those_of_the_kernels():
     assert dispatch.PROJECTION_BLOCK == projection.BLOCK
     assert dispatch.PROJECTION_WARPS == projection.WARPS
     assert dispatch.EXPAND_PRE_TILE == dispatch.POST_HEAD_TILE == _device.MMA_COLUMNS
-    assert _post_head.ctas_per_sm(dispatch.POST_HEAD_TWO_CTAS_HIDDEN) == 2
-    assert _post_head.ctas_per_sm(dispatch.POST_HEAD_TWO_CTAS_HIDDEN + 256) == 1
+    assert all(most % _device.MMA_COLUMNS == 0 for most in dispatch.POST_HEAD_GROUP_TOKENS.values())
 
 
 @given(TOKENS, HIDDEN, ROWS, st.integers(1, 200))
@@ -82,15 +81,18 @@ def test_groups_of_expand_pre_are_whole_tiles(tokens):
     assert -(-tokens // group) <= dispatch.CLUSTERS or group == dispatch.EXPAND_PRE_GROUP_TOKENS
 
 
-@given(TOKENS, HIDDEN)
+@given(st.one_of(st.integers(1, 600), TOKENS), HIDDEN)
 def test_clusters_of_post_head_run_at_once(tokens, hidden):
-    group = dispatch.post_head_group_tokens(tokens, hidden)
-    two = hidden <= 4096 and tokens > 56
-    assert -(-tokens // group) <= dispatch.CLUSTERS * (1 + two)
-    # a cluster has no more than its share, nor than its kernel takes
-    assert group == 4 or (group - 1) * dispatch.CLUSTERS * (1 + two) < tokens
+    clusters, unit = dispatch.post_head_share(tokens, hidden)
+    two = hidden <= dispatch.POST_HEAD_TWO_CTAS_HIDDEN
+    assert 1 <= clusters <= dispatch.CLUSTERS * (1 + two)
+    assert unit in (1, dispatch.POST_HEAD_TILE)
+    units = -(-tokens // unit)
+    assert clusters <= units  # each has some
     if dispatch.takes_one_round(tokens, hidden):
-        assert group <= dispatch.POST_HEAD_GROUP_TOKENS
+        assert -(-units // clusters) * unit <= dispatch.post_head_group_tokens(hidden)
+    if unit == 1:
+        assert -(-tokens // clusters) <= dispatch.POST_HEAD_TILE
 
 
 def test_one_launch_is_for_clusters_of_16():
@@ -109,7 +111,7 @@ def test_where_one_launch_begins_and_ends():
     assert [dispatch.persistent_min_tokens(h) for h in (4096, 5120, 7168)] == [129, 640, 384]
     assert dispatch.takes_persistent(129, 5120, ARCH, True)
     assert not dispatch.takes_persistent(129, 5120, ARCH, False)
-    assert [dispatch.post_head_max_tokens(h) for h in (4096, 5120, 7168)] == [448, 224, 224]
+    assert [dispatch.post_head_max_tokens(h) for h in (4096, 5120, 7168)] == [336, 336, 224]
 
 
 @pytest.mark.parametrize("hidden", [256, 4096, 5120, 7168])

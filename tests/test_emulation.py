@@ -237,7 +237,7 @@ def test_the_persistent_kernel(monkeypatch, device, hidden, norm):
 def test_the_persistent_kernel_of_post_head(monkeypatch, device, norm):
     """It loops over tiles, and its bits are those of the kernel for few tokens."""
     monkeypatch.setattr(dispatch, "CLUSTERS", 1)
-    tokens = dispatch.post_head_max_tokens(HIDDEN) + 5  # 5 tiles a cluster, the last one short
+    tokens = dispatch.post_head_max_tokens(HIDDEN) + 5  # 4 and 3 tiles, the last one short
     inputs = make_inputs("post_head_streams", tokens, HIDDEN, norm=norm, seed=3)
     many = device.run("post_head_streams", inputs)
     assert_matches_oracle("post_head_streams", inputs, tuple(many.values()))
@@ -327,9 +327,9 @@ RACING_KEYS = [
     ("fused_post_pre", 11, dispatch.fused_post_pre_key(HIDDEN, ARCH, True)),
     # 2 groups, the first of two tiles
     ("expand_pre", 19, dispatch.expand_pre_key(256, ARCH, True)),
-    # 2 groups of three tiles, the last ones partly empty
+    # 2 groups of 3 and 2 tiles, the last one partly empty
     ("post_head_streams", 35, dispatch.post_head_key(256, ARCH, True, True)),
-    # 2 groups of 9 tiles: every buffer and inbox is used again
+    # 2 groups of 9 and 8 tiles: every buffer and inbox is used again
     ("post_head_streams", 131, dispatch.post_head_persistent_key(256, ARCH, True, True)),
 ]
 per_racing_key = pytest.mark.parametrize(

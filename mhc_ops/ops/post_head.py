@@ -96,7 +96,7 @@ def launch_post_head(
         rms_eps,
         hc_eps,
         *(() if norm_weight is None else (norm_eps,)),
-        dispatch.post_head_group_tokens(tokens, hidden),
+        *dispatch.post_head_share(tokens, hidden),
     )
 
 
