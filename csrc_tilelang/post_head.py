@@ -2,9 +2,8 @@
 
 Algorithm: the new streams live in shared memory alone, unless they are asked for as well: x and the
 old streams are read once, the hidden state is written once, 12 bytes of traffic per hidden element
-and token where post and head move 36. A cluster of 16 CTAs takes a group of up to 32 tokens, 24
-where two of its CTAs share an SM, each CTA a sixteenth of the hidden size in all 4 streams, each of
-its warps 32 columns. The cluster
+and token where post and head move 36. A cluster of 16 CTAs takes a group of up to 32 tokens, each
+CTA a sixteenth of the hidden size in all 4 streams, each of its warps 32 columns. The cluster
 
 1. sends fn, the mixes, x and the streams to shared memory, 16 bytes a lane, in groups of loads that
    are waited for in turn: fn, of which each lane splits what it brought in three bf16 terms, the
@@ -27,7 +26,7 @@ token's outputs are the same bits in any batch and at any position.
 
 import tilelang.language as T
 
-from ..dispatch import CLUSTER, post_head_group_tokens
+from ..dispatch import CLUSTER, POST_HEAD_GROUP_TOKENS, post_head_ctas_per_sm
 from ._device import HC_MULT, MMA_COLUMNS, VECTOR, WARP
 from ._group import COLUMNS, SUMS_IN_PITCH, column_warps, prefetch_rows, slice_size
 from ._post_head import (
@@ -47,7 +46,7 @@ from ._post_head import (
     tile_tokens,
 )
 
-LOAD = "mhc::load_stream16"
+TILES = POST_HEAD_GROUP_TOKENS // MMA_COLUMNS  # at most
 
 
 @T.macro
@@ -68,21 +67,19 @@ def finish_round(
     column = rank * size + h
     inside = True if size % COLUMNS == 0 else h < size
     sums = tile_sums(hidden)
-    most = post_head_group_tokens(hidden)
-    tiles_at_most = most // MMA_COLUMNS
 
-    x_shared = T.alloc_shared((tiles_at_most, threads, VECTOR), "bfloat16")
-    streams_shared = T.alloc_shared((tiles_at_most, HC_MULT, threads, VECTOR), "bfloat16")
-    mixes_shared = T.alloc_shared((most, HC_MULT + 1, HC_MULT), "float32")
+    x_shared = T.alloc_shared((TILES, threads, VECTOR), "bfloat16")
+    streams_shared = T.alloc_shared((TILES, HC_MULT, threads, VECTOR), "bfloat16")
+    mixes_shared = T.alloc_shared((POST_HEAD_GROUP_TOKENS, HC_MULT + 1, HC_MULT), "float32")
     # this CTA's columns of fn, which only the lane reads that loaded them, then the warps' sums
     fn_shared = T.alloc_shared((1, HC_MULT, threads, VECTOR), "bfloat16")
     sums_shared = T.view(fn_shared, (HC_MULT * threads * VECTOR // 2,), "float32")
-    norm_shared = T.alloc_shared((tiles_at_most, warps, MMA_COLUMNS), "float32")
-    sums_in_shared = T.alloc_shared((most, SUMS_IN_PITCH), "float32")
-    squares_in_shared = T.alloc_shared((tiles_at_most, CLUSTER, MMA_COLUMNS), "float32")
-    norm_in_shared = T.alloc_shared((tiles_at_most, CLUSTER, MMA_COLUMNS), "float32")
-    sums_inbox = T.alloc_shared((tiles_at_most,), "uint64")
-    norm_inbox = T.alloc_shared((tiles_at_most,), "uint64")
+    norm_shared = T.alloc_shared((TILES, warps, MMA_COLUMNS), "float32")
+    sums_in_shared = T.alloc_shared((POST_HEAD_GROUP_TOKENS, SUMS_IN_PITCH), "float32")
+    squares_in_shared = T.alloc_shared((TILES, CLUSTER, MMA_COLUMNS), "float32")
+    norm_in_shared = T.alloc_shared((TILES, CLUSTER, MMA_COLUMNS), "float32")
+    sums_inbox = T.alloc_shared((TILES,), "uint64")
+    norm_inbox = T.alloc_shared((TILES,), "uint64")
 
     terms_local = T.alloc_local((HC_MULT * STREAM_TERMS,), "uint32")
     gain_local = T.alloc_local((VECTOR,), "bfloat16")
@@ -101,7 +98,7 @@ def finish_round(
     # all on its way at once, in groups of loads: fn, the mixes, then one for each tile
     load_rows(fn, column, row, inside, tx, hidden, fn_shared, 0)
     T.call_extern("handle", "mhc::loads_commit")
-    for i in T.unroll(-(-most * (HC_MULT + 1) // threads)):
+    for i in T.unroll(-(-POST_HEAD_GROUP_TOKENS * (HC_MULT + 1) // threads)):
         vector = i * threads + tx
         if vector < count:
             T.call_extern(
@@ -126,10 +123,9 @@ def finish_round(
                 ),
             )
     T.call_extern("handle", "mhc::loads_commit")
-    for i in T.unroll(tiles_at_most):
+    for i in T.unroll(TILES):
         load_tile(
-            x, residual, first, count, i, row, column, inside, tx, LOAD, x_shared, i,
-            streams_shared, i,
+            x, residual, first, count, i, row, column, inside, tx, x_shared, i, streams_shared, i,
         )  # fmt: skip
         T.call_extern("handle", "mhc::loads_commit")
     if norm and inside:
@@ -137,9 +133,9 @@ def finish_round(
             gain_local[v] = gain[column + v]
     scale_local[0] = hc_scale[0]
     base_local[0] = hc_base[lane % 4]
-    T.call_extern("handle", loads_wait_but(tiles_at_most + 1))
+    T.call_extern("handle", loads_wait_but(TILES + 1))
     split_rows(fn_shared, 0, row, inside, tx, terms_local)
-    T.call_extern("handle", loads_wait_but(tiles_at_most))
+    T.call_extern("handle", loads_wait_but(TILES))
     T.sync_threads()
     T.cluster_wait()
 
@@ -148,7 +144,7 @@ def finish_round(
     for i in T.serial(tiles):
         # an empty group more leaves one of the others less to be excepted
         T.call_extern("handle", "mhc::loads_commit")
-        T.call_extern("handle", loads_wait_but(tiles_at_most))
+        T.call_extern("handle", loads_wait_but(TILES))
         mix_tile(
             x_shared, i, streams_shared, i, mixes_shared, i * MMA_COLUMNS, terms_local,
             tile_tokens(i, count), first + i * MMA_COLUMNS, row, lane, warp, column, inside, tx,
@@ -195,6 +191,9 @@ def post_head(hidden: int, *, norm: bool, streams: bool, pdl: bool):
 
     Returns:
         The TileLang program of :func:`_post_head.post_head_program`, for at most
-        ``dispatch.post_head_group_tokens`` tokens a cluster.
+        ``dispatch.POST_HEAD_GROUP_TOKENS`` tokens a cluster.
     """
-    return post_head_program("mhc_post_head", finish_round, hidden, norm=norm, streams=streams)
+    return post_head_program(
+        "mhc_post_head", finish_round, hidden, ctas_per_sm=post_head_ctas_per_sm(hidden), norm=norm,
+        streams=streams,
+    )  # fmt: skip

@@ -36,7 +36,7 @@ token's outputs are the same bits in any batch and at any position.
 
 import tilelang.language as T
 
-from ..dispatch import CLUSTER
+from ..dispatch import CLUSTER, post_head_persistent_ctas_per_sm
 from ._device import HC_MULT, MMA_COLUMNS, VECTOR, WARP
 from ._group import COLUMNS, SUMS_IN_PITCH, column_warps, prefetch_rows, slice_size
 from ._post_head import (
@@ -62,7 +62,6 @@ BUFFERS = 3  # of streams: a tile in work, the one before, to be collapsed, and 
 X_BUFFERS = BUFFERS + 2  # the two before that are normalised later, from the place of x
 SETS = 4  # of what other CTAs send
 TAIL = 3  # a tile is normalised so many turns after its projection, or collapsed one turn after it
-LOAD = "mhc::load_stream16"
 # groups of loads: fn, the first tile's mixes, then one for each tile, with the mixes of the next
 FN_LOADED = loads_wait_but(BUFFERS)
 MIXES_LOADED = loads_wait_but(BUFFERS - 1)
@@ -150,8 +149,7 @@ def run_tiles(
     T.call_extern("handle", "mhc::loads_commit")
     for i in T.unroll(BUFFERS - 1):
         load_tile(
-            x, residual, first, count, i, row, column, inside, tx, LOAD, x_shared, i,
-            streams_shared, i,
+            x, residual, first, count, i, row, column, inside, tx, x_shared, i, streams_shared, i,
         )  # fmt: skip
         load_mixes(post_layer_mix, comb_res_mix, first, count, i + 1, tx, threads, mixes_shared)
         T.call_extern("handle", "mhc::loads_commit")
@@ -232,7 +230,7 @@ def run_tiles(
 
         # in the places of the tiles just done; a group of loads even if it is empty, for the count
         load_tile(
-            x, residual, first, count, i + BUFFERS - 1, row, column, inside, tx, LOAD, x_shared,
+            x, residual, first, count, i + BUFFERS - 1, row, column, inside, tx, x_shared,
             (i + BUFFERS - 1) % X_BUFFERS, streams_shared, (i + BUFFERS - 1) % BUFFERS,
         )  # fmt: skip
         load_mixes(
@@ -254,5 +252,6 @@ def post_head_persistent(hidden: int, *, norm: bool, streams: bool, pdl: bool):
         The TileLang program of :func:`_post_head.post_head_program`.
     """
     return post_head_program(
-        "mhc_post_head_persistent", run_tiles, hidden, norm=norm, streams=streams
-    )
+        "mhc_post_head_persistent", run_tiles, hidden,
+        ctas_per_sm=post_head_persistent_ctas_per_sm(hidden), norm=norm, streams=streams,
+    )  # fmt: skip

@@ -48,8 +48,16 @@ EXPAND_PRE_GROUP_TOKENS = 32  # tokens of a cluster at most: fn is read once for
 POST_HEAD_TILE = 8  # tokens of an mma tile
 # of a cluster of post_head at least: fewer would have fn read more often for little less to load
 POST_HEAD_LEAST_GROUP = 4
-POST_HEAD_TWO_CTAS_HIDDEN = 5120  # up to which two of its CTAs of 24 tokens share an SM
-POST_HEAD_GROUP_TOKENS = {2: 24, 1: 32}  # at most, by the CTAs on an SM
+POST_HEAD_GROUP_TOKENS = 32  # at most: for 337 at H = 4096 11.2 us, the persistent kernel 13.1
+# Up to which hidden size two CTAs share an SM. At 5120 two of post_head had room for 24 tokens each
+# and took 9.3 us for 128, one with room for 32 takes 7.7; two of the persistent kernel take 78 us
+# for 2048, one 93. There, for 240 to 265 tokens, it takes as long as the calls of post and head or
+# up to 2 % longer, with the streams 6 %: for 256 13.9 and 14.5 us, they 13.7. Elsewhere it is faster.
+POST_HEAD_TWO_CTAS_HIDDEN = 4096
+POST_HEAD_PERSISTENT_TWO_CTAS_HIDDEN = 5120
+# of a cluster, up to which those of post_head have an SM a CTA nevertheless: 7 clusters take 6.6 us
+# for 168 at H = 4096, 14 take 7.1
+POST_HEAD_ONE_CTA_TOKENS = 24
 
 # Elsewhere fused_post_pre runs post_projection + finish up to so many tokens, and fewer at larger
 # hidden sizes, where tokens * hidden counts; post + projection + finish beyond.
@@ -186,18 +194,18 @@ def takes_one_launch_end(hidden: int, arch: str) -> bool:
 
 
 def post_head_ctas_per_sm(hidden: int) -> int:
-    """CTAs of ``post_head`` or ``post_head_persistent`` that share an SM."""
+    """CTAs of ``post_head`` that an SM has room for."""
     return 2 if hidden <= POST_HEAD_TWO_CTAS_HIDDEN else 1
 
 
-def post_head_group_tokens(hidden: int) -> int:
-    """Tokens of a cluster of ``post_head`` at most."""
-    return POST_HEAD_GROUP_TOKENS[post_head_ctas_per_sm(hidden)]
+def post_head_persistent_ctas_per_sm(hidden: int) -> int:
+    """CTAs of ``post_head_persistent`` that share an SM."""
+    return 2 if hidden <= POST_HEAD_PERSISTENT_TWO_CTAS_HIDDEN else 1
 
 
 def post_head_max_tokens(hidden: int) -> int:
     """Tokens of one round of the clusters of ``post_head``."""
-    return CLUSTERS * post_head_ctas_per_sm(hidden) * post_head_group_tokens(hidden)
+    return CLUSTERS * post_head_ctas_per_sm(hidden) * POST_HEAD_GROUP_TOKENS
 
 
 def takes_one_round(tokens: int, hidden: int) -> bool:
@@ -236,13 +244,17 @@ def post_head_share(tokens: int, hidden: int) -> tuple[int, int]:
     """Clusters of ``post_head`` or ``post_head_persistent``, which run at once, and their unit.
 
     They share the tokens evenly, a unit at a time: a token of the first tile of each, whole tiles
-    beyond, as a tile of one token takes about as long as one of 8. Two CTAs share an SM only where
-    one would have more than the tiles of a group.
+    beyond, as a tile of one token takes about as long as one of 8.
     """
     if tokens <= CLUSTERS * POST_HEAD_TILE:
         return min(CLUSTERS, _ceildiv(tokens, POST_HEAD_LEAST_GROUP)), 1
-    one_a_sm = tokens <= CLUSTERS * post_head_group_tokens(hidden)
-    return CLUSTERS * (1 if one_a_sm else post_head_ctas_per_sm(hidden)), POST_HEAD_TILE
+    if not takes_one_round(tokens, hidden):
+        ctas = post_head_persistent_ctas_per_sm(hidden)
+    elif tokens <= CLUSTERS * POST_HEAD_ONE_CTA_TOKENS:
+        ctas = 1
+    else:
+        ctas = post_head_ctas_per_sm(hidden)
+    return CLUSTERS * ctas, POST_HEAD_TILE
 
 
 def post_projection_max_tokens(hidden: int) -> int:

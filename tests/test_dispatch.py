@@ -24,7 +24,7 @@ def test_constants_are_those_of_the_kernels():
     assert dispatch.PROJECTION_BLOCK == projection.BLOCK
     assert dispatch.PROJECTION_WARPS == projection.WARPS
     assert dispatch.EXPAND_PRE_TILE == dispatch.POST_HEAD_TILE == _device.MMA_COLUMNS
-    assert all(most % _device.MMA_COLUMNS == 0 for most in dispatch.POST_HEAD_GROUP_TOKENS.values())
+    assert dispatch.POST_HEAD_GROUP_TOKENS % _device.MMA_COLUMNS == 0
 
 
 @given(TOKENS, HIDDEN, ROWS, st.integers(1, 200))
@@ -84,13 +84,14 @@ def test_groups_of_expand_pre_are_whole_tiles(tokens):
 @given(st.one_of(st.integers(1, 600), TOKENS), HIDDEN)
 def test_clusters_of_post_head_run_at_once(tokens, hidden):
     clusters, unit = dispatch.post_head_share(tokens, hidden)
-    two = hidden <= dispatch.POST_HEAD_TWO_CTAS_HIDDEN
+    one_round = dispatch.takes_one_round(tokens, hidden)
+    two = hidden <= (4096 if one_round else 5120)
     assert 1 <= clusters <= dispatch.CLUSTERS * (1 + two)
     assert unit in (1, dispatch.POST_HEAD_TILE)
     units = -(-tokens // unit)
     assert clusters <= units  # each has some
-    if dispatch.takes_one_round(tokens, hidden):
-        assert -(-units // clusters) * unit <= dispatch.post_head_group_tokens(hidden)
+    if one_round:
+        assert -(-units // clusters) * unit <= dispatch.POST_HEAD_GROUP_TOKENS
     if unit == 1:
         assert -(-tokens // clusters) <= dispatch.POST_HEAD_TILE
 
@@ -111,7 +112,11 @@ def test_where_one_launch_begins_and_ends():
     assert [dispatch.persistent_min_tokens(h) for h in (4096, 5120, 7168)] == [129, 640, 384]
     assert dispatch.takes_persistent(129, 5120, ARCH, True)
     assert not dispatch.takes_persistent(129, 5120, ARCH, False)
-    assert [dispatch.post_head_max_tokens(h) for h in (4096, 5120, 7168)] == [336, 336, 224]
+    assert [dispatch.post_head_max_tokens(h) for h in (4096, 5120, 7168)] == [448, 224, 224]
+    share = dispatch.post_head_share
+    assert [share(n, 4096) for n in (25, 56, 57, 169)] == [(7, 1), (7, 1), (7, 8), (14, 8)]
+    assert [share(n, 5120) for n in (57, 224, 225)] == [(7, 8), (7, 8), (14, 8)]
+    assert [share(n, 7168) for n in (57, 224, 225)] == [(7, 8), (7, 8), (7, 8)]
 
 
 @pytest.mark.parametrize("hidden", [256, 4096, 5120, 7168])

@@ -237,7 +237,7 @@ def test_the_persistent_kernel(monkeypatch, device, hidden, norm):
 def test_the_persistent_kernel_of_post_head(monkeypatch, device, norm):
     """It loops over tiles, and its bits are those of the kernel for few tokens."""
     monkeypatch.setattr(dispatch, "CLUSTERS", 1)
-    tokens = dispatch.post_head_max_tokens(HIDDEN) + 5  # 4 and 3 tiles, the last one short
+    tokens = dispatch.post_head_max_tokens(HIDDEN) + 5  # 5 and 4 tiles, the last one short
     inputs = make_inputs("post_head_streams", tokens, HIDDEN, norm=norm, seed=3)
     many = device.run("post_head_streams", inputs)
     assert_matches_oracle("post_head_streams", inputs, tuple(many.values()))
