@@ -136,16 +136,11 @@ def split_rows(fn_shared, place, row, inside, tx, terms_local):
 
 @T.macro
 def load_tile(
-    x, residual, first, count, i, row, column, inside, tx, x_shared, x_place, streams_shared, place,
+    x, residual, first, token, there, column, inside, tx, x_shared, x_place, streams_shared, place,
 ):  # fmt: skip
-    """This lane's columns of its token of tile ``i``, if there is one.
-
-    What lies in the place of an absent token reaches no other token: nothing of it is sent but
-    squares, which nobody reads. To load another token there instead took 3.3 us for one token at
-    H = 4096, 3.1 without.
-    """
-    if i * MMA_COLUMNS + row < count and inside:
-        t = first + i * MMA_COLUMNS + row
+    """This lane's columns of ``token`` of the cluster's, if it is ``there``."""
+    if there and inside:
+        t = first + token
         T.call_extern(
             "handle",
             LOAD,

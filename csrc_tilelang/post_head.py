@@ -123,9 +123,12 @@ def finish_round(
                 ),
             )
     T.call_extern("handle", "mhc::loads_commit")
+    # Lanes of absent tokens load nothing, 3.1 us in place of 3.3 for one token at H = 4096. What
+    # lies in their place reaches no other token: but for squares that nobody reads, it is not sent
     for i in T.unroll(TILES):
         load_tile(
-            x, residual, first, count, i, row, column, inside, tx, x_shared, i, streams_shared, i,
+            x, residual, first, i * MMA_COLUMNS + row, i * MMA_COLUMNS + row < count, column,
+            inside, tx, x_shared, i, streams_shared, i,
         )  # fmt: skip
         T.call_extern("handle", "mhc::loads_commit")
     if norm and inside:

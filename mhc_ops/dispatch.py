@@ -51,8 +51,8 @@ POST_HEAD_LEAST_GROUP = 4
 POST_HEAD_GROUP_TOKENS = 32  # at most: for 337 at H = 4096 11.2 us, the persistent kernel 13.1
 # Up to which hidden size two CTAs share an SM. At 5120 two of post_head had room for 24 tokens each
 # and took 9.3 us for 128, one with room for 32 takes 7.7; two of the persistent kernel take 78 us
-# for 2048, one 93. There, for 240 to 265 tokens, it takes as long as the calls of post and head or
-# up to 2 % longer, with the streams 6 %: for 256 13.9 and 14.5 us, they 13.7. Elsewhere it is faster.
+# for 2048, one 93. There, from 240 to 265 tokens, it is up to 2 % slower than post and head, with
+# the streams 6 %: for 256 13.9 and 14.5 us, they 13.7. Everywhere else it is faster than they are.
 POST_HEAD_TWO_CTAS_HIDDEN = 4096
 POST_HEAD_PERSISTENT_TWO_CTAS_HIDDEN = 5120
 # of a cluster, up to which those of post_head have an SM a CTA nevertheless: 7 clusters take 6.6 us
