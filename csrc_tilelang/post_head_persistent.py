@@ -143,7 +143,7 @@ def run_tiles(
 
     # fn, and the first tiles, on their way at once, in groups to be waited for in turn; fn where
     # the last buffer is not used yet. Lanes of absent tokens load the last one: with a lane's own
-    # condition, as in post_head, 24 bytes are spilled at H = 5120
+    # condition, as in post_head, 24 bytes are spilled at H = 5120 with norm and streams
     load_rows(fn, column, row, inside, tx, hidden, streams_shared, BUFFERS - 1)
     T.call_extern("handle", "mhc::loads_commit")
     load_mixes(post_layer_mix, comb_res_mix, first, count, 0, tx, threads, mixes_shared)

@@ -236,15 +236,20 @@ def test_the_persistent_kernel(monkeypatch, device, hidden, norm):
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 def test_the_persistent_kernel_of_post_head(monkeypatch, device, norm):
     """It loops over tiles, and its bits are those of the kernel for few tokens."""
-    monkeypatch.setattr(dispatch, "CLUSTERS", 1)
-    tokens = dispatch.post_head_max_tokens(HIDDEN) + 5  # 5 and 4 tiles, the last one short
+    for name, value in (
+        ("CLUSTERS", 1),
+        ("POST_HEAD_TWO_CTAS_HIDDEN", 0),
+        ("POST_HEAD_PERSISTENT_TWO_CTAS_HIDDEN", 0),
+    ):
+        monkeypatch.setattr(dispatch, name, value)
+    tokens = dispatch.POST_HEAD_GROUP_TOKENS + 5  # 5 tiles in one cluster, the last one short
     inputs = make_inputs("post_head_streams", tokens, HIDDEN, norm=norm, seed=3)
     many = device.run("post_head_streams", inputs)
     assert_matches_oracle("post_head_streams", inputs, tuple(many.values()))
-    few = {name: value[:39] if name in TOKENWISE else value for name, value in inputs.items()}
+    few = {name: value[:19] if name in TOKENWISE else value for name, value in inputs.items()}
     expected = device.run("post_head_streams", few)
     assert {key.kernel for key in device.launched} == {"post_head", "post_head_persistent"}
-    assert_equal(expected, {name: value[:39] for name, value in many.items()})
+    assert_equal(expected, {name: value[:19] for name, value in many.items()})
 
 
 @pytest.mark.parametrize("op", OUTPUTS)
