@@ -40,7 +40,8 @@ class Case(NamedTuple):
         op, norm, tokens, hidden: what is called.
         way: ``classical``, as on a GPU without kernels of one launch; ``invariant``, as with
             MHC_OPS_BATCH_INVARIANT, which takes the kernels that loop over tiles for few tokens, in
-            one cluster, so that they have many; ``own``.
+            one cluster, so that they have many; ``small``, as on a GPU with few multiprocessors,
+            which takes that of post_head; ``own``.
     """
 
     op: str
@@ -58,18 +59,14 @@ def cases() -> list[Case]:
         for hidden in HIDDEN
         for op in OUTPUTS
         for norm in ((False,) if op == "post" else (False, True))
-        for way in ("own", "classical", "invariant")
-        if way == "own"
-        or (
-            way == "classical"
-            and op == "fused_post_pre"
-            and dispatch.takes_post_projection(tokens, hidden)
-        )
-        or (
-            way == "invariant"
-            and op in ("fused_post_pre", "pre")
-            and tokens > dispatch.ONE_LAUNCH_MAX_TOKENS
-        )
+        for way in ("own", "classical", "invariant", "small")
+        if {
+            "own": True,
+            "classical": op == "fused_post_pre" and dispatch.takes_post_projection(tokens, hidden),
+            "invariant": op in ("fused_post_pre", "pre")
+            and tokens > dispatch.ONE_LAUNCH_MAX_TOKENS,
+            "small": op.startswith("post_head") and tokens > dispatch.ONE_LAUNCH_MAX_TOKENS,
+        }[way]
     ]
 
 
@@ -82,6 +79,11 @@ def keys(arch: str) -> set[dispatch.Key]:
             *dispatch.keys(hidden, arch, max(TOKENS)),
             dispatch.post_projection_plan(1, hidden, arch, 1).key,
             *(dispatch.persistent_key(hidden, arch, norm) for norm in (False, True)),
+            *(
+                dispatch.post_head_persistent_key(hidden, arch, norm, streams)
+                for norm in (False, True)
+                for streams in (False, True)
+            ),
         )
     }
 
@@ -97,6 +99,10 @@ def path(way: str) -> Iterator[None]:
             mock.patch.dict(os.environ, {"MHC_OPS_BATCH_INVARIANT": "1"}),
             mock.patch.object(dispatch, "CLUSTERS", 1),
         ):
+            yield
+        return
+    if way == "small":
+        with mock.patch.object(dispatch, "CLUSTERS", 2):
             yield
         return
     host.forget()  # of the native calls, which know nothing of what follows

@@ -49,18 +49,24 @@ PRE = "pre"
 PRE_MIN_TOKENS = {8: 1, 7: 320}
 PRE_MIN_TOKENS_PARTLY = 1024
 
-# expand_pre and, for few and for many tokens, post_head are one launch, on the same GPUs and up to
-# the same hidden size, each of the kernel of its name.
+# expand_pre and post_head are one launch, on the same GPUs and up to the same hidden size: of the
+# kernel of the op's name, post_head of the persistent one for more tokens than a round of clusters
+# of the other takes.
 EXPAND_PRE_TILE = 8  # tokens of an mma tile
 EXPAND_PRE_GROUP_TOKENS = 32  # tokens of a cluster at most: fn is read once for them
-# of post_head at least: fewer would have fn read more often for little less to load
+POST_HEAD_TILE = 8  # tokens of an mma tile
+# of a cluster of post_head at least: fewer would have fn read more often for little less to load
 POST_HEAD_LEAST_GROUP = 4
-POST_HEAD_GROUP_TOKENS = 24  # at most: for 512 at H = 7168 16, 24, 32 took 40.2, 38.5 and 43.7 us
-# one round of its clusters, or so many that a round more or less does not count; the second with
-# the streams written. For 192 at H = 7168 it took 19.7 us, post and head 15.1; for 512 36.3 and
-# 43.0; with the streams for 512 at H = 4096 26.0 and 23.1, for 1024 48.9 and 49.5
-POST_HEAD_FEW_TOKENS = CLUSTERS * POST_HEAD_GROUP_TOKENS
-POST_HEAD_MANY_TOKENS = (512, 1024)
+POST_HEAD_GROUP_TOKENS = 32  # at most: for 337 at H = 4096 11.2 us, the persistent kernel 13.1
+# Up to which hidden size two CTAs share an SM. At 5120 two of post_head had room for 24 tokens each
+# and took 9.3 us for 128, one with room for 32 takes 7.7; two of the persistent kernel take 78 us
+# for 2048, one 93. There, from 240 to 265 tokens, it is up to 2 % slower than post and head, with
+# the streams 6 %: for 256 13.9 and 14.5 us, they 13.7. Everywhere else it is faster than they are.
+POST_HEAD_TWO_CTAS_HIDDEN = 4096
+POST_HEAD_PERSISTENT_TWO_CTAS_HIDDEN = 5120
+# of a cluster, up to which those of post_head have an SM a CTA nevertheless: 7 clusters take 6.6 us
+# for 168 at H = 4096, 14 take 7.1
+POST_HEAD_ONE_CTA_TOKENS = 24
 
 # Elsewhere fused_post_pre runs post_projection + finish up to so many tokens, and fewer at larger
 # hidden sizes, where tokens * hidden counts; post + projection + finish beyond.
@@ -224,20 +230,40 @@ def pre_group_tokens(tokens: int) -> int:
 
 
 def takes_one_launch_end(hidden: int, arch: str) -> bool:
-    """Whether ``expand_pre`` and, for few tokens, ``post_head`` run the kernels of these names."""
+    """Whether ``expand_pre`` and ``post_head`` are one launch."""
     return hidden <= ONE_LAUNCH_MAX_HIDDEN and arch in ONE_LAUNCH_ARCHS
 
 
-def takes_post_head(tokens: int, hidden: int, arch: str, streams: bool) -> bool:
-    """Whether ``post_head``, or ``post_head_streams``, runs the ``post_head`` kernel."""
-    few, many = POST_HEAD_FEW_TOKENS, POST_HEAD_MANY_TOKENS[streams]
-    return takes_one_launch_end(hidden, arch) and not few < tokens < many
+def post_head_ctas_per_sm(hidden: int) -> int:
+    """CTAs of ``post_head`` that an SM has room for."""
+    return 2 if hidden <= POST_HEAD_TWO_CTAS_HIDDEN else 1
+
+
+def post_head_persistent_ctas_per_sm(hidden: int) -> int:
+    """CTAs of ``post_head_persistent`` that share an SM."""
+    return 2 if hidden <= POST_HEAD_PERSISTENT_TWO_CTAS_HIDDEN else 1
+
+
+def post_head_max_tokens(hidden: int) -> int:
+    """Tokens of one round of the clusters of ``post_head``."""
+    return CLUSTERS * post_head_ctas_per_sm(hidden) * POST_HEAD_GROUP_TOKENS
+
+
+def takes_one_round(tokens: int, hidden: int) -> bool:
+    """Whether ``post_head`` runs the kernel of that name, and not ``post_head_persistent``."""
+    return tokens <= post_head_max_tokens(hidden)
 
 
 @functools.cache
 def post_head_key(hidden: int, arch: str, norm: bool, streams: bool) -> Key:
     """The ``post_head`` kernel, with or without the RMSNorm, writing the streams or not."""
     return Key("post_head", arch, hidden, (("norm", norm), ("streams", streams)))
+
+
+@functools.cache
+def post_head_persistent_key(hidden: int, arch: str, norm: bool, streams: bool) -> Key:
+    """The ``post_head_persistent`` kernel, with or without both of them."""
+    return Key("post_head_persistent", arch, hidden, (("norm", norm), ("streams", streams)))
 
 
 @functools.cache
@@ -255,9 +281,21 @@ def expand_pre_group_tokens(tokens: int) -> int:
     return min(EXPAND_PRE_GROUP_TOKENS, EXPAND_PRE_TILE * tiles)
 
 
-def post_head_group_tokens(tokens: int) -> int:
-    """Tokens of a cluster of ``post_head``: all clusters run at once, where there are so few."""
-    return min(POST_HEAD_GROUP_TOKENS, max(POST_HEAD_LEAST_GROUP, _ceildiv(tokens, CLUSTERS)))
+def post_head_share(tokens: int, hidden: int) -> tuple[int, int]:
+    """Clusters of ``post_head`` or ``post_head_persistent``, which run at once, and their unit.
+
+    They share the tokens evenly, a unit at a time: a token of the first tile of each, whole tiles
+    beyond, as a tile of one token takes about as long as one of 8.
+    """
+    if tokens <= CLUSTERS * POST_HEAD_TILE:
+        return min(CLUSTERS, _ceildiv(tokens, POST_HEAD_LEAST_GROUP)), 1
+    if not takes_one_round(tokens, hidden):
+        ctas = post_head_persistent_ctas_per_sm(hidden)
+    elif tokens <= CLUSTERS * POST_HEAD_ONE_CTA_TOKENS:
+        ctas = 1
+    else:
+        ctas = post_head_ctas_per_sm(hidden)
+    return CLUSTERS * ctas, POST_HEAD_TILE
 
 
 def post_projection_max_tokens(hidden: int) -> int:
@@ -369,8 +407,7 @@ def path_tokens(hidden: int, arch: str, max_tokens: int) -> tuple[int, ...]:
     starts.update(tile.max_tokens + 1 for tile in PROJECTION_TILES)
     if one_launch:
         starts.update((persistent_min_tokens(hidden), pre_min_tokens(hidden)))
-        starts.add(FEW_CLUSTERS_TOKENS + 1)
-        starts.update((POST_HEAD_FEW_TOKENS + 1, *POST_HEAD_MANY_TOKENS))
+        starts.update((FEW_CLUSTERS_TOKENS + 1, post_head_max_tokens(hidden) + 1))
     return tuple(sorted(tokens for tokens in starts if tokens <= max_tokens))
 
 
@@ -409,3 +446,5 @@ def keys(hidden: int, arch: str, max_tokens: int) -> Iterator[Key]:
             yield expand_pre_key(hidden, arch, norm)
             for streams in (False, True):
                 yield post_head_key(hidden, arch, norm, streams)
+                if not takes_one_round(max_tokens, hidden):
+                    yield post_head_persistent_key(hidden, arch, norm, streams)

@@ -164,12 +164,10 @@ def path(op: str, hidden: int, tokens: int) -> str:
         return "post"
     if op == "pre" and dispatch.takes_pre(tokens, hidden, "sm_90a", False):
         return op
-    if op == "expand_pre" and dispatch.takes_one_launch_end(hidden, "sm_90a"):
-        return op
-    if op.startswith("post_head") and dispatch.takes_post_head(
-        tokens, hidden, "sm_90a", op == "post_head_streams"
-    ):
-        return "post_head"
+    if op in ENDS and dispatch.takes_one_launch_end(hidden, "sm_90a"):
+        if op == "expand_pre":
+            return op
+        return "post_head" if dispatch.takes_one_round(tokens, hidden) else "post_head_persistent"
     if op == "fused_post_pre" and dispatch.takes_one_launch(tokens, hidden, "sm_90a"):
         return "fused_post_pre"
     if op == "fused_post_pre" and dispatch.takes_persistent(tokens, hidden, "sm_90a", False):

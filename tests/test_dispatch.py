@@ -1,7 +1,5 @@
 """dispatch: plans cover the work, keys are few and never depend on the token count."""
 
-import itertools
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +23,8 @@ def test_constants_are_those_of_the_kernels():
     assert dispatch.POST_PROJECTION_SLICE == post_projection.SLICE
     assert dispatch.PROJECTION_BLOCK == projection.BLOCK
     assert dispatch.PROJECTION_WARPS == projection.WARPS
-    assert dispatch.EXPAND_PRE_TILE == _device.MMA_COLUMNS
+    assert dispatch.EXPAND_PRE_TILE == dispatch.POST_HEAD_TILE == _device.MMA_COLUMNS
+    assert dispatch.POST_HEAD_GROUP_TOKENS % _device.MMA_COLUMNS == 0
 
 
 @given(TOKENS, HIDDEN, ROWS, st.integers(1, 200))
@@ -71,7 +70,10 @@ def test_every_plan_is_among_the_enumerated_keys(tokens, hidden, rows):
         assert dispatch.head_key(hidden, ARCH, norm) in keys
         assert (dispatch.expand_pre_key(hidden, ARCH, norm) in keys) == one_launch
         for streams in (False, True):
-            assert (dispatch.post_head_key(hidden, ARCH, norm, streams) in keys) == one_launch
+            options = (hidden, ARCH, norm, streams)
+            many = one_launch and not dispatch.takes_one_round(tokens, hidden)
+            assert (dispatch.post_head_key(*options) in keys) == one_launch
+            assert (dispatch.post_head_persistent_key(*options) in keys) == many
 
 
 @pytest.mark.parametrize("tokens", range(1, dispatch.ONE_LAUNCH_MAX_TOKENS + 1))
@@ -90,19 +92,25 @@ def test_groups_of_expand_pre_are_whole_tiles(tokens):
     assert -(-tokens // group) <= dispatch.CLUSTERS or group == dispatch.EXPAND_PRE_GROUP_TOKENS
 
 
-@given(TOKENS)
-def test_groups_of_post_head_fit(tokens):
-    group = dispatch.post_head_group_tokens(tokens)
-    assert 1 <= group <= dispatch.POST_HEAD_GROUP_TOKENS
-    assert -(-tokens // group) <= dispatch.CLUSTERS or group == dispatch.POST_HEAD_GROUP_TOKENS
+@given(st.one_of(st.integers(1, 600), TOKENS), HIDDEN)
+def test_clusters_of_post_head_run_at_once(tokens, hidden):
+    clusters, unit = dispatch.post_head_share(tokens, hidden)
+    one_round = dispatch.takes_one_round(tokens, hidden)
+    two = hidden <= (4096 if one_round else 5120)
+    assert 1 <= clusters <= dispatch.CLUSTERS * (1 + two)
+    assert unit in (1, dispatch.POST_HEAD_TILE)
+    units = -(-tokens // unit)
+    assert clusters <= units  # each has some
+    if one_round:
+        assert -(-units // clusters) * unit <= dispatch.POST_HEAD_GROUP_TOKENS
+    if unit == 1:
+        assert -(-tokens // clusters) <= dispatch.POST_HEAD_TILE
 
 
 def test_one_launch_is_for_clusters_of_16():
     for arch, served in (("sm_90a", True), ("sm_100a", True), ("sm_120a", False), ("sm_80", False)):
         assert dispatch.takes_one_launch(1, 4096, arch) == served
         assert dispatch.takes_one_launch_end(4096, arch) == served
-        for streams in (False, True):
-            assert dispatch.takes_post_head(1, 4096, arch, streams) == served
         assert dispatch.takes_persistent(5000, 4096, arch, False) == served
         assert dispatch.takes_pre(1, 4096, arch, False) == served
     assert not dispatch.takes_one_launch(129, 4096, ARCH)
@@ -122,11 +130,11 @@ def test_where_one_launch_begins_and_ends():
         assert dispatch.takes_pre(tokens, 4096, ARCH, False)
     assert dispatch.takes_persistent(129, 5120, ARCH, True)
     assert not dispatch.takes_persistent(129, 5120, ARCH, False)
-    for hidden, streams in itertools.product((256, 4096, 7168), (False, True)):
-        taken = [dispatch.takes_post_head(n, hidden, ARCH, streams) for n in (168, 169, 511, 1024)]
-        assert taken == [True, False, False, True]
-    assert dispatch.takes_post_head(512, 4096, ARCH, False)
-    assert not dispatch.takes_post_head(1023, 4096, ARCH, True)
+    assert [dispatch.post_head_max_tokens(h) for h in (4096, 5120, 7168)] == [448, 224, 224]
+    share = dispatch.post_head_share
+    assert [share(n, 4096) for n in (25, 56, 57, 169)] == [(7, 1), (7, 1), (7, 8), (14, 8)]
+    assert [share(n, 5120) for n in (57, 224, 225)] == [(7, 8), (7, 8), (14, 8)]
+    assert [share(n, 7168) for n in (57, 224, 225)] == [(7, 8), (7, 8), (7, 8)]
 
 
 @pytest.mark.parametrize("hidden", [256, 4096, 5120, 7168])

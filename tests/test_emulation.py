@@ -39,12 +39,12 @@ from mhc_ops.testing import (
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 ARCH = "sm_90a"
-MAX_TOKENS = 300  # beyond every threshold of the dispatch
+MAX_TOKENS = 300  # beyond every threshold of the dispatch but that of post_head
 HIDDEN = 1280  # several warps of a collapse, the last of them partly idle
 CASES = tuple((op, norm) for op in OUTPUTS for norm in (False, True) if not (op == "post" and norm))
 TOKENWISE = ("x", "residual", "post_layer_mix", "comb_res_mix")
 EARLY = (dispatch.ONE_LAUNCH, dispatch.PERSISTENT, dispatch.PRE)  # may read fn early
-ENDS = ("expand_pre", "post_head")  # kernels in clusters; post_head_streams is the latter's too
+ENDS = ("expand_pre", "post_head")  # in clusters; post_head_streams runs the latter's kernels
 
 
 @pytest.fixture(scope="session")
@@ -257,6 +257,25 @@ def test_pre_after_post_is_the_boundary(monkeypatch, device, hidden):
     assert_equal(few, {name: value[-3:] for name, value in many.items()})
 
 
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_the_persistent_kernel_of_post_head(monkeypatch, device, norm):
+    """It loops over tiles, and its bits are those of the kernel for few tokens."""
+    for name, value in (
+        ("CLUSTERS", 1),
+        ("POST_HEAD_TWO_CTAS_HIDDEN", 0),
+        ("POST_HEAD_PERSISTENT_TWO_CTAS_HIDDEN", 0),
+    ):
+        monkeypatch.setattr(dispatch, name, value)
+    tokens = dispatch.POST_HEAD_GROUP_TOKENS + 5  # 5 tiles in one cluster, the last one short
+    inputs = make_inputs("post_head_streams", tokens, HIDDEN, norm=norm, seed=3)
+    many = device.run("post_head_streams", inputs)
+    assert_matches_oracle("post_head_streams", inputs, tuple(many.values()))
+    few = {name: value[:19] if name in TOKENWISE else value for name, value in inputs.items()}
+    expected = device.run("post_head_streams", few)
+    assert {key.kernel for key in device.launched} == {"post_head", "post_head_persistent"}
+    assert_equal(expected, {name: value[:19] for name, value in many.items()})
+
+
 @pytest.mark.parametrize("op", OUTPUTS)
 def test_nan_stays_in_its_token(device, op):
     inputs = make_inputs(op, 18, HIDDEN, norm=True)
@@ -297,7 +316,9 @@ def test_no_races(monkeypatch, folder, lowered, arch):
             if not in_cluster(op, tokens + 16):
                 device.check(op, make_inputs(op, tokens + 16, 256, norm=norm))
     assert device.launched == {
-        key for key in dispatch.keys(256, arch, MAX_TOKENS) if key.kernel not in (*EARLY, *ENDS)
+        key
+        for key in dispatch.keys(256, arch, MAX_TOKENS)
+        if key.kernel not in EARLY and not key.kernel.startswith(ENDS)
     }
 
 
@@ -320,8 +341,9 @@ def kernels_with(*names: str, **constants: int) -> Iterator[list[ModuleType]]:
 def small_clusters():
     """Kernels with clusters of 2, which ThreadSanitizer can run two of side by side."""
     with kernels_with(
-        "_boundary", "_operands", "fused_post_pre", "_group", *ENDS,
-        CLUSTER=2, GROUP_TOKENS=4, EXPAND_PRE_GROUP_TOKENS=16, POST_HEAD_GROUP_TOKENS=16,
+        "_boundary", "_operands", "fused_post_pre", "_group", "_post_head", *ENDS,
+        "post_head_persistent",
+        CLUSTER=2, GROUP_TOKENS=4, EXPAND_PRE_GROUP_TOKENS=16,
     ) as modules, pytest.MonkeyPatch.context() as patch:  # fmt: skip
         # three are many already, at whose barrier they arrive relaxed
         patch.setattr(modules[2], "FEW_CLUSTERS", 2)
@@ -338,10 +360,13 @@ RACING_KEYS = [
     ("fused_post_pre", 11, dispatch.fused_post_pre_key(HIDDEN, ARCH, True)),
     # 2 groups, the first of two tiles
     ("expand_pre", 19, dispatch.expand_pre_key(256, ARCH, True)),
-    ("post_head_streams", 19, dispatch.post_head_key(256, ARCH, True, True)),
+    # 2 groups of 3 and 2 tiles, the last one partly empty
+    ("post_head_streams", 35, dispatch.post_head_key(256, ARCH, True, True)),
+    # 2 groups of 9 and 8 tiles: every buffer and inbox is used again
+    ("post_head_streams", 131, dispatch.post_head_persistent_key(256, ARCH, True, True)),
 ]
 per_racing_key = pytest.mark.parametrize(
-    ("op", "tokens", "key"), RACING_KEYS, ids=[f"{op}-{key.hidden}" for op, _, key in RACING_KEYS]
+    ("op", "tokens", "key"), RACING_KEYS, ids=[f"{k.kernel}-{k.hidden}" for _, _, k in RACING_KEYS]
 )
 
 
@@ -422,7 +447,7 @@ def test_mixes_of_token_warps_are_waited_for(
 WAIT = re.compile(
     r"^ *(__syncthreads\(\)|tl::__sync_thread_partial.*|mhc::inbox_wait\(.*\));\n", re.M
 )
-WAITS = {"fused_post_pre": 6, "expand_pre": 3, "post_head_streams": 5}
+WAITS = {"fused_post_pre": 6, "expand_pre": 3, "post_head": 5, "post_head_persistent": 4}
 
 
 @pytest.mark.parametrize(
@@ -437,7 +462,7 @@ def test_each_wait_of_a_cluster_is_needed(monkeypatch, folder, small_clusters, o
     lowered = small_cluster_kernel(key)
     monkeypatch.setattr(dispatch, "CLUSTERS", 1)
     waits = list(WAIT.finditer(lowered.source))
-    assert len(waits) == WAITS[op]
+    assert len(waits) == WAITS[key.kernel]
     for wait in waits:
         start, end = wait.span()
         broken = dataclasses.replace(lowered, source=lowered.source[:start] + lowered.source[end:])

@@ -27,15 +27,18 @@ def kernels_of(case):
         return {dispatch.fused_post_pre_key(case.hidden, ARCH, case.norm)}
     if case.op == "expand_pre":
         return {dispatch.expand_pre_key(case.hidden, ARCH, case.norm)}
-    streams = case.op == "post_head_streams"
-    if case.op.startswith("post_head") and dispatch.takes_post_head(*size, ARCH, streams):
-        return {dispatch.post_head_key(case.hidden, ARCH, case.norm, streams)}
+    if case.op.startswith("post_head"):
+        streams = case.op == "post_head_streams"
+        with workload.path(case.way):
+            one_round = dispatch.takes_one_round(*size)
+        key = dispatch.post_head_key if one_round else dispatch.post_head_persistent_key
+        return {key(case.hidden, ARCH, case.norm, streams)}
     last = dispatch.head_key if "head" in case.op else dispatch.finish_key
     if case.op != "post":
         keys.add(last(case.hidden, ARCH, case.norm))
     if case.op == "fused_post_pre" and dispatch.takes_post_projection(*size):
         return keys | {dispatch.post_projection_plan(*size, ARCH, SMS).key}
-    if case.op in ("post", "fused_post_pre", "post_head", "post_head_streams"):
+    if case.op in ("post", "fused_post_pre"):
         keys.add(dispatch.post_key(case.hidden, ARCH))
     if case.op != "post":
         rows = dispatch.HC_MULT if "head" in case.op else dispatch.MIXES
@@ -49,7 +52,7 @@ def test_every_kernel_is_reached_in_the_first_half():
     assert reached == workload.keys(ARCH)
     assert {key.kernel for key in reached} == {
         "post", "projection", "finish", "post_projection", "head", "fused_post_pre",
-        "expand_pre", "post_head", "fused_post_pre_persistent", "pre",
+        "expand_pre", "post_head", "post_head_persistent", "fused_post_pre_persistent", "pre",
     }  # fmt: skip
 
 

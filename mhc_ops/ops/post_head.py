@@ -72,12 +72,14 @@ def launch_post_head(
     residual_out: Tensor | None,
     out: Tensor,
 ) -> None:
-    """One launch of the ``post_head`` kernel, which writes ``out``, and the streams where asked."""
+    """One launch of a ``post_head`` kernel, which writes ``out``, and the streams where asked."""
     hc_mult, hidden = residual.shape[-2:]
     tokens = residual.numel() // (hc_mult * hidden)
     streams = residual.reshape(tokens, hc_mult, hidden).contiguous()
+    one_round = dispatch.takes_one_round(tokens, hidden)
+    key = dispatch.post_head_key if one_round else dispatch.post_head_persistent_key
     jit.launch(
-        dispatch.post_head_key(
+        key(
             hidden, support.arch(residual.device), norm_weight is not None, residual_out is not None
         ),
         residual.device,
@@ -94,7 +96,7 @@ def launch_post_head(
         rms_eps,
         hc_eps,
         *(() if norm_weight is None else (norm_eps,)),
-        dispatch.post_head_group_tokens(tokens),
+        *dispatch.post_head_share(tokens, hidden),
     )
 
 
@@ -121,8 +123,7 @@ def _cuda(
     out = residual.new_empty((*residual.shape[:-2], hidden))
     if not residual.numel():
         return out
-    tokens = out.numel() // hidden
-    if dispatch.takes_post_head(tokens, hidden, support.arch(residual.device), False):
+    if dispatch.takes_one_launch_end(hidden, support.arch(residual.device)):
         launch_post_head(
             x, residual, post_layer_mix, comb_res_mix, fn, scale, base, rms_eps, hc_eps,
             norm_weight, norm_eps, None, out,

@@ -65,8 +65,7 @@ def _cuda(
     out = residual.new_empty((*residual.shape[:-2], hidden))
     if not residual.numel():
         return residual.new_empty(residual.shape), out
-    tokens = out.numel() // hidden
-    if dispatch.takes_post_head(tokens, hidden, support.arch(residual.device), True):
+    if dispatch.takes_one_launch_end(hidden, support.arch(residual.device)):
         residual_out = residual.new_empty(residual.shape)
         launch_post_head(
             x, residual, post_layer_mix, comb_res_mix, fn, scale, base, rms_eps, hc_eps,
