@@ -30,14 +30,16 @@ FEW_CLUSTERS_TOKENS = 48  # up to which they are faster: 6.4 us for 48 at H = 40
 MORE_CLUSTERS = 5  # beyond: for 64 at H = 7168 4, 5, 6, 7 took 11.46, 11.28, 11.40 and 11.86 us
 MORE_GROUP_TOKENS = 16  # two token tiles: more clusters only where groups would be larger
 
-# From so many tokens on, where it beats three launches, fused_post_pre is one launch again: of the
-# persistent kernel, on the same GPUs and up to the same hidden size. Its bits are those of the
-# kernel for few tokens, which the three launches' are not.
+# From so many tokens on fused_post_pre is one launch again: of the persistent kernel, on the same
+# GPUs and up to the same hidden size. Its bits are those of the kernel for few tokens, which the
+# three launches' are not.
 PERSISTENT = "fused_post_pre_persistent"
 PERSISTENT_LANES_COLUMNS = 32 * 8  # of a token warp's lanes, at a time
-# By how many eighths of them have columns: 8 at H = 4096, where it is at most 2 % slower at any
-# number of tokens, 7 at 7168: 33.3 us against 34.5, fewer at 5120: 41.6 against 43.1.
-PERSISTENT_MIN_TOKENS = {8: ONE_LAUNCH_MAX_TOKENS + 1, 7: 384}
+# By how many eighths of them have columns: 8 at H = 4096, where it is faster at any number of
+# tokens, and 7 at 7168, where three launches are 6 % faster at 192 and 256 (17.6 and 21.1 us
+# against 18.7 and 22.4) and it is at 129 and from 320 on: the same bits at any number of tokens are
+# worth that. Fewer at 5120, where it takes up to 18 % longer (16.8 and 19.8 for 256), and 4 % at 512.
+PERSISTENT_MIN_TOKENS = {8: ONE_LAUNCH_MAX_TOKENS + 1, 7: ONE_LAUNCH_MAX_TOKENS + 1}
 PERSISTENT_MIN_TOKENS_PARTLY = 640
 
 # pre is one launch, of the kernel of its name, on the same GPUs and up to the same hidden size;
@@ -174,7 +176,7 @@ def _filled_eighths(hidden: int) -> int:
 
 
 def persistent_min_tokens(hidden: int) -> int:
-    """From how many tokens on the ``fused_post_pre_persistent`` kernel beats three launches."""
+    """From how many tokens on the boundary is the ``fused_post_pre_persistent`` kernel's."""
     return PERSISTENT_MIN_TOKENS.get(_filled_eighths(hidden), PERSISTENT_MIN_TOKENS_PARTLY)
 
 

@@ -122,7 +122,7 @@ def test_one_launch_is_for_clusters_of_16():
 
 def test_where_one_launch_begins_and_ends():
     """The bounds that were measured, and that the same bits are to be had at any size."""
-    assert [dispatch.persistent_min_tokens(h) for h in (4096, 5120, 7168)] == [129, 640, 384]
+    assert [dispatch.persistent_min_tokens(h) for h in (4096, 5120, 7168)] == [129, 640, 129]
     assert [dispatch.pre_min_tokens(h) for h in (4096, 5120, 7168)] == [1, 1024, 320]
     for tokens, taken in ((48, True), (49, False), (319, False), (320, True)):
         assert dispatch.takes_pre(tokens, 7168, ARCH, False) == taken

@@ -74,8 +74,8 @@ def test_streams_are_those_of_post_and_change_nothing(hidden, tokens, norm):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("hidden", [4096, 7168])
-@pytest.mark.parametrize("tokens", [168, 600])
+@pytest.mark.parametrize("hidden", [4096, 5120, 7168])
+@pytest.mark.parametrize("tokens", [168, 225, 600])
 def test_any_batch_gives_the_bits_of_single_tokens(hidden, tokens):
     inputs = make_inputs(OP, tokens, hidden, device="cuda", norm=True, kind="large_logits")
     batch = call(OP, inputs)
