@@ -38,7 +38,7 @@ PERSISTENT_LANES_COLUMNS = 32 * 8  # of a token warp's lanes, at a time
 # By how many eighths of them have columns: 8 at H = 4096, where it is faster at any number of
 # tokens, and 7 at 7168, where three launches are 6 % faster at 192 and 256 (17.6 and 21.1 us
 # against 18.7 and 22.4) and it is at 129 and from 320 on: the same bits at any number of tokens are
-# worth that. Fewer at 5120, where it takes up to 18 % longer (16.8 and 19.8 for 256), and 4 % at 512.
+# worth that. Fewer at 5120, where it takes 18 % longer for 256 (16.8 and 19.8 us), 4 % for 512.
 PERSISTENT_MIN_TOKENS = {8: ONE_LAUNCH_MAX_TOKENS + 1, 7: ONE_LAUNCH_MAX_TOKENS + 1}
 PERSISTENT_MIN_TOKENS_PARTLY = 640
 

@@ -22,11 +22,7 @@ MAX_TOKENS = 8192
 # the hidden sizes where spills are counted, one where it is enough that the kernels compile
 CASES = [("sm_90a", hidden) for hidden in (4096, 7168)]
 CASES += [(arch, 4096) for arch in ("sm_80", "sm_100a", "sm_120a")]
-<<<<<<< HEAD
-# and one for the kernels of post_head alone, which put one and two CTAs on an SM there: the largest
-=======
 # and one for the kernels of post_head alone, with one and with two CTAs on an SM: the largest ones,
->>>>>>> helper_a
 # with norm and streams. Without the streams the persistent one spills 12 to 20 bytes, 4 at 7168
 POST_HEAD_CASE = ("sm_90a", 5120)
 
