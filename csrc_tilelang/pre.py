@@ -17,9 +17,10 @@ Loads are bulk copies, a row each, as many tiles ahead as there are buffers. Tha
 is free nothing else has to say: a token warp sends its tokens' sums of tile i + 2 only when it has
 their weights of tile i, which the owners sent when they had read all sums of tile i; weights of
 tile i + 2 follow these sums, and so do squares of tile i + 3, which it sends when it has read those
-of tile i. All waits are for CTAs of the same cluster, which the hardware starts together, or for
-warps of the same CTA; no cluster waits for another. A CTA ends only when all that was sent to it
-has come.
+of tile i. A warp without tokens in the last tile sends no sums: a barrier of the token warps ahead
+of that tile's sums stands for them. All waits are for CTAs of the same cluster, which the hardware
+starts together, or for warps of the same CTA; no cluster waits for another. A CTA ends only when
+all that was sent to it has come.
 
 The arithmetic and its order are those of ``fused_post_pre``: after ``post``, its bits.
 """
@@ -511,6 +512,11 @@ def run_roles(
                         ]
         T.sync_threads(TOKEN_BARRIER, token_threads(hidden))
         for i in T.serial(tiles + 2):
+            if i == tiles - 1:
+                # Some warps may have no tokens in the last tile and send nothing that the others
+                # would wait for. Without this, its weights came while such a warp had still to look
+                # at those of the tile in the same inbox before, and it waited for ever
+                T.sync_threads(TOKEN_BARRIER, token_threads(hidden))
             if i < tiles:
                 # the warps' sums added up and sent to the owners, 4 of a token a lane
                 T.call_extern(

@@ -5,6 +5,7 @@ import torch
 
 import mhc_ops
 from helpers import EPSILONS, assert_equal, call, check_against_oracle, sizes
+from mhc_ops import dispatch
 from mhc_ops.testing import KINDS, assert_matches_oracle, make_inputs
 
 OP = "pre"
@@ -102,3 +103,18 @@ def test_no_memory_but_the_outputs():
     torch.cuda.reset_peak_memory_stats()
     outputs = sum(value.numel() * value.element_size() for value in mhc_ops.pre(**inputs))
     assert torch.cuda.max_memory_allocated() - before - outputs < 8 << 20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("tokens", [129, 131, 143])
+def test_a_last_tile_without_tokens_for_every_warp(monkeypatch, tokens, norm):
+    """9 tiles of one cluster, again and again: warps without tokens may not be left behind."""
+    monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
+    monkeypatch.setattr(dispatch, "CLUSTERS", 1)
+    inputs = make_inputs(OP, tokens, 256, device="cuda", norm=norm)
+    want = call(OP, inputs)
+    assert_matches_oracle(OP, inputs, tuple(want.values()))
+    for _ in range(2000):
+        got = call(OP, inputs)
+    assert_equal(got, want)
