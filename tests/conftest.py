@@ -25,10 +25,11 @@ def _group(item):
     return "emulation_races" if races else "emulation"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
+def pytest_itemcollected(item):
+    item.add_marker(pytest.mark.xdist_group(_group(item)))
+
+
 def pytest_collection_modifyitems(items):
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
     supported, reason = mhc_ops.is_supported("cuda")
     if supported:
         return
