@@ -15,20 +15,6 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device that the TileLang kernels serve")
 
 
-def _group(item):
-    """The tests that share a process: those of a file, in three parts where they take longest."""
-    if item.path.stem != "test_emulation":
-        return item.path.stem
-    if "sample" in item.fixturenames:
-        return "emulation_samples"
-    races = any(word in item.name for word in ("races", "needed", "waited"))
-    return "emulation_races" if races else "emulation"
-
-
-def pytest_itemcollected(item):
-    item.add_marker(pytest.mark.xdist_group(_group(item)))
-
-
 def pytest_collection_modifyitems(items):
     supported, reason = mhc_ops.is_supported("cuda")
     if supported:
