@@ -1,7 +1,7 @@
 """TileLang kernel factories: integers in, a program out; no tensors, no torch, no state.
 
-One kernel to a file; ``_device`` holds the device functions and the constants, ``_steps`` and
-``_collapse`` the steps that several kernels share. Installed as ``mhc_ops.csrc_tilelang``.
+One kernel to a file; ``_device`` holds the device functions and the constants, the other modules
+with an underscore the steps that several kernels share. Installed as ``mhc_ops.csrc_tilelang``.
 
 Programmatic dependent launch. Every kernel waits for its predecessor (``T.pdl_sync``) before it
 writes anything in global memory, and before it reads anything but ``fn``; what the others do before
@@ -9,9 +9,10 @@ the wait is a prefetch hint on weights, which reads nothing. They let their succ
 (``T.pdl_trigger``) only after the wait. Memory that torch's allocator hands from one kernel to the
 next in stream order is therefore safe, and so is a weight that the predecessor has just written.
 
-``fused_post_pre`` goes further. Told so (``early``), it reads ``fn`` before the wait and lets its
-successor start at once. So a successor may begin while two kernels before it still run; its own
-wait is then for the nearer one, which has waited for the other. The host tells it so only when an
-earlier call has read this very ``fn`` and nothing has written it since (``may_read_early`` of
-``mhc_ops.host``): whatever wrote it has then finished. Not told so, it does as the others do.
+``fused_post_pre``, ``fused_post_pre_persistent`` and ``pre`` go further. Told so (``early``), they
+read ``fn`` before the wait and let their successor start at once. So a successor may begin while
+two kernels before it still run; its own wait is then for the nearer one, which has waited for the
+other. The host tells them so only when an earlier call has read this very ``fn`` and nothing has
+written it since (``may_read_early`` of ``mhc_ops.host``): whatever wrote it has then finished. Not
+told so, they do as the others do.
 """
