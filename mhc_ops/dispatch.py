@@ -140,13 +140,14 @@ def _ceildiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def _takes_clusters(hidden: int, arch: str) -> bool:
+    """Whether the kernels in clusters serve this hidden size on these GPUs."""
+    return hidden <= ONE_LAUNCH_MAX_HIDDEN and arch in ONE_LAUNCH_ARCHS
+
+
 def takes_one_launch(tokens: int, hidden: int, arch: str) -> bool:
     """Whether ``fused_post_pre`` runs the kernel of that name for this many tokens."""
-    return (
-        tokens <= ONE_LAUNCH_MAX_TOKENS
-        and hidden <= ONE_LAUNCH_MAX_HIDDEN
-        and arch in ONE_LAUNCH_ARCHS
-    )
+    return tokens <= ONE_LAUNCH_MAX_TOKENS and _takes_clusters(hidden, arch)
 
 
 @functools.cache
@@ -190,7 +191,7 @@ def takes_persistent(tokens: int, hidden: int, arch: str, batch_invariant: bool)
         batch_invariant: whether every number of tokens must give the same bits.
     """
     least = ONE_LAUNCH_MAX_TOKENS + 1 if batch_invariant else persistent_min_tokens(hidden)
-    return tokens >= least and hidden <= ONE_LAUNCH_MAX_HIDDEN and arch in ONE_LAUNCH_ARCHS
+    return tokens >= least and _takes_clusters(hidden, arch)
 
 
 @functools.cache
@@ -212,11 +213,7 @@ def pre_min_tokens(hidden: int) -> int:
 def takes_pre(tokens: int, hidden: int, arch: str, batch_invariant: bool) -> bool:
     """Whether ``pre`` runs the kernel of that name; arguments as of :func:`takes_persistent`."""
     between = FEW_CLUSTERS_TOKENS < tokens < pre_min_tokens(hidden)
-    return (
-        hidden <= ONE_LAUNCH_MAX_HIDDEN
-        and arch in ONE_LAUNCH_ARCHS
-        and (batch_invariant or not between)
-    )
+    return (batch_invariant or not between) and _takes_clusters(hidden, arch)
 
 
 @functools.cache
@@ -233,7 +230,7 @@ def pre_group_tokens(tokens: int) -> int:
 
 def takes_one_launch_end(hidden: int, arch: str) -> bool:
     """Whether ``expand_pre`` and ``post_head`` are one launch."""
-    return hidden <= ONE_LAUNCH_MAX_HIDDEN and arch in ONE_LAUNCH_ARCHS
+    return _takes_clusters(hidden, arch)
 
 
 def post_head_ctas_per_sm(hidden: int) -> int:
@@ -391,7 +388,7 @@ def _several_launches(hidden: int, arch: str) -> tuple[int, int]:
     Of ``pre`` or ``fused_post_pre``, whose kernels of their own leave them none where the first is
     not below the second.
     """
-    if not takes_one_launch(1, hidden, arch):
+    if not _takes_clusters(hidden, arch):
         return 1, sys.maxsize
     bounds = (
         (FEW_CLUSTERS_TOKENS + 1, pre_min_tokens(hidden)),
