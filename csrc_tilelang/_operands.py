@@ -74,6 +74,22 @@ def split_unit(weights_local, w0, terms_local, t0):
 
 
 @T.macro
+def add_parts(part, p0, sums_local, s0):
+    """The products of one unit, of all operands from ``p0`` on, added to 8 tokens' sums."""
+    for v in T.unroll(2):
+        # rows 0 to 7, 8 to 15 and 16 to 23, the small terms first; then the squares
+        for half in T.unroll(2):
+            sums_local[s0 + half * 2 + v] = sums_local[s0 + half * 2 + v] + (
+                (part[p0 + half * 2 + v] + part[p0 + 4 + half * 2 + v])
+                + part[p0 + 8 + half * 2 + v]
+            )
+        sums_local[s0 + 4 + v] = sums_local[s0 + 4 + v] + (
+            (part[p0 + 12 + v] + part[p0 + 14 + v]) + part[p0 + 16 + v]
+        )
+        sums_local[s0 + 6 + v] = sums_local[s0 + 6 + v] + part[p0 + 18 + v]
+
+
+@T.macro
 def multiply(words_local, lane, terms_local, t0, terms_shared, slot, fragment, part, sums_local):
     """sums += fn . tokens of one unit; ``words_local`` are this lane's columns of its token.
 
@@ -104,14 +120,7 @@ def multiply(words_local, lane, terms_local, t0, terms_shared, slot, fragment, p
                 words_local[step * 2],
                 words_local[step * 2 + 1],
             )
-    for v in T.unroll(2):
-        # rows 0 to 7, 8 to 15 and 16 to 23, the small terms first; then the squares
-        for half in T.unroll(2):
-            sums_local[half * 2 + v] = sums_local[half * 2 + v] + (
-                (part[half * 2 + v] + part[4 + half * 2 + v]) + part[8 + half * 2 + v]
-            )
-        sums_local[4 + v] = sums_local[4 + v] + ((part[12 + v] + part[14 + v]) + part[16 + v])
-        sums_local[6 + v] = sums_local[6 + v] + part[18 + v]
+    add_parts(part, 0, sums_local, 0)
 
 
 @T.macro

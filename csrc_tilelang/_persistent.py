@@ -47,6 +47,23 @@ def squares_bytes(i, per, hidden, count):
 
 
 @T.macro
+def load_constants(hc_scale, hc_base, gain, rank, me, lane, hidden, norm, hc_shared, gain_shared):
+    """Scales and biases, and the norm's weights of this CTA's columns, by token warp 0."""
+    size = slice_size(hidden)
+    if me == 0 and lane < 3:
+        hc_shared[lane] = hc_scale[lane]
+    if me == 0 and lane < MIXES:
+        hc_shared[3 + lane] = hc_base[lane]
+    if norm and me == 0:
+        for r in T.unroll(-(-size // (WARP * VECTOR))):
+            if (r * WARP + lane) * VECTOR < size:
+                for v in T.vectorized(VECTOR):
+                    gain_shared[(r * WARP + lane) * VECTOR + v] = gain[
+                        rank * size + (r * WARP + lane) * VECTOR + v
+                    ]
+
+
+@T.macro
 def send_sums(sums_shared, set0, token, v0, slot, inbox, owner):
     """Sums ``v0`` to ``v0 + 3`` of a token, those of the projection warps added up, to its owner.
 

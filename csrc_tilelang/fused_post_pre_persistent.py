@@ -55,6 +55,7 @@ from ._persistent import (
     collapse_tile,
     finish_mixes,
     leave_logits,
+    load_constants,
     make_weights,
     normalise_tile,
     send_sums,
@@ -477,17 +478,9 @@ def run_roles(
         T.pdl_trigger()
         T.cluster_wait()
         T.pdl_sync()
-        if warp == PROJECTION_WARPS and lane < 3:
-            hc_shared[lane] = hc_scale[lane]
-        if warp == PROJECTION_WARPS and lane < MIXES:
-            hc_shared[3 + lane] = hc_base[lane]
-        if norm and me == 0:
-            for r in T.unroll(reps):
-                if (r * WARP + lane) * VECTOR < size:
-                    for v in T.vectorized(VECTOR):
-                        gain_shared[(r * WARP + lane) * VECTOR + v] = gain[
-                            rank * size + (r * WARP + lane) * VECTOR + v
-                        ]
+        load_constants(
+            hc_scale, hc_base, gain, rank, me, lane, hidden, norm, hc_shared, gain_shared
+        )
         T.sync_threads(TOKEN_BARRIER, TOKEN_WARPS * WARP)
         # who projects is not ready yet; everyone's own
         for i in T.unroll(2):

@@ -41,6 +41,7 @@ from ._operands import (
     SUMS_PITCH,
     UNIT_TERMS,
     UNIT_WEIGHTS,
+    add_parts,
     slice_size,
     split_unit,
     store_sums,
@@ -53,6 +54,7 @@ from ._persistent import (
     collapse_tile,
     finish_mixes,
     leave_logits,
+    load_constants,
     make_weights,
     normalise_tile,
     send_sums,
@@ -64,6 +66,7 @@ from ._persistent import (
 from .fused_post_pre import (
     BLOCK,
     PAD,
+    REGISTER_UNITS,
     WARPS,
     copy_unit,
     load_unit,
@@ -76,7 +79,7 @@ WARP_TOKENS = 2  # of a tile, of a token warp
 PROJECTION_REGISTERS = 200
 LAUNCH_REGISTERS = {384: 168, 512: 128}  # a thread, by threads of a CTA: 64 K in all
 TOKEN_BARRIER = 1  # named barrier of the token warps; 0 is the whole CTA's
-HALVES_UNITS = 2 * WARPS  # units of fused_post_pre that are in registers there
+REGISTERED = REGISTER_UNITS * WARPS  # units that fused_post_pre has in registers
 MOST_SHARES = 5  # in registers: 180 of them, with a fragment or more in shared memory
 # Fragments of the last share in registers that are in shared memory after all, by shares. With none
 # the compiler spills as many, to where L1 misses: 8192 tokens took 190 us for 165 at H = 4096.
@@ -112,8 +115,8 @@ def shares(hidden: int) -> tuple[Share, ...]:
     firsts = sorted(
         range(0, n, PROJECTION_WARPS), key=lambda first: (first // PROJECTION_WARPS % HALVES, first)
     )
-    kept = [first for first in firsts if first < HALVES_UNITS]
-    kept += [f for f in firsts if f >= HALVES_UNITS and f + PROJECTION_WARPS <= n]
+    kept = [first for first in firsts if first < REGISTERED]
+    kept += [f for f in firsts if f >= REGISTERED and f + PROJECTION_WARPS <= n]
     kept = kept[:MOST_SHARES]
     others = [first for first in firsts if first not in kept]
     return tuple(
@@ -299,17 +302,7 @@ def add_unit_to_all(
                     words_local[(n * STEPS + step) * 2 + 1],
                 )
     for n in T.unroll(sets):
-        p0 = n * len(OPERANDS) * 4
-        for v in T.unroll(2):
-            for half in T.unroll(2):
-                sums_local[n * 8 + half * 2 + v] = sums_local[n * 8 + half * 2 + v] + (
-                    (part[p0 + half * 2 + v] + part[p0 + 4 + half * 2 + v])
-                    + part[p0 + 8 + half * 2 + v]
-                )
-            sums_local[n * 8 + 4 + v] = sums_local[n * 8 + 4 + v] + (
-                (part[p0 + 12 + v] + part[p0 + 14 + v]) + part[p0 + 16 + v]
-            )
-            sums_local[n * 8 + 6 + v] = sums_local[n * 8 + 6 + v] + part[p0 + 18 + v]
+        add_parts(part, n * len(OPERANDS) * 4, sums_local, n * 8)
 
 
 @T.macro
@@ -499,17 +492,9 @@ def run_roles(
                     residual, first, count, i, i, rank, me, hidden, streams_shared,
                     T.access_ptr(loads_inbox[i], "w"),
                 )  # fmt: skip
-        if me == 0 and lane < 3:
-            hc_shared[lane] = hc_scale[lane]
-        if me == 0 and lane < MIXES:
-            hc_shared[3 + lane] = hc_base[lane]
-        if norm and me == 0:
-            for r in T.unroll(reps):
-                if (r * WARP + lane) * VECTOR < size:
-                    for v in T.vectorized(VECTOR):
-                        gain_shared[(r * WARP + lane) * VECTOR + v] = gain[
-                            rank * size + (r * WARP + lane) * VECTOR + v
-                        ]
+        load_constants(
+            hc_scale, hc_base, gain, rank, me, lane, hidden, norm, hc_shared, gain_shared
+        )
         T.sync_threads(TOKEN_BARRIER, token_threads(hidden))
         for i in T.serial(tiles + 2):
             if i == tiles - 1:
