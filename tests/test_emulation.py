@@ -431,7 +431,7 @@ def test_mixes_of_token_warps_are_waited_for(monkeypatch, folder, small_looping_
     source, found = MIXES_WAIT.subn("", lowered.source)
     assert found == 1
     broken = dataclasses.replace(lowered, source=source)
-    with pytest.raises(EmulationError, match=r"data race|waited for"):
+    with pytest.raises(EmulationError, match=r"data race|loaded twice without a wait"):
         run_loop(monkeypatch, folder, "fused_post_pre", broken)
 
 
