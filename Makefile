@@ -23,8 +23,10 @@ DOCUMENTED := mhc_ops mhc_ops.nn mhc_ops.integrations.transformers mhc_ops.testi
 demo: $(INSTALLED)
 	$(BIN)/python -m mhc_ops demo
 
+# a file to a process, for the kernels that a file lowers once. In the order of their names, with
+# which the longest files are not the last ones
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 docs: $(INSTALLED)
 	$(BIN)/pdoc --docformat google --math --output-directory build/docs $(DOCUMENTED) '!mhc_ops.prewarm'

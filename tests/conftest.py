@@ -1,10 +1,16 @@
-"""The ``gpu`` marker, the ``device`` fixture, and one seed for every test."""
+"""The ``gpu`` marker, the fixtures that several files share, and one seed for every test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 import mhc_ops
-from mhc_ops import host
+from emulation import Lowered, lower
+from mhc_ops import dispatch, host, jit
 
 # What the GPU tests use: compiled side by side before the first of many, not one by one in them.
 HIDDEN_SIZES = (256, 512, 768, 2816, 4096, 5120, 7168)
@@ -52,3 +58,22 @@ def fresh_dynamo():
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Where the emulation builds."""
+    return tmp_path_factory.mktemp("emulation")
+
+
+@pytest.fixture(scope="session")
+def lowered() -> Callable[[dispatch.Key], Lowered]:
+    """Key to lowered kernel, each lowered once."""
+    kernels: dict[dispatch.Key, Lowered] = {}
+
+    def get(key: dispatch.Key) -> Lowered:
+        if key not in kernels:
+            kernels[key] = lower(jit.program(key), key.arch, jit.pass_configs())
+        return kernels[key]
+
+    return get

@@ -1,0 +1,197 @@
+"""The CUDA source of every kernel, run on the CPU and compared with the oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from emulated import ARCH, CASES, ENDS, HIDDEN, MAX_TOKENS, TOKENWISE, Device
+from emulation import Kernel, missing
+from helpers import STREAMS, assert_equal
+from mhc_ops import dispatch, reference
+from mhc_ops.testing import KINDS, OUTPUTS, assert_matches_oracle, make_inputs
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+@pytest.fixture
+def device(monkeypatch, folder, lowered) -> Device:
+    return Device(monkeypatch, lambda key: Kernel(lowered(key), folder))
+
+
+@pytest.mark.parametrize(("hidden", "arch"), [(256, ARCH), (HIDDEN, ARCH), (HIDDEN, "sm_80")])
+def test_every_kernel_matches_the_oracle(device, hidden, arch):
+    device.arch = arch
+    # the ends have kernels of their own or run those of other ops, whatever the number of tokens;
+    # their own, and that of pre, at one hidden size: they take long to lower
+    own = dispatch.takes_one_launch_end(hidden, arch)
+    for tokens in dispatch.path_tokens(hidden, arch, MAX_TOKENS):
+        own_pre = dispatch.takes_pre(tokens, hidden, arch, False)
+        for op, norm in CASES:
+            if op.startswith(ENDS) and ((own and hidden == 256) or (not own and tokens > 1)):
+                continue
+            if op == dispatch.PRE and own_pre and hidden == 256:
+                continue
+            device.check(op, make_inputs(op, tokens, hidden, norm=norm, seed=tokens))
+    keys = dispatch.keys(hidden, arch, MAX_TOKENS)
+    elsewhere = {dispatch.PERSISTENT, *((dispatch.PRE, *ENDS) if hidden == 256 else ())}
+    assert device.launched == {key for key in keys if key.kernel not in elsewhere}
+
+
+@pytest.mark.parametrize(("op", "norm"), CASES)
+@pytest.mark.parametrize("hidden", [4096, 8448], ids=["flash", "beyond_the_tuned_repetitions"])
+def test_large_hidden(device, hidden, op, norm):
+    if hidden == 4096 and (op.endswith("streams") or (op in ENDS and not norm)):
+        pytest.skip("takes long to lower, and differs little from the kernels that are run")
+    device.sms = 132
+    device.check(op, make_inputs(op, 2, hidden, norm=norm))
+
+
+@pytest.mark.parametrize("tokens", [3, 17, 70])
+@pytest.mark.parametrize("sms", [1, 132], ids=["tiles_in_turn", "tiles_side_by_side"])
+def test_partial_token_tiles(device, tokens, sms):
+    device.sms = sms
+    for op, norm in CASES:
+        device.check(op, make_inputs(op, tokens, HIDDEN, norm=norm, seed=sms))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hard_inputs(device, kind):
+    for op in OUTPUTS:
+        device.check(op, make_inputs(op, 3, HIDDEN, norm=True, kind=kind))
+
+
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_few_rounds_of_sinkhorn(device, repeat):
+    device.arch = "sm_80"  # whose kernels are quick to emulate; all take the same rounds
+    device.check("pre", make_inputs("pre", 2, 256, sinkhorn_repeat=repeat))
+
+
+def hard_logits() -> dict[str, Tensor]:
+    """Logits of combs, among them those that converge slowly, late or not at all."""
+    random = torch.Generator().manual_seed(0)
+    below = torch.ones(4, 4).tril(-1)
+    logits = {
+        "uniform": torch.zeros(4, 4),
+        "permutation": 12 * torch.eye(4).roll(1, 1),
+        "noisy_permutation": 12 * torch.eye(4).roll(1, 1) + torch.randn(4, 4, generator=random),
+        "dominant_row": torch.tensor([20.0, 0, 0, 0]).repeat(4, 1) * torch.eye(4)[0].view(4, 1),
+        "dominant_column": torch.tensor([20.0, 0, 0, 0]).repeat(4, 1),
+        "thirty_of_either_sign": 60 * torch.randint(2, (4, 4), generator=random) - 30.0,
+    }
+    logits |= {f"below_{size}": -float(size) * below for size in (3, 5, 7, 9)}
+    for spread in (1, 2, 4, 10):
+        for i in range(2):
+            logits[f"spread_{spread}_{i}"] = spread * torch.randn(4, 4, generator=random)
+    return logits
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+def test_no_round_of_sinkhorn_is_missed(device, eps):
+    """Within 1e-6 of float64 whichever way the rounds are made; streams of zeros: exact logits."""
+    device.arch = "sm_80"
+    inputs = make_inputs("pre", 1, 256) | {"hc_sinkhorn_eps": eps}
+    inputs["residual"].zero_()
+    for kind, logits in hard_logits().items():
+        inputs["hc_base"][8:] = logits.flatten()
+        for repeat in (1, 3, 9, 20):
+            inputs["sinkhorn_repeat"] = repeat
+            comb = device.run("pre", inputs)["comb_mix"][0].double()
+            error = (comb - reference.sinkhorn(logits.double(), eps, repeat)).abs().max()
+            assert error < 1e-6, f"{kind}, {repeat} rounds: off by {error:.1e}"
+
+
+@pytest.mark.parametrize("op", ["fused_post_pre", "post_head_streams"])
+def test_fused_streams_are_those_of_post(device, op):
+    for tokens in (5, MAX_TOKENS):
+        inputs = make_inputs(op, tokens, HIDDEN, kind="large_streams")
+        fused = device.run(op, inputs)
+        names = ("x", "residual", "post_layer_mix", "comb_res_mix")
+        post = device.run("post", {name: inputs[name] for name in names})
+        assert torch.equal(fused["residual_out"], post["residual_out"])
+
+
+@pytest.mark.parametrize(
+    ("op", "tokens"), [("fused_post_pre", 18), ("expand_pre", 58), ("post_head_streams", 58)]
+)
+def test_batches_give_the_bits_of_single_tokens(device, op, tokens):
+    inputs = make_inputs(op, tokens, HIDDEN, norm=True)
+    batch = device.run(op, inputs)
+    for token in (0, 7, tokens - 1):
+        single = dict(inputs)
+        for name in ("x", "residual", "post_layer_mix", "comb_res_mix"):
+            if name in inputs:
+                single[name] = inputs[name][token : token + 1]
+        alone = device.run(op, single)
+        assert_equal(alone, {name: value[token : token + 1] for name, value in batch.items()})
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("hidden", [HIDDEN, 5376], ids=["16_tokens_a_tile", "8_tokens_a_tile"])
+def test_the_persistent_kernel(monkeypatch, device, hidden, norm):
+    """It loops over tiles, and its bits are those of the kernel for few tokens."""
+    if hidden != HIDDEN and not norm:
+        pytest.skip("one norm of the larger hidden size: a minute each")
+    tokens = 69 if hidden == HIDDEN else 37  # 5 tiles, the last one short, all of one cluster
+    inputs = make_inputs("fused_post_pre", tokens, hidden, norm=norm, seed=3)
+    few = {name: value[:5] if name in TOKENWISE else value for name, value in inputs.items()}
+    expected = device.run("fused_post_pre", few)
+    monkeypatch.setattr(dispatch, "ONE_LAUNCH_MAX_TOKENS", 0)
+    monkeypatch.setattr(dispatch, "CLUSTERS", 1)
+    monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
+    many = device.run("fused_post_pre", inputs)
+    assert dispatch.persistent_key(hidden, ARCH, norm) in device.launched
+    assert_matches_oracle("fused_post_pre", inputs, tuple(many.values()))
+    assert_equal(expected, {name: value[:5] for name, value in many.items()})
+
+
+@pytest.mark.parametrize("hidden", [HIDDEN, 5376], ids=["16_tokens_a_tile", "8_tokens_a_tile"])
+def test_pre_after_post_is_the_boundary(monkeypatch, device, hidden):
+    """The pre kernel loops over tiles, and its bits are those of the boundary in one launch."""
+    tokens = 117 if hidden == HIDDEN else 45  # more tiles than buffers, the last one short
+    inputs = make_inputs("pre", tokens, hidden, norm=True, seed=3)
+    monkeypatch.setattr(dispatch, "CLUSTERS", 1)
+    monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
+    many = device.run("pre", inputs)
+    assert_matches_oracle("pre", inputs, tuple(many.values()))
+    post = {name: make_inputs("post", 5, hidden)[name] for name in TOKENWISE}
+    boundary = device.run("fused_post_pre", inputs | post)
+    alone = device.run("pre", inputs | {"residual": boundary.pop("residual_out")})
+    assert_equal(alone, boundary)
+    few = device.run("pre", inputs | {"residual": inputs["residual"][-3:].clone()})
+    assert_equal(few, {name: value[-3:] for name, value in many.items()})
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_the_persistent_kernel_of_post_head(monkeypatch, device, norm):
+    """It loops over tiles, and its bits are those of the kernel for few tokens."""
+    for name, value in (
+        ("CLUSTERS", 1),
+        ("POST_HEAD_TWO_CTAS_HIDDEN", 0),
+        ("POST_HEAD_PERSISTENT_TWO_CTAS_HIDDEN", 0),
+    ):
+        monkeypatch.setattr(dispatch, name, value)
+    tokens = dispatch.POST_HEAD_GROUP_TOKENS + 5  # 5 tiles in one cluster, the last one short
+    inputs = make_inputs("post_head_streams", tokens, HIDDEN, norm=norm, seed=3)
+    many = device.run("post_head_streams", inputs)
+    assert_matches_oracle("post_head_streams", inputs, tuple(many.values()))
+    few = {name: value[:19] if name in TOKENWISE else value for name, value in inputs.items()}
+    expected = device.run("post_head_streams", few)
+    assert {key.kernel for key in device.launched} == {"post_head", "post_head_persistent"}
+    assert_equal(expected, {name: value[:19] for name, value in many.items()})
+
+
+@pytest.mark.parametrize("op", OUTPUTS)
+def test_nan_stays_in_its_token(device, op):
+    inputs = make_inputs(op, 18, HIDDEN, norm=True)
+    clean = device.run(op, inputs)
+    inputs[STREAMS[op]][3].view(-1, HIDDEN)[-1] = torch.nan
+    dirty = device.run(op, inputs)
+    others = [token for token in range(18) if token != 3]
+    assert_equal(
+        {name: value[others] for name, value in dirty.items()},
+        {name: value[others] for name, value in clean.items()},
+    )
+    for name, value in dirty.items():
+        assert value[3].isnan().all(), name

@@ -1,0 +1,230 @@
+"""The CUDA source of the kernels under ThreadSanitizer, as it is and with a wait taken out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import re
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from emulated import ARCH, CASES, EARLY, ENDS, HIDDEN, MAX_TOKENS, Device
+from emulation import EmulationError, Kernel, Lowered, lower, missing
+from mhc_ops import dispatch, jit
+from mhc_ops.testing import make_inputs
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+@pytest.mark.parametrize("arch", [ARCH, "sm_80"])
+def test_no_races(monkeypatch, folder, lowered, arch):
+    def kernel(key: dispatch.Key) -> Kernel:
+        first = key not in device.launched
+        # two CTAs side by side: they must not write the same elements
+        return Kernel(lowered(key), folder, sanitize_threads=first, resident=1 + first)
+
+    def in_cluster(op: str, tokens: int) -> bool:
+        if op == dispatch.PRE:
+            return dispatch.takes_pre(tokens, 256, arch, False)
+        if op == dispatch.ONE_LAUNCH:
+            return dispatch.takes_one_launch(tokens, 256, arch)
+        return op.startswith(ENDS) and dispatch.takes_one_launch_end(256, arch)
+
+    device = Device(monkeypatch, kernel)
+    device.arch = arch
+    for tokens in dispatch.path_tokens(256, arch, MAX_TOKENS):
+        for op, norm in CASES:
+            # a cluster of 16 has more threads than ThreadSanitizer can hold: see below
+            if not in_cluster(op, tokens + 16):
+                device.check(op, make_inputs(op, tokens + 16, 256, norm=norm))
+    assert device.launched == {
+        key
+        for key in dispatch.keys(256, arch, MAX_TOKENS)
+        if key.kernel not in EARLY and not key.kernel.startswith(ENDS)
+    }
+
+
+@contextlib.contextmanager
+def kernels_with(*names: str, **constants: int) -> Iterator[list[ModuleType]]:
+    """While it lasts, these modules of kernels are made with other constants of ``dispatch``."""
+    modules = [importlib.import_module(f"mhc_ops.csrc_tilelang.{name}") for name in names]
+    with contextlib.ExitStack() as stack:
+        # called in turn from the last: the constants, then the modules
+        stack.callback(lambda: [importlib.reload(module) for module in modules])
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for name, value in constants.items():
+            patch.setattr(dispatch, name, value)
+        for module in modules:
+            importlib.reload(module)
+        yield modules
+
+
+@pytest.fixture
+def small_clusters():
+    """Kernels with clusters of 2, which ThreadSanitizer can run two of side by side."""
+    with kernels_with(
+        "_boundary", "_operands", "fused_post_pre", "_group", "_post_head", *ENDS,
+        "post_head_persistent",
+        CLUSTER=2, GROUP_TOKENS=4, EXPAND_PRE_GROUP_TOKENS=16,
+    ) as modules, pytest.MonkeyPatch.context() as patch:  # fmt: skip
+        # three are many already, at whose barrier they arrive relaxed
+        patch.setattr(modules[2], "FEW_CLUSTERS", 2)
+        yield
+
+
+def small_cluster_kernel(key: dispatch.Key) -> Lowered:
+    return lower(jit.program(key), key.arch, jit.pass_configs())
+
+
+RACING_KEYS = [
+    # with the terms of fn in registers alone, and in shared memory as well
+    ("fused_post_pre", 11, dispatch.fused_post_pre_key(256, ARCH, False)),
+    ("fused_post_pre", 11, dispatch.fused_post_pre_key(HIDDEN, ARCH, True)),
+    # 2 groups, the first of two tiles
+    ("expand_pre", 19, dispatch.expand_pre_key(256, ARCH, True)),
+    # 2 groups of 3 and 2 tiles, the last one partly empty
+    ("post_head_streams", 35, dispatch.post_head_key(256, ARCH, True, True)),
+    # 2 groups of 9 and 8 tiles: every buffer and inbox is used again
+    ("post_head_streams", 131, dispatch.post_head_persistent_key(256, ARCH, True, True)),
+]
+per_racing_key = pytest.mark.parametrize(
+    ("op", "tokens", "key"), RACING_KEYS, ids=[f"{k.kernel}-{k.hidden}" for _, _, k in RACING_KEYS]
+)
+
+
+def cluster_inputs(op: str, tokens: int, key: dispatch.Key) -> dict[str, Any]:
+    return make_inputs(op, tokens, key.hidden, norm=bool(dict(key.options)["norm"]))
+
+
+@per_racing_key
+def test_no_races_in_clusters(monkeypatch, folder, small_clusters, op, tokens, key):
+    lowered = small_cluster_kernel(key)
+    monkeypatch.setattr(dispatch, "CLUSTERS", 1)  # groups of the ends as large as they get
+    device = Device(
+        monkeypatch, lambda key: Kernel(lowered, folder, sanitize_threads=True, resident=4)
+    )
+    device.check(op, cluster_inputs(op, tokens, key))
+
+
+LOOPING_KEYS = {
+    "fused_post_pre": dispatch.persistent_key(256, ARCH, True),
+    "pre": dispatch.pre_key(256, ARCH, True),
+}
+
+
+@pytest.fixture(scope="module")
+def small_looping_kernel() -> Callable[[str], Lowered]:
+    """Op to a kernel in clusters of 8 with tiles of 8: as many threads as ThreadSanitizer holds."""
+
+    @functools.cache
+    def get(op: str) -> Lowered:
+        key = LOOPING_KEYS[op]
+        names = ("_boundary", "_operands", "fused_post_pre", "_persistent", key.kernel)
+        with kernels_with(*names, CLUSTER=8) as modules, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(modules[-2], "WIDE_TILE_COLUMNS", 0)
+            return small_cluster_kernel(key)
+
+    return get
+
+
+def run_loop(monkeypatch, folder, op: str, lowered: Lowered) -> None:
+    """In one cluster, the last tile short: every buffer, gate and inbox is used again."""
+    monkeypatch.setattr(dispatch, "ONE_LAUNCH_MAX_TOKENS", 0)
+    monkeypatch.setattr(dispatch, "CLUSTERS", 1)
+    monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
+    device = Device(
+        monkeypatch, lambda key: Kernel(lowered, folder, sanitize_threads=True, resident=8)
+    )
+    tokens = 27 if op == "fused_post_pre" else 61  # 3 and 6 buffers
+    device.check(op, cluster_inputs(op, tokens, LOOPING_KEYS[op]))
+    assert device.launched == {LOOPING_KEYS[op]}
+
+
+@pytest.mark.parametrize("op", LOOPING_KEYS)
+def test_no_races_in_kernels_that_loop(monkeypatch, folder, small_looping_kernel, op):
+    run_loop(monkeypatch, folder, op, small_looping_kernel(op))
+
+
+MIXES_WAIT = re.compile(r"^ *mhc::loads_wait_but<1>\(\);\n", re.M)
+
+
+def test_mixes_of_token_warps_are_waited_for(monkeypatch, folder, small_looping_kernel):
+    lowered = small_looping_kernel("fused_post_pre")
+    source, found = MIXES_WAIT.subn("", lowered.source)
+    assert found == 1
+    broken = dataclasses.replace(lowered, source=source)
+    with pytest.raises(EmulationError, match=r"data race|loaded twice without a wait"):
+        run_loop(monkeypatch, folder, "fused_post_pre", broken)
+
+
+WAIT = re.compile(
+    r"^ *(__syncthreads\(\)|tl::__sync_thread_partial.*|mhc::inbox_wait\(.*\));\n", re.M
+)
+WAITS = {"fused_post_pre": 6, "expand_pre": 3, "post_head": 5, "post_head_persistent": 4}
+
+
+@pytest.mark.parametrize(
+    ("op", "tokens", "key"),
+    [
+        ("fused_post_pre", 11, dispatch.fused_post_pre_key(256, ARCH, True)),
+        *RACING_KEYS[2:],
+    ],
+    ids=WAITS,
+)
+def test_each_wait_of_a_cluster_is_needed(monkeypatch, folder, small_clusters, op, tokens, key):
+    lowered = small_cluster_kernel(key)
+    monkeypatch.setattr(dispatch, "CLUSTERS", 1)
+    waits = list(WAIT.finditer(lowered.source))
+    assert len(waits) == WAITS[key.kernel]
+    for wait in waits:
+        start, end = wait.span()
+        broken = dataclasses.replace(lowered, source=lowered.source[:start] + lowered.source[end:])
+        device = Device(
+            monkeypatch,
+            lambda key, broken=broken: Kernel(broken, folder, sanitize_threads=True),
+        )
+        with pytest.raises(EmulationError, match=r"data race|waited for|waits for"):
+            device.run(op, cluster_inputs(op, tokens, key))
+
+
+TOKENS = 20  # two token tiles
+BARRIER = re.compile(r"^ *(__syncthreads|tl::__sync_thread_partial|__syncwarp)\(.*\);\n", re.M)
+
+
+def without_barrier(lowered: Lowered, i: int) -> Lowered:
+    start, end = list(BARRIER.finditer(lowered.source))[i].span()
+    return dataclasses.replace(lowered, source=lowered.source[:start] + lowered.source[end:])
+
+
+@pytest.mark.parametrize(
+    ("op", "key", "barriers"),
+    [
+        ("fused_post_pre", dispatch.post_projection_plan(TOKENS, HIDDEN, "sm_80", 1).key, 2),
+        ("pre", dispatch.projection_plan(TOKENS, HIDDEN, dispatch.MIXES, "sm_80", 1).key, 1),
+        ("pre", dispatch.finish_key(HIDDEN, "sm_80", True), 2),
+        ("head", dispatch.head_key(HIDDEN, ARCH, True), 2),
+    ],
+    ids=lambda value: value.kernel if isinstance(value, dispatch.Key) else None,
+)
+def test_each_barrier_is_needed(monkeypatch, folder, lowered, op, key, barriers):
+    inputs = make_inputs(op, TOKENS, HIDDEN, norm=True)
+    assert len(BARRIER.findall(lowered(key).source)) == barriers
+    for barrier in range(barriers):
+
+        def kernel(launched: dispatch.Key, barrier: int = barrier) -> Kernel:
+            if launched != key:
+                return Kernel(lowered(launched), folder)
+            broken = without_barrier(lowered(key), barrier)
+            return Kernel(broken, folder, sanitize_threads=True)
+
+        device = Device(monkeypatch, kernel)
+        device.sms = 1  # both token tiles in turn: one may run into the next
+        device.arch = key.arch
+        with pytest.raises(EmulationError, match="data race"):
+            device.run(op, inputs)
+        assert key in device.launched
