@@ -204,26 +204,9 @@ __device__ __forceinline__ void send4(void* slot, void* inbox, int rank, const f
       : "memory");
 }
 
-// What this thread wrote to shared memory, or saw written by others, is what it sends by send_bulk.
+// What this thread did to shared memory, or saw done by others, comes before its next load_bulk.
 __device__ __forceinline__ void bulk_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// *slot = *source, `bytes` bytes of this CTA's shared memory: a multiple of 16 up to 1024, from
-// and to multiples of 16. The source must not change before the phase of the inbox has ended.
-__device__ __forceinline__ void send_bulk(void* slot, void* inbox, int rank, const void* source,
-                                          unsigned bytes) {
-  unsigned to, box;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(to)
-      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(slot))), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(box)
-      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(inbox))), "r"(rank));
-  asm volatile(
-      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-      ::"r"(to), "r"(static_cast<unsigned>(__cvta_generic_to_shared(source))), "r"(bytes), "r"(box)
-      : "memory");
 }
 
 }  // namespace mhc

@@ -132,14 +132,13 @@ def small_looping_kernel() -> Callable[[str], Lowered]:
     return get
 
 
-def run_loop(monkeypatch, folder, op: str, lowered: Lowered) -> None:
+def run_loop(monkeypatch, folder, op: str, lowered: Lowered, sanitize_threads: bool = True) -> None:
     """In one cluster, the last tile short: every buffer, gate and inbox is used again."""
     monkeypatch.setattr(dispatch, "ONE_LAUNCH_MAX_TOKENS", 0)
     monkeypatch.setattr(dispatch, "CLUSTERS", 1)
     monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
-    device = Device(
-        monkeypatch, lambda key: Kernel(lowered, folder, sanitize_threads=True, resident=8)
-    )
+    options = {"sanitize_threads": True, "resident": 8} if sanitize_threads else {}
+    device = Device(monkeypatch, lambda key: Kernel(lowered, folder, **options))
     tokens = 27 if op == "fused_post_pre" else 61  # 3 and 6 buffers
     device.check(op, cluster_inputs(op, tokens, LOOPING_KEYS[op]))
     assert device.launched == {LOOPING_KEYS[op]}
@@ -148,6 +147,19 @@ def run_loop(monkeypatch, folder, op: str, lowered: Lowered) -> None:
 @pytest.mark.parametrize("op", LOOPING_KEYS)
 def test_no_races_in_kernels_that_loop(monkeypatch, folder, small_looping_kernel, op):
     run_loop(monkeypatch, folder, op, small_looping_kernel(op))
+
+
+FENCE = re.compile(r"^ *mhc::bulk_fence\(\);\n", re.M)
+
+
+@pytest.mark.parametrize("op", LOOPING_KEYS)
+def test_the_fence_of_bulk_copies_is_needed(monkeypatch, folder, small_looping_kernel, op):
+    lowered = small_looping_kernel(op)
+    source, found = FENCE.subn("", lowered.source)
+    assert found == 1
+    broken = dataclasses.replace(lowered, source=source)
+    with pytest.raises(EmulationError, match="load_bulk: no bulk_fence"):
+        run_loop(monkeypatch, folder, op, broken, sanitize_threads=False)
 
 
 MIXES_WAIT = re.compile(r"^ *mhc::loads_wait_but<1>\(\);\n", re.M)

@@ -158,13 +158,12 @@ def test_what_no_kernel_may_do(sample, monkeypatch, name, message):
         ("AGAIN_NOBODY_WAITS", r"nobody waits for the inbox at byte 0 .* may come after"),
         ("AGAIN_INCOMPLETE", r"some of a phase has come, and 4 bytes are missing"),
         ("PHASES_UNTOLD", r"data race"),
-        ("BULK_NOT_FENCED", r"send_bulk: this thread has not called bulk_fence"),
-        ("BULK_FENCED_TOO_EARLY", r"the source at byte 0 .* after this thread's bulk_fence"),
-        ("BULK_ODD", r"send_bulk: 20 bytes, expected a multiple of 16 up to 1024"),
-        ("BULK_TOO_LARGE", r"send_bulk: 1040 bytes, expected a multiple of 16 up to 1024"),
-        ("BULK_MISALIGNED", r"send_bulk: the slot at byte 8 .* is not aligned to 16 bytes"),
-        ("BULK_SOURCE_WRITTEN", r"data race: the source of a send_bulk to the inbox at byte 0"),
-        ("BULK_SOURCE_OUTSIDE", r"send_bulk: the source is not in shared memory"),
+        ("BULK_ODD", r"load_bulk: 20 bytes, expected a multiple of 16 up to 1024"),
+        ("BULK_TOO_LARGE", r"load_bulk: 1040 bytes, expected a multiple of 16 up to 1024"),
+        ("BULK_MISALIGNED", r"load_bulk: the slot at byte 8 .* is not aligned to 16 bytes"),
+        ("BULK_SOURCE_MISALIGNED", r"load_bulk: the source is not aligned to 16 bytes"),
+        ("BULK_NOT_FENCED", r"load_bulk: no bulk_fence since this thread waited"),
+        ("BULK_FENCED_TOO_EARLY", r"load_bulk: no bulk_fence since this thread waited"),
     ],
 )
 @pytest.mark.parametrize("sanitize_threads", [False, True], ids=["fibers", "threads"])
@@ -228,8 +227,9 @@ def test_ctas_of_a_cluster(sample):
 def test_what_ctas_send_each_other(sample, ctas, resident):
     options = {"ctas": ctas, "cluster": 2, "resident": resident}
     assert torch.equal(sample("SEND", **options), LANE.float())
-    for name in ("SEND2", "SEND4", "SEND_BULK"):
+    for name in ("SEND2", "SEND4"):
         assert torch.equal(sample(name, **options), LANE + 100.0)
+    assert torch.equal(sample("LOAD_BULK_AGAIN", **options), LANE.float())
     for name in ("PHASES", "PHASES_EARLY", "PHASES_TOLD"):
         assert torch.equal(sample(name, **options), LANE % 32 * 15 + 40.0)
     assert torch.equal(sample("LOAD_BEHIND", **options), LANE % 32 * 2 + 32.0)
@@ -346,7 +346,7 @@ def test_what_orders_memory(sample, name, races):
         ("SEND", False),
         ("SEND2", False),
         ("SEND4", False),
-        ("SEND_BULK", False),
+        ("LOAD_BULK_AGAIN", False),
         ("SEND_LATE", True),
         ("INBOX", False),
         # the opening of an inbox has a fence of its own

@@ -58,13 +58,12 @@ enum Sample {
   AGAIN_SEND_TWICE,
   AGAIN_NOBODY_WAITS,
   AGAIN_INCOMPLETE,
-  BULK_NOT_FENCED,
-  BULK_FENCED_TOO_EARLY,
   BULK_ODD,
   BULK_TOO_LARGE,
   BULK_MISALIGNED,
-  BULK_SOURCE_WRITTEN,
-  BULK_SOURCE_OUTSIDE,
+  BULK_SOURCE_MISALIGNED,
+  BULK_NOT_FENCED,
+  BULK_FENCED_TOO_EARLY,
   // poison
   NOTHING,
   READ_IN_FRONT,
@@ -95,7 +94,6 @@ enum Sample {
   SEND,
   SEND2,
   SEND4,
-  SEND_BULK,
   SEND_LATE,
   REGISTERS,
   // order of memory, in one CTA
@@ -140,6 +138,7 @@ enum Sample {
   PHASES_UNTOLD,
   LOAD_BEHIND,
   LOAD_UNREAD,
+  LOAD_BULK_AGAIN,
 };
 
 extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, const float* in, int* counter, int sample) {
@@ -431,26 +430,34 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
       if (sample == AGAIN_MISSED) mhc::inbox_wait((&(inboxes[0])), 1);
       break;
     }
-    case BULK_NOT_FENCED:
-    case BULK_FENCED_TOO_EARLY:
     case BULK_ODD:
     case BULK_TOO_LARGE:
     case BULK_MISALIGNED:
-    case BULK_SOURCE_WRITTEN:
-    case BULK_SOURCE_OUTSIDE:
-      if (t == 0) mhc::inbox_open((&(inboxes[0])), 32);
-      if (t == 0 && sample == BULK_FENCED_TOO_EARLY) mhc::bulk_fence();
-      sums[t] = in[t];
+    case BULK_SOURCE_MISALIGNED:
+      if (t == 0) mhc::inbox_open((&(inboxes[0])), 16);
       tl::cluster_sync();
       if (t == 0) {
-        const float* source = sample == BULK_SOURCE_OUTSIDE ? in : sums;
         const int bytes = sample == BULK_ODD ? 20 : sample == BULK_TOO_LARGE ? 1040 : 16;
-        if (sample != BULK_NOT_FENCED && sample != BULK_FENCED_TOO_EARLY) mhc::bulk_fence();
-        mhc::send_bulk((&(shared[sample == BULK_MISALIGNED ? 2 : 0])), (&(inboxes[0])), peer, source, bytes);
-        if (sample == BULK_SOURCE_WRITTEN) sums[1] = -1.0f;
-        mhc::send_bulk((&(shared[4])), (&(inboxes[0])), peer, (&(sums[4])), 16);
+        mhc::load_bulk((&(shared[sample == BULK_MISALIGNED ? 2 : 0])), (&(in[sample == BULK_SOURCE_MISALIGNED ? 2 : 0])), bytes, (&(inboxes[0])));
       }
       mhc::inbox_wait((&(inboxes[0])));
+      break;
+    case BULK_NOT_FENCED:
+    case BULK_FENCED_TOO_EARLY:
+    case LOAD_BULK_AGAIN:
+      // a thread loads twice into the same place; it has read the first load when it asks for the second
+      if (t == 0) mhc::inbox_open((&(inboxes[0])), 64);
+      tl::cluster_sync();
+      if (t == 0) {
+        for (int i = 0; i < 2; ++i) {
+          if (i == 1 && sample == LOAD_BULK_AGAIN) mhc::bulk_fence();
+          mhc::load_bulk((&(shared[0])), (&(in[i * 32 + rank * 16])), 64, (&(inboxes[0])));
+          if (i == 0 && sample == BULK_FENCED_TOO_EARLY) mhc::bulk_fence();
+          mhc::inbox_wait((&(inboxes[0])), i);
+          if (i == 0) mhc::inbox_again((&(inboxes[0])), 64);
+          for (int k = 0; k < 16; ++k) out[i * 32 + rank * 16 + k] = shared[k];
+        }
+      }
       break;
     case SEND_TO_ENDED:
       if (t == 0) mhc::inbox_open((&(inboxes[0])), 8);
@@ -498,15 +505,10 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
       break;
     case SEND2:
     case SEND4:
-    case SEND_BULK:
       if (t == 0) mhc::inbox_open((&(inboxes[3])), 256);
       shared[t] = in[t] + float(rank) * 100.0f;
       tl::cluster_sync();
       if (sample == SEND2 && t < 32) mhc::send2((&(sums[t * 2])), (&(inboxes[3])), peer, shared[t * 2], shared[t * 2 + 1]);
-      if (sample == SEND_BULK && t < 4) {
-        mhc::bulk_fence();
-        mhc::send_bulk((&(sums[t * 16])), (&(inboxes[3])), peer, (&(shared[t * 16])), 64);
-      }
       if (sample == SEND4 && t < 16) {
         for (int i = 0; i < 4; ++i) acc[i] = in[t * 4 + i] + float(rank) * 100.0f;
         mhc::send4((&(sums[t * 4])), (&(inboxes[3])), peer, acc);

@@ -101,13 +101,7 @@ __device__ __forceinline__ void send4(void* slot, void* inbox, int rank, const f
   emulation::send("send4", slot, inbox, rank, values, 4 * sizeof(*values));
 }
 
-// All of shared memory is kept as it is now: what is sent after that must not have changed.
 __device__ __forceinline__ void bulk_fence() { emulation::fence_bulk(); }
-
-__device__ __forceinline__ void send_bulk(void* slot, void* inbox, int rank, const void* source,
-                                          unsigned bytes) {
-  emulation::send_bulk(slot, inbox, rank, source, bytes);
-}
 
 __device__ __forceinline__ void load_bulk(void* shared, const void* global, unsigned bytes,
                                           void* inbox) {

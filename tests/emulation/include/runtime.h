@@ -65,7 +65,6 @@ void arm_inbox(void* inbox, unsigned bytes);
 void send(const char* operation, void* slot, void* inbox, int rank, const void* data, size_t bytes);
 void fence_bulk();
 void load_bulk(void* shared, const void* global, unsigned bytes, void* inbox);
-void send_bulk(void* slot, void* inbox, int rank, const void* source, unsigned bytes);
 void open_gate(void* gate, unsigned count);
 void pass_gate(void* gate);
 void wait_for_gate(void* gate, int parity);

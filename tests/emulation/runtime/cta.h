@@ -67,8 +67,7 @@ struct Member {
   std::vector<Barrier::Opening> passed;  // the start of the cluster among them
   unsigned groups = 0;  // of loads, committed
   std::vector<Load> loads;
-  // all shared memory of the CTA at this thread's last bulk_fence, by declaration
-  std::map<const void*, std::vector<unsigned char>> fenced;
+  bool fenced = false;  // whether a bulk_fence was called since the last wait
 };
 
 struct Cluster;

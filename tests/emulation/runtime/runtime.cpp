@@ -54,9 +54,16 @@ void* static_shared(const void* declaration, size_t bytes) {
   return running->cta->static_array(declaration, bytes).data();
 }
 
+// No thread reads or writes the member of another.
+static Member& member() { return running->cta->members[running->linear]; }
+
+// A wait of any kind, from which on this thread may see what others did: not what it fenced before.
+static void waited() { member().fenced = false; }
+
 void wait_at_barrier(unsigned barrier, unsigned threads) {
   Cta& cta = *running->cta;
   cta.barriers.at(barrier).wait(threads ? threads : cta.grid.threads.count(), "barrier", barrier);
+  waited();
 }
 
 void arrive_at_barrier(unsigned barrier, unsigned threads) {
@@ -77,6 +84,7 @@ static T& of_mask(std::map<unsigned, T> Warp::* of_masks, unsigned mask) {
 
 void wait_for_warp(unsigned mask) {
   of_mask(&Warp::syncs, mask).wait(std::popcount(mask), "__syncwarp of warp", running->warp());
+  waited();
 }
 
 void exchange(unsigned mask, const void* value, size_t bytes, void* values) {
@@ -93,9 +101,6 @@ void exchange(unsigned mask, const void* value, size_t bytes, void* values) {
 
 unsigned rank_in_cluster() { return running->cta->rank; }
 
-// No thread reads or writes the member of another.
-static Member& member() { return running->cta->members[running->linear]; }
-
 void arrive_at_cluster(bool orders) {
   Cluster& cluster = running->cta->cluster;
   Member& self = member();
@@ -110,6 +115,7 @@ void wait_for_cluster() {
     fail("cluster barrier: a thread waits without having arrived");
   running->cta->cluster.barrier.await(self.next, "cluster barrier");
   self.passed.push_back(self.next);
+  waited();
 }
 
 // Finds a place in the CTA's own shared memory.
@@ -194,6 +200,7 @@ void wait_for_inbox(void* address, int parity) {
   check_own_seal(inbox, address);
   const unsigned ended =
       inbox.phases.wait(parity, inbox.name.c_str(), [&] { return inbox.lacks(); });
+  waited();
   Unobserved bookkeeping;
   Lock& lock = running->cta->mail.lock;
   lock.lock();
@@ -251,11 +258,11 @@ void wait_for_gate(void* address, int parity) {
   if (parity != 0 && parity != 1) fail("gate_wait: parity %d", parity);
   check_own_seal(gate, address);
   gate.phases.wait(parity, gate.name.c_str(), [&] { return gate.lacks(); });
+  waited();
 }
 
-// `source` of a bulk copy, or null.
 static void send(const char* operation, void* slot, void* inbox, int rank, const void* data,
-                 size_t bytes, size_t alignment, const unsigned char* source) {
+                 size_t bytes, size_t alignment, bool in_bulk) {
   const Place slot_place = place_of(operation, "slot", slot, bytes, alignment);
   const Place inbox_place =
       place_of(operation, "inbox", inbox, Mbarrier::BYTES, Mbarrier::BYTES);
@@ -265,7 +272,7 @@ static void send(const char* operation, void* slot, void* inbox, int rank, const
   Cta& peer = *cluster.ctas[rank];
   unsigned char copy[Message::MOST];
   std::memcpy(copy, data, bytes);
-  Message message{nullptr, {}, source};
+  Message message{nullptr, {}};
   uint64_t* seal;
   {
     Unobserved bookkeeping;
@@ -291,59 +298,27 @@ static void send(const char* operation, void* slot, void* inbox, int rank, const
   if (int(bytes) - box.missing > int(Mbarrier::MOST))
     fail("%s: too many bytes for the %s", operation, name.c_str());
   const bool again = peer.mail.claim(message, box);
+  if (in_bulk && again && !member().fenced)
+    fail("%s: no bulk_fence since this thread waited, and the place has been used", operation);
   box.take(std::move(message), again, member().passed);
   peer.mail.lock.unlock();
 }
 
 void send(const char* operation, void* slot, void* inbox, int rank, const void* data, size_t bytes) {
-  send(operation, slot, inbox, rank, data, bytes, bytes, nullptr);
+  send(operation, slot, inbox, rank, data, bytes, bytes, false);
 }
 
-constexpr unsigned BULK_UNIT = 16;  // bytes
-
-void fence_bulk() {
-  Cta& cta = *running->cta;
-  Unobserved bookkeeping;
-  auto& fenced = member().fenced;
-  const auto keep = [&](const void* declaration, const GuardedMemory& memory) {
-    fenced[declaration].assign(memory.data(), memory.data() + memory.size());
-  };
-  keep(nullptr, cta.dynamic_shared);
-  cta.lock.lock();
-  for (auto& [declaration, memory] : cta.static_shared) keep(declaration, memory);
-  cta.lock.unlock();
-}
-
-static void check_bulk(const char* operation, unsigned bytes) {
-  if (bytes == 0 || bytes % BULK_UNIT != 0 || bytes > Message::MOST)
-    fail("%s: %u bytes, expected a multiple of %u up to %u", operation, bytes, BULK_UNIT,
-         Message::MOST);
-}
+void fence_bulk() { member().fenced = true; }
 
 // A message from memory to this CTA itself.
 void load_bulk(void* shared, const void* global, unsigned bytes, void* inbox) {
+  constexpr unsigned UNIT = 16;  // bytes
   const char* const operation = "load_bulk";
-  check_bulk(operation, bytes);
-  if (reinterpret_cast<uintptr_t>(global) % BULK_UNIT != 0)
-    fail("%s: the source is not aligned to %u bytes", operation, BULK_UNIT);
-  send(operation, shared, inbox, int(rank_in_cluster()), global, bytes, BULK_UNIT, nullptr);
-}
-
-void send_bulk(void* slot, void* inbox, int rank, const void* source, unsigned bytes) {
-  const char* const operation = "send_bulk";
-  check_bulk(operation, bytes);
-  const Place place = place_of(operation, "source", source, bytes, BULK_UNIT);
-  const auto* first = static_cast<const unsigned char*>(source);
-  {
-    Unobserved bookkeeping;
-    const auto& fenced = member().fenced;
-    const auto entry = fenced.find(place.declaration);
-    if (entry == fenced.end()) fail("%s: this thread has not called bulk_fence", operation);
-    if (std::memcmp(entry->second.data() + place.offset, first, bytes) != 0)
-      fail("%s: the source at %s was written after this thread's bulk_fence", operation,
-           place.text().c_str());
-  }
-  send(operation, slot, inbox, rank, source, bytes, BULK_UNIT, first);
+  if (bytes == 0 || bytes % UNIT != 0 || bytes > Message::MOST)
+    fail("%s: %u bytes, expected a multiple of %u up to %u", operation, bytes, UNIT, Message::MOST);
+  if (reinterpret_cast<uintptr_t>(global) % UNIT != 0)
+    fail("%s: the source is not aligned to %u bytes", operation, UNIT);
+  send(operation, shared, inbox, int(rank_in_cluster()), global, bytes, UNIT, true);
 }
 
 // --- asynchronous loads
