@@ -8,6 +8,7 @@ out and put its own twins in.
 # what dispatch has to know of the kernels is defined there
 from ..dispatch import HC_MULT as HC_MULT
 from ..dispatch import MIXES as MIXES
+from ..dispatch import MMA_COLUMNS as MMA_COLUMNS
 from ..dispatch import MMA_TOKENS as MMA_TOKENS
 from ..dispatch import PARTIAL_WIDTH as PARTIAL_WIDTH
 
@@ -16,7 +17,6 @@ SQUARES = MIXES  # column of a partial row that holds the sum of squares
 WARP = 32
 VECTOR = 8  # bf16 elements in 16 bytes
 MMA_HALF = MMA_TOKENS // 2  # token rows of a fragment half: lane // 4 and lane // 4 + 8
-MMA_COLUMNS = 8  # columns of one m16n8k16 tile
 SPLIT_TERMS = 3  # bf16 terms of an fp32 weight: 8 + 8 + 8 bits of mantissa
 TILE_TERMS = VECTOR // 2 * SPLIT_TERMS  # packed pairs of a lane's 8 columns, in three terms
 SUMS_STRIDE = 40  # floats of a row of sums in shared memory: 8 rows of float2 on different banks

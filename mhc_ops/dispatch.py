@@ -54,9 +54,7 @@ PRE_MIN_TOKENS_PARTLY = 1024
 # expand_pre and post_head are one launch, on the same GPUs and up to the same hidden size: of the
 # kernel of the op's name, post_head of the persistent one for more tokens than a round of clusters
 # of the other takes.
-EXPAND_PRE_TILE = 8  # tokens of an mma tile
 EXPAND_PRE_GROUP_TOKENS = 32  # tokens of a cluster at most: fn is read once for them
-POST_HEAD_TILE = 8  # tokens of an mma tile
 # of a cluster of post_head at least: fewer would have fn read more often for little less to load
 POST_HEAD_LEAST_GROUP = 4
 POST_HEAD_GROUP_TOKENS = 32  # at most: for 337 at H = 4096 11.2 us, the persistent kernel 13.1
@@ -79,6 +77,7 @@ POST_PROJECTION_SLICE = 32  # hidden elements a CTA: 128 CTAs read fn at H = 409
 POST_PROJECTION_CTAS_PER_SM = 2  # beyond it tiles in turn beat more CTAs, which read fn again
 
 MMA_TOKENS = 16  # rows of one m16n8k16 tile
+MMA_COLUMNS = 8  # its columns: tokens of the kernels in clusters
 PROJECTION_BLOCK = 32  # columns of one step of a warp: 4 lanes of 8
 PROJECTION_WARPS = 4
 
@@ -276,8 +275,8 @@ def expand_pre_group_tokens(tokens: int) -> int:
 
     More of them read ``fn`` once for more tokens, fewer share the work among more clusters.
     """
-    tiles = _ceildiv(_ceildiv(tokens, EXPAND_PRE_TILE), CLUSTERS)
-    return min(EXPAND_PRE_GROUP_TOKENS, EXPAND_PRE_TILE * tiles)
+    tiles = _ceildiv(_ceildiv(tokens, MMA_COLUMNS), CLUSTERS)
+    return min(EXPAND_PRE_GROUP_TOKENS, MMA_COLUMNS * tiles)
 
 
 def post_head_share(tokens: int, hidden: int) -> tuple[int, int]:
@@ -286,7 +285,7 @@ def post_head_share(tokens: int, hidden: int) -> tuple[int, int]:
     They share the tokens evenly, a unit at a time: a token of the first tile of each, whole tiles
     beyond, as a tile of one token takes about as long as one of 8.
     """
-    if tokens <= CLUSTERS * POST_HEAD_TILE:
+    if tokens <= CLUSTERS * MMA_COLUMNS:
         return min(CLUSTERS, _ceildiv(tokens, POST_HEAD_LEAST_GROUP)), 1
     if not takes_one_round(tokens, hidden):
         ctas = post_head_persistent_ctas_per_sm(hidden)
@@ -294,7 +293,7 @@ def post_head_share(tokens: int, hidden: int) -> tuple[int, int]:
         ctas = 1
     else:
         ctas = post_head_ctas_per_sm(hidden)
-    return CLUSTERS * ctas, POST_HEAD_TILE
+    return CLUSTERS * ctas, MMA_COLUMNS
 
 
 def post_projection_max_tokens(hidden: int) -> int:

@@ -23,7 +23,6 @@ def test_constants_are_those_of_the_kernels():
     assert dispatch.POST_PROJECTION_SLICE == post_projection.SLICE
     assert dispatch.PROJECTION_BLOCK == projection.BLOCK
     assert dispatch.PROJECTION_WARPS == projection.WARPS
-    assert dispatch.EXPAND_PRE_TILE == dispatch.POST_HEAD_TILE == _device.MMA_COLUMNS
     assert dispatch.POST_HEAD_GROUP_TOKENS % _device.MMA_COLUMNS == 0
 
 
@@ -86,8 +85,8 @@ def test_groups_of_one_launch_fit(tokens):
 @given(TOKENS)
 def test_groups_of_expand_pre_are_whole_tiles(tokens):
     group = dispatch.expand_pre_group_tokens(tokens)
-    assert group % dispatch.EXPAND_PRE_TILE == 0
-    assert dispatch.EXPAND_PRE_TILE <= group <= dispatch.EXPAND_PRE_GROUP_TOKENS
+    assert group % dispatch.MMA_COLUMNS == 0
+    assert dispatch.MMA_COLUMNS <= group <= dispatch.EXPAND_PRE_GROUP_TOKENS
     # one round of clusters, or groups as large as they get
     assert -(-tokens // group) <= dispatch.CLUSTERS or group == dispatch.EXPAND_PRE_GROUP_TOKENS
 
@@ -98,13 +97,13 @@ def test_clusters_of_post_head_run_at_once(tokens, hidden):
     one_round = dispatch.takes_one_round(tokens, hidden)
     two = hidden <= (4096 if one_round else 5120)
     assert 1 <= clusters <= dispatch.CLUSTERS * (1 + two)
-    assert unit in (1, dispatch.POST_HEAD_TILE)
+    assert unit in (1, dispatch.MMA_COLUMNS)
     units = -(-tokens // unit)
     assert clusters <= units  # each has some
     if one_round:
         assert -(-units // clusters) * unit <= dispatch.POST_HEAD_GROUP_TOKENS
     if unit == 1:
-        assert -(-tokens // clusters) <= dispatch.POST_HEAD_TILE
+        assert -(-tokens // clusters) <= dispatch.MMA_COLUMNS
 
 
 def test_one_launch_is_for_clusters_of_16():
