@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 import mhc_ops
-from emulation import Lowered, lower
-from mhc_ops import dispatch, host, jit
+from emulated import lower_key
+from emulation import Lowered
+from mhc_ops import dispatch, host
 
 # What the GPU tests use: compiled side by side before the first of many, not one by one in them.
 HIDDEN_SIZES = (256, 512, 768, 2816, 4096, 5120, 7168)
@@ -69,11 +71,4 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def lowered() -> Callable[[dispatch.Key], Lowered]:
     """Key to lowered kernel, each lowered once."""
-    kernels: dict[dispatch.Key, Lowered] = {}
-
-    def get(key: dispatch.Key) -> Lowered:
-        if key not in kernels:
-            kernels[key] = lower(jit.program(key), key.arch, jit.pass_configs())
-        return kernels[key]
-
-    return get
+    return functools.cache(lower_key)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emulation import Kernel
+from emulation import Kernel, Lowered, lower
 from mhc_ops import dispatch, host, jit, support
 from mhc_ops.testing import OUTPUTS, as_outputs, assert_matches_oracle, poisoned_memory
 
@@ -24,6 +24,11 @@ CASES = tuple((op, norm) for op in OUTPUTS for norm in (False, True) if not (op 
 TOKENWISE = ("x", "residual", "post_layer_mix", "comb_res_mix")
 EARLY = (dispatch.ONE_LAUNCH, dispatch.PERSISTENT, dispatch.PRE)  # may read fn early
 ENDS = ("expand_pre", "post_head")  # in clusters; post_head_streams runs the latter's kernels
+
+
+def lower_key(key: dispatch.Key) -> Lowered:
+    """The kernel of a key as it ships."""
+    return lower(jit.program(key), key.arch, jit.pass_configs())
 
 
 class Device:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from emulation import lower
-from mhc_ops import dispatch, jit
+from emulated import lower_key
+from mhc_ops import dispatch
 
 MAX_TOKENS = 8192
 # the hidden sizes where spills are counted, one where it is enough that the kernels compile
@@ -83,7 +83,7 @@ def compile_all(sources: Sequence[str], arch: str, folder: Path) -> list[str]:
 def sources(arch: str, hidden: int) -> dict[dispatch.Key, str]:
     """The CUDA source of every kernel that a call on this architecture can reach."""
     return {
-        key: lower(jit.program(key), arch, jit.pass_configs()).source
+        key: lower_key(key).source
         for key in dispatch.keys(hidden, arch, MAX_TOKENS)
         if (arch, hidden) != POST_HEAD_CASE or key.kernel.startswith("post_head")
         if key.kernel not in LONG_TO_LOWER

@@ -13,12 +13,18 @@ from typing import Any
 
 import pytest
 
-from emulated import ARCH, CASES, EARLY, ENDS, HIDDEN, MAX_TOKENS, Device
-from emulation import EmulationError, Kernel, Lowered, lower, missing
-from mhc_ops import dispatch, jit
+from emulated import ARCH, CASES, EARLY, ENDS, HIDDEN, MAX_TOKENS, Device, lower_key
+from emulation import EmulationError, Kernel, Lowered, missing
+from mhc_ops import dispatch
 from mhc_ops.testing import make_inputs
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+def without(lowered: Lowered, pattern: re.Pattern[str], i: int = 0) -> Lowered:
+    """The kernel with match ``i`` of a pattern taken out of its source."""
+    start, end = list(pattern.finditer(lowered.source))[i].span()
+    return dataclasses.replace(lowered, source=lowered.source[:start] + lowered.source[end:])
 
 
 @pytest.mark.parametrize("arch", [ARCH, "sm_80"])
@@ -77,10 +83,6 @@ def small_clusters():
         yield
 
 
-def small_cluster_kernel(key: dispatch.Key) -> Lowered:
-    return lower(jit.program(key), key.arch, jit.pass_configs())
-
-
 RACING_KEYS = [
     # with the terms of fn in registers alone, and in shared memory as well
     ("fused_post_pre", 11, dispatch.fused_post_pre_key(256, ARCH, False)),
@@ -103,7 +105,7 @@ def cluster_inputs(op: str, tokens: int, key: dispatch.Key) -> dict[str, Any]:
 
 @per_racing_key
 def test_no_races_in_clusters(monkeypatch, folder, small_clusters, op, tokens, key):
-    lowered = small_cluster_kernel(key)
+    lowered = lower_key(key)
     monkeypatch.setattr(dispatch, "CLUSTERS", 1)  # groups of the ends as large as they get
     device = Device(
         monkeypatch, lambda key: Kernel(lowered, folder, sanitize_threads=True, resident=4)
@@ -127,7 +129,7 @@ def small_looping_kernel() -> Callable[[str], Lowered]:
         names = ("_boundary", "_operands", "fused_post_pre", "_persistent", key.kernel)
         with kernels_with(*names, CLUSTER=8) as modules, pytest.MonkeyPatch.context() as patch:
             patch.setattr(modules[-2], "WIDE_TILE_COLUMNS", 0)
-            return small_cluster_kernel(key)
+            return lower_key(key)
 
     return get
 
@@ -155,11 +157,9 @@ FENCE = re.compile(r"^ *mhc::bulk_fence\(\);\n", re.M)
 @pytest.mark.parametrize("op", LOOPING_KEYS)
 def test_the_fence_of_bulk_copies_is_needed(monkeypatch, folder, small_looping_kernel, op):
     lowered = small_looping_kernel(op)
-    source, found = FENCE.subn("", lowered.source)
-    assert found == 1
-    broken = dataclasses.replace(lowered, source=source)
+    assert len(FENCE.findall(lowered.source)) == 1
     with pytest.raises(EmulationError, match="load_bulk: no bulk_fence"):
-        run_loop(monkeypatch, folder, op, broken, sanitize_threads=False)
+        run_loop(monkeypatch, folder, op, without(lowered, FENCE), sanitize_threads=False)
 
 
 MIXES_WAIT = re.compile(r"^ *mhc::loads_wait_but<1>\(\);\n", re.M)
@@ -167,11 +167,9 @@ MIXES_WAIT = re.compile(r"^ *mhc::loads_wait_but<1>\(\);\n", re.M)
 
 def test_mixes_of_token_warps_are_waited_for(monkeypatch, folder, small_looping_kernel):
     lowered = small_looping_kernel("fused_post_pre")
-    source, found = MIXES_WAIT.subn("", lowered.source)
-    assert found == 1
-    broken = dataclasses.replace(lowered, source=source)
+    assert len(MIXES_WAIT.findall(lowered.source)) == 1
     with pytest.raises(EmulationError, match=r"data race|loaded twice without a wait"):
-        run_loop(monkeypatch, folder, "fused_post_pre", broken)
+        run_loop(monkeypatch, folder, "fused_post_pre", without(lowered, MIXES_WAIT))
 
 
 WAIT = re.compile(
@@ -189,13 +187,11 @@ WAITS = {"fused_post_pre": 6, "expand_pre": 3, "post_head": 5, "post_head_persis
     ids=WAITS,
 )
 def test_each_wait_of_a_cluster_is_needed(monkeypatch, folder, small_clusters, op, tokens, key):
-    lowered = small_cluster_kernel(key)
+    lowered = lower_key(key)
     monkeypatch.setattr(dispatch, "CLUSTERS", 1)
-    waits = list(WAIT.finditer(lowered.source))
-    assert len(waits) == WAITS[key.kernel]
-    for wait in waits:
-        start, end = wait.span()
-        broken = dataclasses.replace(lowered, source=lowered.source[:start] + lowered.source[end:])
+    assert len(WAIT.findall(lowered.source)) == WAITS[key.kernel]
+    for wait in range(WAITS[key.kernel]):
+        broken = without(lowered, WAIT, wait)
         device = Device(
             monkeypatch,
             lambda key, broken=broken: Kernel(broken, folder, sanitize_threads=True),
@@ -206,11 +202,6 @@ def test_each_wait_of_a_cluster_is_needed(monkeypatch, folder, small_clusters, o
 
 TOKENS = 20  # two token tiles
 BARRIER = re.compile(r"^ *(__syncthreads|tl::__sync_thread_partial|__syncwarp)\(.*\);\n", re.M)
-
-
-def without_barrier(lowered: Lowered, i: int) -> Lowered:
-    start, end = list(BARRIER.finditer(lowered.source))[i].span()
-    return dataclasses.replace(lowered, source=lowered.source[:start] + lowered.source[end:])
 
 
 @pytest.mark.parametrize(
@@ -231,7 +222,7 @@ def test_each_barrier_is_needed(monkeypatch, folder, lowered, op, key, barriers)
         def kernel(launched: dispatch.Key, barrier: int = barrier) -> Kernel:
             if launched != key:
                 return Kernel(lowered(launched), folder)
-            broken = without_barrier(lowered(key), barrier)
+            broken = without(lowered(key), BARRIER, barrier)
             return Kernel(broken, folder, sanitize_threads=True)
 
         device = Device(monkeypatch, kernel)
