@@ -130,21 +130,17 @@ def load_bytes(i, part, hidden, count):
 
 @T.macro
 def load_tokens(
-    x, residual, post_layer_mix, comb_res_mix, first, count, i, rank, part, lane, hidden,
-    x_shared, streams_shared, post_shared, comb_shared, inbox,
+    x, residual, post_layer_mix, comb_res_mix, first, count, i, rank, part, hidden, x_shared,
+    streams_shared, post_shared, comb_shared, inbox,
 ):  # fmt: skip
-    """A warp's part of tile ``i``, in bulk copies of a row each and two for the mixes.
-
-    One lane, whose addresses are the same for the whole warp: with a row a lane, each copy went
-    through a loop over the lanes.
-    """
+    """A warp's part of tile ``i``, in bulk copies of a row each and two for the mixes."""
     tile = tile_tokens(hidden)
     per = warp_tokens(hidden)
     size = slice_size(hidden)
     row0 = part * per
     here = T.min(per, count - i * tile - row0)
     for k in T.unroll(per, unroll_factor=1):
-        if lane == 0 and k < here:
+        if k < here:
             t = first + i * tile + row0 + k
             T.call_extern(
                 "handle",
@@ -154,16 +150,17 @@ def load_tokens(
                 size * 2,
                 inbox,
             )
-            for j in T.unroll(HC_MULT):
-                T.call_extern(
-                    "handle",
-                    "mhc::load_bulk",
-                    T.access_ptr(streams_shared[i % BUFFERS * tile + row0 + k, j * size], "w"),
-                    T.access_ptr(residual[t, j, rank * size], "r"),
-                    size * 2,
-                    inbox,
-                )
-    if not tokens_load_mixes(hidden) and lane == 0 and here > 0:
+            T.call_extern(
+                "handle",
+                "mhc::load_bulk4",
+                T.access_ptr(streams_shared[i % BUFFERS * tile + row0 + k, 0], "w"),
+                size * 2,
+                T.access_ptr(residual[t, 0, rank * size], "r"),
+                hidden * 2,
+                size * 2,
+                inbox,
+            )
+    if not tokens_load_mixes(hidden) and here > 0:
         t = first + i * tile + row0
         T.call_extern(
             "handle",
@@ -432,7 +429,7 @@ def run_roles(
                 T.call_extern("handle", "mhc::bulk_fence")
                 load_tokens(
                     x, residual, post_layer_mix, comb_res_mix, first, count, i + 2, rank, warp,
-                    lane, hidden, x_shared, streams_shared, post_shared, comb_shared,
+                    hidden, x_shared, streams_shared, post_shared, comb_shared,
                     T.access_ptr(loads_inbox[(i + 2) % BUFFERS, warp], "w"),
                 )  # fmt: skip
             if warp == WEIGHTS_WARP:
@@ -490,7 +487,7 @@ def run_roles(
                     i * tile + row0, lane, post_shared, comb_shared,
                 )  # fmt: skip
             load_tokens(
-                x, residual, post_layer_mix, comb_res_mix, first, count, i, rank, me, lane, hidden,
+                x, residual, post_layer_mix, comb_res_mix, first, count, i, rank, me, hidden,
                 x_shared, streams_shared, post_shared, comb_shared,
                 T.access_ptr(loads_inbox[i, me], "w"),
             )  # fmt: skip

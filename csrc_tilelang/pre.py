@@ -334,24 +334,23 @@ def project_tile(
 
 @T.macro
 def load_rows(residual, first, count, i, buffer, rank, me, hidden, streams_shared, inbox):
-    """A token warp's tokens of tile ``i``, by one lane."""
+    """A token warp's tokens of tile ``i``."""
     tile = tile_tokens(hidden)
     size = slice_size(hidden)
     for k in T.unroll(WARP_TOKENS):
         if i * tile + me * WARP_TOKENS + k < count:
-            for j in T.unroll(HC_MULT):
-                T.call_extern(
-                    "handle",
-                    "mhc::load_bulk",
-                    T.access_ptr(
-                        streams_shared[buffer * tile + me * WARP_TOKENS + k, j * size], "w"
-                    ),
-                    T.access_ptr(
-                        residual[first + i * tile + me * WARP_TOKENS + k, j, rank * size], "r"
-                    ),
-                    size * 2,
-                    inbox,
-                )
+            T.call_extern(
+                "handle",
+                "mhc::load_bulk4",
+                T.access_ptr(streams_shared[buffer * tile + me * WARP_TOKENS + k, 0], "w"),
+                size * 2,
+                T.access_ptr(
+                    residual[first + i * tile + me * WARP_TOKENS + k, 0, rank * size], "r"
+                ),
+                hidden * 2,
+                size * 2,
+                inbox,
+            )
 
 
 @T.macro
@@ -486,12 +485,11 @@ def run_roles(
         T.pdl_trigger()
         T.cluster_wait()
         T.pdl_sync()
-        if lane == 0:
-            for i in T.unroll(FIRST_TILES):
-                load_rows(
-                    residual, first, count, i, i, rank, me, hidden, streams_shared,
-                    T.access_ptr(loads_inbox[i], "w"),
-                )  # fmt: skip
+        for i in T.unroll(FIRST_TILES):
+            load_rows(
+                residual, first, count, i, i, rank, me, hidden, streams_shared,
+                T.access_ptr(loads_inbox[i], "w"),
+            )  # fmt: skip
         load_constants(
             hc_scale, hc_base, gain, rank, me, lane, hidden, norm, hc_shared, gain_shared
         )
@@ -516,7 +514,7 @@ def run_roles(
                         i % every * tile + sent,
                     )  # fmt: skip
                 T.call_extern("handle", "mhc::gate_pass", T.access_ptr(added[i % 2], "w"))
-            if i == 0 and lane == 0:
+            if i == 0:
                 for q in T.unroll(bufs - FIRST_TILES):
                     load_rows(
                         residual, first, count, FIRST_TILES + q, FIRST_TILES + q, rank, me, hidden,
@@ -551,7 +549,7 @@ def run_roles(
                 )  # fmt: skip
                 # another tile in its place, once all of the warp have read it
                 T.sync_warp()
-                if lane == 0 and i - 1 + bufs < tiles:
+                if i - 1 + bufs < tiles:
                     if me == 0:
                         T.call_extern(
                             "handle",
@@ -559,12 +557,13 @@ def run_roles(
                             T.access_ptr(loads_inbox[(i - 1) % bufs], "r"),
                             (i - 1) // bufs % 2,
                         )
-                        T.call_extern(
-                            "handle",
-                            "mhc::inbox_again",
-                            T.access_ptr(loads_inbox[(i - 1) % bufs], "w"),
-                            load_bytes(i - 1 + bufs, hidden, count),
-                        )
+                        if lane == 0:
+                            T.call_extern(
+                                "handle",
+                                "mhc::inbox_again",
+                                T.access_ptr(loads_inbox[(i - 1) % bufs], "w"),
+                                load_bytes(i - 1 + bufs, hidden, count),
+                            )
                     T.call_extern("handle", "mhc::bulk_fence")
                     load_rows(
                         residual, first, count, i - 1 + bufs, (i - 1) % bufs, rank, me, hidden,

@@ -164,6 +164,7 @@ def test_what_no_kernel_may_do(sample, monkeypatch, name, message):
         ("BULK_SOURCE_MISALIGNED", r"load_bulk: the source is not aligned to 16 bytes"),
         ("BULK_NOT_FENCED", r"load_bulk: no bulk_fence since this thread waited"),
         ("BULK_FENCED_TOO_EARLY", r"load_bulk: no bulk_fence since this thread waited"),
+        ("LOAD_BULK_APART", r"load_bulk: the lanes of a warp do not ask for the same"),
     ],
 )
 @pytest.mark.parametrize("sanitize_threads", [False, True], ids=["fibers", "threads"])
@@ -233,6 +234,8 @@ def test_what_ctas_send_each_other(sample, ctas, resident):
     for name in ("PHASES", "PHASES_EARLY", "PHASES_TOLD"):
         assert torch.equal(sample(name, **options), LANE % 32 * 15 + 40.0)
     assert torch.equal(sample("LOAD_BEHIND", **options), LANE % 32 * 2 + 32.0)
+    for name in ("LOAD_BULK", "LOAD_BULK4"):
+        assert torch.equal(sample(name, **options), LANE.float())
     # not even what has been sent can be read before everything has
     late = sample("SEND_LATE", **options)
     assert late[LANE % 32 < 31].isnan().all()
@@ -368,6 +371,8 @@ def test_what_orders_memory(sample, name, races):
         ("PHASES_WITHOUT_WAIT", True),
         ("LOAD_BEHIND", False),
         ("LOAD_UNREAD", True),
+        ("LOAD_BULK", False),
+        ("LOAD_BULK4", False),
     ],
 )
 def test_what_orders_memory_in_a_cluster(sample, name, races):

@@ -138,6 +138,9 @@ enum Sample {
   PHASES_UNTOLD,
   LOAD_BEHIND,
   LOAD_UNREAD,
+  LOAD_BULK,
+  LOAD_BULK4,
+  LOAD_BULK_APART,
   LOAD_BULK_AGAIN,
 };
 
@@ -436,7 +439,7 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
     case BULK_SOURCE_MISALIGNED:
       if (t == 0) mhc::inbox_open((&(inboxes[0])), 16);
       tl::cluster_sync();
-      if (t == 0) {
+      if (t < 32) {
         const int bytes = sample == BULK_ODD ? 20 : sample == BULK_TOO_LARGE ? 1040 : 16;
         mhc::load_bulk((&(shared[sample == BULK_MISALIGNED ? 2 : 0])), (&(in[sample == BULK_SOURCE_MISALIGNED ? 2 : 0])), bytes, (&(inboxes[0])));
       }
@@ -445,17 +448,18 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
     case BULK_NOT_FENCED:
     case BULK_FENCED_TOO_EARLY:
     case LOAD_BULK_AGAIN:
-      // a thread loads twice into the same place; it has read the first load when it asks for the second
+      // a warp loads twice into the same place, and has read the first load when it asks for the second
       if (t == 0) mhc::inbox_open((&(inboxes[0])), 64);
       tl::cluster_sync();
-      if (t == 0) {
+      if (t < 32) {
         for (int i = 0; i < 2; ++i) {
+          __syncwarp();
           if (i == 1 && sample == LOAD_BULK_AGAIN) mhc::bulk_fence();
           mhc::load_bulk((&(shared[0])), (&(in[i * 32 + rank * 16])), 64, (&(inboxes[0])));
           if (i == 0 && sample == BULK_FENCED_TOO_EARLY) mhc::bulk_fence();
           mhc::inbox_wait((&(inboxes[0])), i);
-          if (i == 0) mhc::inbox_again((&(inboxes[0])), 64);
-          for (int k = 0; k < 16; ++k) out[i * 32 + rank * 16 + k] = shared[k];
+          if (t == 0 && i == 0) mhc::inbox_again((&(inboxes[0])), 64);
+          if (t < 16) out[i * 32 + rank * 16 + t] = shared[t];
         }
       }
       break;
@@ -627,6 +631,23 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
       if (t >= 32) out[rank * 32 + t - 32] = total;
       break;
     }
+    case LOAD_BULK:
+    case LOAD_BULK4:
+    case LOAD_BULK_APART:
+      // a warp loads 32 floats, at once or in 4 rows that are 12 floats apart
+      if (t == 0) mhc::inbox_open((&(inboxes[0])), 128);
+      tl::cluster_sync();
+      if (t < 32) {
+        if (sample == LOAD_BULK4) {
+          mhc::load_bulk4((&(shared[0])), 48, (&(in[rank * 32])), 32, 32, (&(inboxes[0])));
+        } else {
+          const int half = sample == LOAD_BULK_APART ? t / 16 * 16 : 0;
+          mhc::load_bulk((&(shared[half])), (&(in[rank * 32])), 128, (&(inboxes[0])));
+        }
+        mhc::inbox_wait((&(inboxes[0])));
+        out[rank * 32 + t] = shared[sample == LOAD_BULK4 ? t / 8 * 12 + t % 8 : t];
+      }
+      break;
     case LOAD_BEHIND:
     case LOAD_UNREAD:
       // warp 0 loads twice into what warp 1 reads, and knows from a message that it has read

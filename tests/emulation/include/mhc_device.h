@@ -2,7 +2,24 @@
 // a test compares them.
 #pragma once
 
+#include <array>
+#include <cstdint>
+
 #include "cuda.h"
+
+namespace emulation {
+
+// Whether this lane does what its whole warp asks for, all lanes the same. It is the last one: which
+// one a GPU elects nobody may rely on.
+template <class... Values>
+bool elected(const char* operation, Values... values) {
+  const std::array<uint64_t, sizeof...(Values)> request = {uint64_t(values)...};
+  const auto lanes = gather(~0u, request);
+  if (request != lanes[0]) fail("%s: the lanes of a warp do not ask for the same", operation);
+  return running->lane() == WARP - 1;
+}
+
+}  // namespace emulation
 
 namespace mhc {
 
@@ -105,7 +122,17 @@ __device__ __forceinline__ void bulk_fence() { emulation::fence_bulk(); }
 
 __device__ __forceinline__ void load_bulk(void* shared, const void* global, unsigned bytes,
                                           void* inbox) {
-  emulation::load_bulk(shared, global, bytes, inbox);
+  if (emulation::elected("load_bulk", reinterpret_cast<uintptr_t>(shared),
+                         reinterpret_cast<uintptr_t>(global), bytes,
+                         reinterpret_cast<uintptr_t>(inbox)))
+    emulation::load_bulk(shared, global, bytes, inbox);
+}
+
+__device__ __forceinline__ void load_bulk4(void* shared, unsigned pitch, const void* global,
+                                           unsigned stride, unsigned bytes, void* inbox) {
+  for (unsigned row = 0; row < 4; ++row)
+    load_bulk(static_cast<char*>(shared) + row * pitch,
+              static_cast<const char*>(global) + row * stride, bytes, inbox);
 }
 
 }  // namespace mhc
