@@ -12,7 +12,7 @@ turn, opened again by a thread that has waited.
 
 import tilelang.language as T
 
-from ..dispatch import CLUSTER
+from ..dispatch import CLUSTER, tile_tokens
 from ._collapse import sigmoid
 from ._device import HC_MULT, MIXES, MMA_COLUMNS, SQUARES, VECTOR, WARP
 from ._operands import SLICE_TREE, SUMS, SUMS_PITCH, add_tree, slice_size
@@ -23,12 +23,16 @@ from .fused_post_pre import WARP_TREE, WARPS
 PROJECTION_WARPS = 8  # each with the units of two warps of fused_post_pre
 PROJECTION_THREADS = PROJECTION_WARPS * WARP
 HALVES = WARPS // PROJECTION_WARPS
-WIDE_TILE_COLUMNS = 320  # columns of a slice up to which 16 tokens fit
 
 
-def tile_tokens(hidden: int) -> int:
-    """Tokens of a tile: 16, or 8 where 16 do not fit in shared memory."""
-    return 16 if slice_size(hidden) <= WIDE_TILE_COLUMNS else 8
+def first_token(cluster, group_tokens, larger_groups, hidden):
+    """The first token of a cluster; the first ``larger_groups`` clusters have a tile more."""
+    return cluster * group_tokens + T.min(cluster, larger_groups) * tile_tokens(hidden)
+
+
+def most_tokens(cluster, group_tokens, larger_groups, hidden):
+    """Tokens of a cluster, if there are so many."""
+    return group_tokens + T.if_then_else(cluster < larger_groups, tile_tokens(hidden), 0)
 
 
 def tokens_here(i, size, count):

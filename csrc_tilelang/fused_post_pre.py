@@ -26,7 +26,6 @@ alone: a token's outputs are the same bits in any batch and at any position.
 import tilelang.language as T
 
 from ..dispatch import CLUSTER, FEW_CLUSTERS, GROUP_TOKENS
-from ._boundary import boundary_program
 from ._collapse import sigmoid
 from ._device import DEVICE_SOURCE, HC_MULT, MIXES, MMA_COLUMNS, SQUARES, VECTOR, WARP
 from ._operands import (
@@ -549,7 +548,82 @@ def fused_post_pre(hidden: int, *, norm: bool, pdl: bool):
         pdl: must be true: clusters and programmatic dependent launch come together (sm_90).
 
     Returns:
-        The TileLang program, as of :func:`._boundary.boundary_program`; group_tokens, the tokens of
-        a cluster, at most GROUP_TOKENS.
+        The TileLang program: (x [n, H] bf16, residual [n, 4, H] bf16, post_layer_mix [n, 4, 1]
+        fp32, comb_res_mix [n, 4, 4] fp32, fn [24, 4 * H] fp32, hc_scale [3] fp32, hc_base [24]
+        fp32, norm_weight [H] bf16 if norm, residual_out [n, 4, H] bf16, post_mix [n, 4, 1] fp32,
+        comb_mix [n, 4, 4] fp32, layer_input [n, H] bf16, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
+        hc_post_mult_value fp32, sinkhorn_repeat int32, norm_eps fp32 if norm, group_tokens int32:
+        tokens of a cluster, at most GROUP_TOKENS; early int32: whether fn may be read before the
+        previous kernel has finished).
     """
-    return boundary_program("mhc_fused_post_pre", boundary, THREADS, hidden, norm=norm)
+    tokens = T.dynamic("tokens", "int32")
+
+    @T.prim_func
+    def mhc_fused_post_pre(
+        x: T.Tensor((tokens, hidden), "bfloat16"),
+        residual: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
+        post_layer_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
+        comb_res_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
+        fn: T.Tensor((MIXES, HC_MULT * hidden), "float32"),
+        hc_scale: T.Tensor((3,), "float32"),
+        hc_base: T.Tensor((MIXES,), "float32"),
+        residual_out: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
+        post_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
+        comb_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
+        layer_input: T.Tensor((tokens, hidden), "bfloat16"),
+        rms_eps: T.float32,
+        hc_pre_eps: T.float32,
+        hc_sinkhorn_eps: T.float32,
+        hc_post_mult_value: T.float32,
+        sinkhorn_repeat: T.int32,
+        group_tokens: T.int32,
+        early: T.int32,
+    ):
+        with T.Kernel(
+            T.ceildiv(tokens, group_tokens) * CLUSTER,
+            threads=THREADS,
+            cluster_dims=(CLUSTER, 1, 1),
+        ) as i_c:
+            boundary(
+                x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, None,
+                residual_out, post_mix, comb_mix, layer_input, rms_eps, hc_pre_eps,
+                hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, None, group_tokens, early,
+                tokens, i_c, hidden, False,
+            )  # fmt: skip
+
+    @T.prim_func
+    def mhc_fused_post_pre_norm(
+        x: T.Tensor((tokens, hidden), "bfloat16"),
+        residual: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
+        post_layer_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
+        comb_res_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
+        fn: T.Tensor((MIXES, HC_MULT * hidden), "float32"),
+        hc_scale: T.Tensor((3,), "float32"),
+        hc_base: T.Tensor((MIXES,), "float32"),
+        norm_weight: T.Tensor((hidden,), "bfloat16"),
+        residual_out: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
+        post_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
+        comb_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
+        layer_input: T.Tensor((tokens, hidden), "bfloat16"),
+        rms_eps: T.float32,
+        hc_pre_eps: T.float32,
+        hc_sinkhorn_eps: T.float32,
+        hc_post_mult_value: T.float32,
+        sinkhorn_repeat: T.int32,
+        norm_eps: T.float32,
+        group_tokens: T.int32,
+        early: T.int32,
+    ):
+        with T.Kernel(
+            T.ceildiv(tokens, group_tokens) * CLUSTER,
+            threads=THREADS,
+            cluster_dims=(CLUSTER, 1, 1),
+        ) as i_c:
+            boundary(
+                x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, norm_weight,
+                residual_out, post_mix, comb_mix, layer_input, rms_eps, hc_pre_eps,
+                hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_eps, group_tokens,
+                early, tokens, i_c, hidden, True,
+            )  # fmt: skip
+
+    return mhc_fused_post_pre_norm if norm else mhc_fused_post_pre

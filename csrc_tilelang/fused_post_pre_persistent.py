@@ -35,8 +35,7 @@ The arithmetic and its order are those of ``fused_post_pre``, whose bits these a
 
 import tilelang.language as T
 
-from ..dispatch import CLUSTER
-from ._boundary import boundary_program
+from ..dispatch import CLUSTER, tile_tokens
 from ._collapse import sigmoid
 from ._device import DEVICE_SOURCE, HC_MULT, MIXES, MMA_COLUMNS, VECTOR, WARP
 from ._operands import (
@@ -54,13 +53,14 @@ from ._persistent import (
     PROJECTION_WARPS,
     collapse_tile,
     finish_mixes,
+    first_token,
     leave_logits,
     load_constants,
     make_weights,
+    most_tokens,
     normalise_tile,
     send_sums,
     squares_bytes,
-    tile_tokens,
     weights_bytes,
 )
 from ._sinkhorn import COMB, sinkhorn, softmax_row
@@ -548,12 +548,15 @@ def run_roles(
 def boundary(
     x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, gain, residual_out, post_mix,
     comb_mix, layer_input, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
-    sinkhorn_repeat, norm_eps, group_tokens, early, tokens, i_c, hidden, norm,
+    sinkhorn_repeat, norm_eps, group_tokens, larger_groups, early, tokens, i_c, hidden, norm,
 ):  # fmt: skip
     """One CTA; ``gain`` and ``norm_eps`` are read when ``norm`` is true."""
-    first = T.alloc_var("int32", init=i_c // CLUSTER * group_tokens)
-    count = T.alloc_var("int32", init=T.min(group_tokens, tokens - first))
-    tiles = T.alloc_var("int32", init=T.ceildiv(count, tile_tokens(hidden)))
+    most = most_tokens(i_c // CLUSTER, group_tokens, larger_groups, hidden)
+    first = T.alloc_var(
+        "int32", init=first_token(i_c // CLUSTER, group_tokens, larger_groups, hidden)
+    )
+    count = T.alloc_var("int32", init=T.min(most, tokens - first))
+    tiles = T.alloc_var("int32", init=T.ceildiv(most, tile_tokens(hidden)))
     warp = T.alloc_var("int32", init=T.shfl_sync(T.get_thread_binding() // WARP, 0))
     # handed on, they are variables no more: TileLang splits an if that asks for a variable into one
     # for each statement, and what the statements hand on then stays in registers around the loop
@@ -573,7 +576,84 @@ def fused_post_pre_persistent(hidden: int, *, norm: bool, pdl: bool):
         pdl: must be true: clusters and programmatic dependent launch come together (sm_90).
 
     Returns:
-        The TileLang program, as of :func:`._boundary.boundary_program`; group_tokens, the tokens of
-        a cluster, may be any number.
+        The TileLang program: (x [n, H] bf16, residual [n, 4, H] bf16, post_layer_mix [n, 4, 1]
+        fp32, comb_res_mix [n, 4, 4] fp32, fn [24, 4 * H] fp32, hc_scale [3] fp32, hc_base [24]
+        fp32, norm_weight [H] bf16 if norm, residual_out [n, 4, H] bf16, post_mix [n, 4, 1] fp32,
+        comb_mix [n, 4, 4] fp32, layer_input [n, H] bf16, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
+        hc_post_mult_value fp32, sinkhorn_repeat int32, norm_eps fp32 if norm, group_tokens int32:
+        tokens of a cluster, whole tiles; larger_groups int32: the first clusters, which have a tile
+        more; early int32: whether fn may be read before the previous kernel has finished).
     """
-    return boundary_program("mhc_fused_post_pre_persistent", boundary, THREADS, hidden, norm=norm)
+    tokens = T.dynamic("tokens", "int32")
+
+    @T.prim_func
+    def mhc_fused_post_pre_persistent(
+        x: T.Tensor((tokens, hidden), "bfloat16"),
+        residual: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
+        post_layer_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
+        comb_res_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
+        fn: T.Tensor((MIXES, HC_MULT * hidden), "float32"),
+        hc_scale: T.Tensor((3,), "float32"),
+        hc_base: T.Tensor((MIXES,), "float32"),
+        residual_out: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
+        post_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
+        comb_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
+        layer_input: T.Tensor((tokens, hidden), "bfloat16"),
+        rms_eps: T.float32,
+        hc_pre_eps: T.float32,
+        hc_sinkhorn_eps: T.float32,
+        hc_post_mult_value: T.float32,
+        sinkhorn_repeat: T.int32,
+        group_tokens: T.int32,
+        larger_groups: T.int32,
+        early: T.int32,
+    ):
+        with T.Kernel(
+            T.ceildiv(tokens - larger_groups * tile_tokens(hidden), group_tokens) * CLUSTER,
+            threads=THREADS,
+            cluster_dims=(CLUSTER, 1, 1),
+        ) as i_c:
+            boundary(
+                x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, None,
+                residual_out, post_mix, comb_mix, layer_input, rms_eps, hc_pre_eps,
+                hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, None, group_tokens,
+                larger_groups, early, tokens, i_c, hidden, False,
+            )  # fmt: skip
+
+    @T.prim_func
+    def mhc_fused_post_pre_persistent_norm(
+        x: T.Tensor((tokens, hidden), "bfloat16"),
+        residual: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
+        post_layer_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
+        comb_res_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
+        fn: T.Tensor((MIXES, HC_MULT * hidden), "float32"),
+        hc_scale: T.Tensor((3,), "float32"),
+        hc_base: T.Tensor((MIXES,), "float32"),
+        norm_weight: T.Tensor((hidden,), "bfloat16"),
+        residual_out: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
+        post_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
+        comb_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
+        layer_input: T.Tensor((tokens, hidden), "bfloat16"),
+        rms_eps: T.float32,
+        hc_pre_eps: T.float32,
+        hc_sinkhorn_eps: T.float32,
+        hc_post_mult_value: T.float32,
+        sinkhorn_repeat: T.int32,
+        norm_eps: T.float32,
+        group_tokens: T.int32,
+        larger_groups: T.int32,
+        early: T.int32,
+    ):
+        with T.Kernel(
+            T.ceildiv(tokens - larger_groups * tile_tokens(hidden), group_tokens) * CLUSTER,
+            threads=THREADS,
+            cluster_dims=(CLUSTER, 1, 1),
+        ) as i_c:
+            boundary(
+                x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, norm_weight,
+                residual_out, post_mix, comb_mix, layer_input, rms_eps, hc_pre_eps,
+                hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_eps, group_tokens,
+                larger_groups, early, tokens, i_c, hidden, True,
+            )  # fmt: skip
+
+    return mhc_fused_post_pre_persistent_norm if norm else mhc_fused_post_pre_persistent

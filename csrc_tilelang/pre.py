@@ -13,14 +13,15 @@ warps have other roles:
   weights have come meanwhile, have another tile loaded in its place, and normalise the one before
   that. They take turns in making the weights of the token that this CTA owns.
 
-Loads are bulk copies, a row each, as many tiles ahead as there are buffers. That a slot of an inbox
-is free nothing else has to say: a token warp sends its tokens' sums of tile i + 2 only when it has
-their weights of tile i, which the owners sent when they had read all sums of tile i; weights of
-tile i + 2 follow these sums, and so do squares of tile i + 3, which it sends when it has read those
-of tile i. A warp without tokens in the last tile sends no sums: a barrier of the token warps ahead
-of that tile's sums stands for them. All waits are for CTAs of the same cluster, which the hardware
-starts together, or for warps of the same CTA; no cluster waits for another. A CTA ends only when
-all that was sent to it has come.
+Loads are bulk copies, a row each, as many tiles ahead as there are buffers. Clusters share whole
+tiles; the first, which start first, have one more. That a slot of an inbox is free nothing else has
+to say: a token warp sends its tokens' sums of tile i + 2 only when it has their weights of tile i,
+which the owners sent when they had read all sums of tile i; weights of tile i + 2 follow these
+sums, and so do squares of tile i + 3, which it sends when it has read those of tile i. A warp
+without tokens in the last tile sends no sums: a barrier of the token warps ahead of that tile's
+sums stands for them. All waits are for CTAs of the same cluster, which the hardware starts
+together, or for warps of the same CTA; no cluster waits for another. A CTA ends only when all that
+was sent to it has come.
 
 The arithmetic and its order are those of ``fused_post_pre``: after ``post``, its bits.
 """
@@ -29,7 +30,7 @@ from typing import NamedTuple
 
 import tilelang.language as T
 
-from ..dispatch import CLUSTER
+from ..dispatch import CLUSTER, tile_tokens
 from ._device import DEVICE_SOURCE, HC_MULT, MIXES, MMA_COLUMNS, VECTOR, WARP
 from ._operands import (
     ALL_OPERANDS,
@@ -53,13 +54,14 @@ from ._persistent import (
     PROJECTION_WARPS,
     collapse_tile,
     finish_mixes,
+    first_token,
     leave_logits,
     load_constants,
     make_weights,
+    most_tokens,
     normalise_tile,
     send_sums,
     squares_bytes,
-    tile_tokens,
     tokens_here,
     weights_bytes,
 )
@@ -86,8 +88,9 @@ MOST_SHARES = 5  # in registers: 180 of them, with a fragment or more in shared 
 SHARED_FRAGMENTS = {4: 3, 5: 5}
 SHARED_BYTES = 227 * 1024  # of an SM of sm_90
 MOST_BUFFERS = 6
-# loaded before fn, which all wait for; with all five at H = 4096, 512 tokens took 21.1 us for 18.9
-FIRST_TILES = 2
+# loaded before the first is projected, each when the one before has come; with two at once and the
+# others later 2048 tokens at H = 4096 took 46.2 us for 44.8, with all five 512 took 19.3 for 18.1
+EARLY_TILES = 4
 SQUARES_SETS = 3
 
 
@@ -200,6 +203,11 @@ def buffers(hidden: int) -> int:
     rest += 2 * tile * HC_MULT * 4 + slice_size(hidden) * 2 + 1024
     row = (HC_MULT * slice_size(hidden) + PAD) * 2
     return min(MOST_BUFFERS, (SHARED_BYTES - rest) // (tile * row))
+
+
+def early_tiles(hidden: int) -> int:
+    """Tiles that are loaded before the first is projected."""
+    return min(EARLY_TILES, buffers(hidden))
 
 
 def load_bytes(i, hidden, count):
@@ -485,14 +493,21 @@ def run_roles(
         T.pdl_trigger()
         T.cluster_wait()
         T.pdl_sync()
-        for i in T.unroll(FIRST_TILES):
-            load_rows(
-                residual, first, count, i, i, rank, me, hidden, streams_shared,
-                T.access_ptr(loads_inbox[i], "w"),
-            )  # fmt: skip
+        load_rows(
+            residual, first, count, 0, 0, rank, me, hidden, streams_shared,
+            T.access_ptr(loads_inbox[0], "w"),
+        )  # fmt: skip
         load_constants(
             hc_scale, hc_base, gain, rank, me, lane, hidden, norm, hc_shared, gain_shared
         )
+        # Past the barrier no warp waits here any more, so no place is loaded again meanwhile
+        for i in T.unroll(early_tiles(hidden) - 1):
+            if (i + 1) * tile < count:
+                T.call_extern("handle", "mhc::inbox_wait", T.access_ptr(loads_inbox[i], "r"), 0)
+                load_rows(
+                    residual, first, count, i + 1, i + 1, rank, me, hidden, streams_shared,
+                    T.access_ptr(loads_inbox[i + 1], "w"),
+                )  # fmt: skip
         T.sync_threads(TOKEN_BARRIER, token_threads(hidden))
         for i in T.serial(tiles + 2):
             if i == tiles - 1:
@@ -515,10 +530,11 @@ def run_roles(
                     )  # fmt: skip
                 T.call_extern("handle", "mhc::gate_pass", T.access_ptr(added[i % 2], "w"))
             if i == 0:
-                for q in T.unroll(bufs - FIRST_TILES):
+                for q in T.unroll(bufs - early_tiles(hidden)):
+                    late = early_tiles(hidden) + q
                     load_rows(
-                        residual, first, count, FIRST_TILES + q, FIRST_TILES + q, rank, me, hidden,
-                        streams_shared, T.access_ptr(loads_inbox[FIRST_TILES + q], "w"),
+                        residual, first, count, late, late, rank, me, hidden, streams_shared,
+                        T.access_ptr(loads_inbox[late], "w"),
                     )  # fmt: skip
             if norm and i >= 2 and (i - 2) * tile + row0 < count:
                 normalise_tile(
@@ -574,13 +590,17 @@ def run_roles(
 @T.macro
 def collapse_streams(
     residual, fn, hc_scale, hc_base, gain, post_mix, comb_mix, layer_input, rms_eps, hc_pre_eps,
-    hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_eps, group_tokens, early, tokens,
-    i_c, hidden, norm,
+    hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_eps, group_tokens, larger_groups,
+    early, tokens, i_c, hidden, norm,
 ):  # fmt: skip
     """One CTA; ``gain`` and ``norm_eps`` are read when ``norm`` is true."""
-    first = T.alloc_var("int32", init=i_c // CLUSTER * group_tokens)
-    count = T.alloc_var("int32", init=T.min(group_tokens, tokens - first))
-    tiles = T.alloc_var("int32", init=T.ceildiv(count, tile_tokens(hidden)))
+    most = most_tokens(i_c // CLUSTER, group_tokens, larger_groups, hidden)
+    first = T.alloc_var(
+        "int32", init=first_token(i_c // CLUSTER, group_tokens, larger_groups, hidden)
+    )
+    count = T.alloc_var("int32", init=T.min(most, tokens - first))
+    # not those of count: a minimum is made in a register of every lane, for which there is no room
+    tiles = T.alloc_var("int32", init=T.ceildiv(most, tile_tokens(hidden)))
     warp = T.alloc_var("int32", init=T.shfl_sync(T.get_thread_binding() // WARP, 0))
     # handed on, they are variables no more: TileLang splits an if that asks for a variable into one
     # for each statement, and what the statements hand on then stays in registers around the loop
@@ -604,7 +624,8 @@ def pre(hidden: int, *, norm: bool, pdl: bool):
         hc_base [24] fp32, norm_weight [H] bf16 if norm, post_mix [n, 4, 1] fp32, comb_mix [n, 4, 4]
         fp32, layer_input [n, H] bf16, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value
         fp32, sinkhorn_repeat int32, norm_eps fp32 if norm, group_tokens int32: tokens of a cluster,
-        any number; early int32: whether fn may be read before the previous kernel has finished).
+        up to a tile or whole tiles; larger_groups int32: the first clusters, which have a tile
+        more; early int32: whether fn may be read before the previous kernel has finished).
     """
     tokens = T.dynamic("tokens", "int32")
     n_threads = threads(hidden)
@@ -624,17 +645,18 @@ def pre(hidden: int, *, norm: bool, pdl: bool):
         hc_post_mult_value: T.float32,
         sinkhorn_repeat: T.int32,
         group_tokens: T.int32,
+        larger_groups: T.int32,
         early: T.int32,
     ):
         with T.Kernel(
-            T.ceildiv(tokens, group_tokens) * CLUSTER,
+            T.ceildiv(tokens - larger_groups * tile_tokens(hidden), group_tokens) * CLUSTER,
             threads=n_threads,
             cluster_dims=(CLUSTER, 1, 1),
         ) as i_c:
             collapse_streams(
                 residual, fn, hc_scale, hc_base, None, post_mix, comb_mix, layer_input, rms_eps,
                 hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, None,
-                group_tokens, early, tokens, i_c, hidden, False,
+                group_tokens, larger_groups, early, tokens, i_c, hidden, False,
             )  # fmt: skip
 
     @T.prim_func
@@ -654,17 +676,18 @@ def pre(hidden: int, *, norm: bool, pdl: bool):
         sinkhorn_repeat: T.int32,
         norm_eps: T.float32,
         group_tokens: T.int32,
+        larger_groups: T.int32,
         early: T.int32,
     ):
         with T.Kernel(
-            T.ceildiv(tokens, group_tokens) * CLUSTER,
+            T.ceildiv(tokens - larger_groups * tile_tokens(hidden), group_tokens) * CLUSTER,
             threads=n_threads,
             cluster_dims=(CLUSTER, 1, 1),
         ) as i_c:
             collapse_streams(
                 residual, fn, hc_scale, hc_base, norm_weight, post_mix, comb_mix, layer_input,
                 rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat,
-                norm_eps, group_tokens, early, tokens, i_c, hidden, True,
+                norm_eps, group_tokens, larger_groups, early, tokens, i_c, hidden, True,
             )  # fmt: skip
 
     return mhc_pre_norm if norm else mhc_pre

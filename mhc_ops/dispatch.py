@@ -36,20 +36,22 @@ MORE_GROUP_TOKENS = 16  # two token tiles: more clusters only where groups would
 PERSISTENT = "fused_post_pre_persistent"
 PERSISTENT_LANES_COLUMNS = 32 * 8  # of a token warp's lanes, at a time
 # By how many eighths of them have columns: 8 at H = 4096, where it is faster at any number of
-# tokens, and 7 at 7168, where three launches are 6 % faster at 192 and 256 (17.6 and 21.1 us
-# against 18.7 and 22.4) and it is at 129 and from 320 on: the same bits at any number of tokens are
-# worth that. Fewer at 5120, where it takes 18 % longer for 256 (16.8 and 19.8 us), 4 % for 512.
+# tokens, and 7 at 7168, where three launches are faster from 192 to 224 (17.8 and 19.0 us against
+# 18.0 and 20.2): the same bits at any number of tokens are worth that. Fewer at 5120, where it
+# takes 16 % longer for 256 (16.9 and 19.6 us), 2 % for 512.
 PERSISTENT_MIN_TOKENS = {8: ONE_LAUNCH_MAX_TOKENS + 1, 7: ONE_LAUNCH_MAX_TOKENS + 1}
 PERSISTENT_MIN_TOKENS_PARTLY = 640
 
 # pre is one launch, of the kernel of its name, on the same GPUs and up to the same hidden size;
 # after post, its bits are those of fused_post_pre in one launch.
 PRE = "pre"
-# From so many tokens on, by eighths as above: 1 at H = 4096, where it is faster at any number of
-# tokens, 320 at 7168: 20.6 us against 21.1 of two launches, more at 5120: 24.2 and 21.8 for 512,
-# 39.2 and 41.8 for 1024. Up to FEW_CLUSTERS_TOKENS it is faster, or at most 2 % slower, everywhere.
-PRE_MIN_TOKENS = {8: 1, 7: 320}
-PRE_MIN_TOKENS_PARTLY = 1024
+# From so many tokens on, by eighths as above: at H = 4096, where it is faster at any number of
+# tokens, and at 7168, where two launches are at most 4 % faster (16.7 us for 256, it 17.4), from
+# the first on. At 5120 they are 14 % faster for 256 (13.3 and 15.1), it is for 640 (26.8 and 29.2).
+# Up to FEW_CLUSTERS_TOKENS it is faster, or at most 5 % slower, everywhere.
+PRE_MIN_TOKENS = {8: 1, 7: 1}
+PRE_MIN_TOKENS_PARTLY = 640
+WIDE_TILE_HIDDEN = 5120  # up to which tiles of 16 tokens fit in shared memory
 
 # expand_pre and post_head are one launch, on the same GPUs and up to the same hidden size: of the
 # kernel of the op's name, post_head of the persistent one for more tokens than a round of clusters
@@ -199,9 +201,28 @@ def persistent_key(hidden: int, arch: str, norm: bool) -> Key:
     return Key(PERSISTENT, arch, hidden, (("norm", norm),))
 
 
-def persistent_group_tokens(tokens: int) -> int:
-    """Tokens of a cluster of the ``fused_post_pre_persistent`` kernel: each cluster runs once."""
-    return _ceildiv(tokens, CLUSTERS)
+def tile_tokens(hidden: int) -> int:
+    """Tokens of a tile of ``pre`` and ``fused_post_pre_persistent``: 16, or 8 if 16 do not fit."""
+    return 16 if hidden <= WIDE_TILE_HIDDEN else 8
+
+
+def _share_tiles(tokens: int, hidden: int, clusters: int) -> tuple[int, int]:
+    """Tokens of most clusters, in whole tiles, and how many, the first, have a tile more.
+
+    A tile of few tokens takes about as long as a full one, and the first clusters start first.
+    """
+    tiles, larger = divmod(_ceildiv(tokens, tile_tokens(hidden)), clusters)
+    return tiles * tile_tokens(hidden), larger
+
+
+def persistent_share(tokens: int, hidden: int) -> tuple[int, int]:
+    """How ``fused_post_pre_persistent`` shares tokens among clusters, each of which runs once.
+
+    Returns:
+        The tokens of a cluster, and how many clusters, the first, have a tile more.
+    """
+    tiles = _ceildiv(tokens, tile_tokens(hidden))
+    return _share_tiles(tokens, hidden, min(CLUSTERS, tiles))
 
 
 def pre_min_tokens(hidden: int) -> int:
@@ -221,10 +242,12 @@ def pre_key(hidden: int, arch: str, norm: bool) -> Key:
     return Key(PRE, arch, hidden, (("norm", norm),))
 
 
-def pre_group_tokens(tokens: int) -> int:
-    """Tokens of a cluster of the ``pre`` kernel, as of those for ``fused_post_pre``."""
-    few = tokens <= ONE_LAUNCH_MAX_TOKENS
-    return group_tokens(tokens) if few else persistent_group_tokens(tokens)
+def pre_share(tokens: int, hidden: int) -> tuple[int, int]:
+    """The same of ``pre``: among the clusters, and up to a tile in the groups, of the boundary."""
+    group = group_tokens(tokens)
+    if group <= tile_tokens(hidden):
+        return group, 0
+    return _share_tiles(tokens, hidden, _ceildiv(tokens, group))
 
 
 def takes_one_launch_end(hidden: int, arch: str) -> bool:

@@ -82,6 +82,24 @@ def test_groups_of_one_launch_fit(tokens):
     assert -(-tokens // group) <= dispatch.CLUSTERS
 
 
+@pytest.mark.parametrize("share", [dispatch.pre_share, dispatch.persistent_share])
+@given(tokens=st.one_of(st.integers(1, 600), TOKENS), hidden=HIDDEN)
+def test_clusters_share_all_tokens(share, tokens, hidden):
+    """As the kernels take them; the tiles of each are those that its tokens fill."""
+    tile = dispatch.tile_tokens(hidden)
+    group, larger = share(tokens, hidden)
+    clusters = -(-(tokens - larger * tile) // group)  # as many as are launched
+    assert larger < clusters <= dispatch.CLUSTERS
+    end = 0
+    for cluster in range(clusters):
+        assert end == cluster * group + min(cluster, larger) * tile
+        most = group + (tile if cluster < larger else 0)
+        count = min(most, tokens - end)
+        assert -(-count // tile) == -(-most // tile) > 0
+        end += count
+    assert end == tokens
+
+
 @given(TOKENS)
 def test_groups_of_expand_pre_are_whole_tiles(tokens):
     group = dispatch.expand_pre_group_tokens(tokens)
@@ -122,11 +140,12 @@ def test_one_launch_is_for_clusters_of_16():
 def test_where_one_launch_begins_and_ends():
     """The bounds that were measured, and that the same bits are to be had at any size."""
     assert [dispatch.persistent_min_tokens(h) for h in (4096, 5120, 7168)] == [129, 640, 129]
-    assert [dispatch.pre_min_tokens(h) for h in (4096, 5120, 7168)] == [1, 1024, 320]
-    for tokens, taken in ((48, True), (49, False), (319, False), (320, True)):
-        assert dispatch.takes_pre(tokens, 7168, ARCH, False) == taken
-        assert dispatch.takes_pre(tokens, 7168, ARCH, True)
+    assert [dispatch.pre_min_tokens(h) for h in (4096, 5120, 7168)] == [1, 640, 1]
+    for tokens, taken in ((48, True), (49, False), (639, False), (640, True)):
+        assert dispatch.takes_pre(tokens, 5120, ARCH, False) == taken
+        assert dispatch.takes_pre(tokens, 5120, ARCH, True)
         assert dispatch.takes_pre(tokens, 4096, ARCH, False)
+        assert dispatch.takes_pre(tokens, 7168, ARCH, False)
     assert dispatch.takes_persistent(129, 5120, ARCH, True)
     assert not dispatch.takes_persistent(129, 5120, ARCH, False)
     assert [dispatch.post_head_max_tokens(h) for h in (4096, 5120, 7168)] == [448, 224, 224]

@@ -74,7 +74,7 @@ def kernels_with(*names: str, **constants: int) -> Iterator[list[ModuleType]]:
 def small_clusters():
     """Kernels with clusters of 2, which ThreadSanitizer can run two of side by side."""
     with kernels_with(
-        "_boundary", "_operands", "fused_post_pre", "_group", "_post_head", *ENDS,
+        "_operands", "fused_post_pre", "_group", "_post_head", *ENDS,
         "post_head_persistent",
         CLUSTER=2, GROUP_TOKENS=4, EXPAND_PRE_GROUP_TOKENS=16,
     ) as modules, pytest.MonkeyPatch.context() as patch:  # fmt: skip
@@ -126,9 +126,8 @@ def small_looping_kernel() -> Callable[[str], Lowered]:
     @functools.cache
     def get(op: str) -> Lowered:
         key = LOOPING_KEYS[op]
-        names = ("_boundary", "_operands", "fused_post_pre", "_persistent", key.kernel)
-        with kernels_with(*names, CLUSTER=8) as modules, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(modules[-2], "WIDE_TILE_COLUMNS", 0)
+        names = ("_operands", "fused_post_pre", "_persistent", key.kernel)
+        with kernels_with(*names, CLUSTER=8, WIDE_TILE_HIDDEN=0):
             return lower_key(key)
 
     return get
@@ -138,6 +137,7 @@ def run_loop(monkeypatch, folder, op: str, lowered: Lowered, sanitize_threads: b
     """In one cluster, the last tile short: every buffer, gate and inbox is used again."""
     monkeypatch.setattr(dispatch, "ONE_LAUNCH_MAX_TOKENS", 0)
     monkeypatch.setattr(dispatch, "CLUSTERS", 1)
+    monkeypatch.setattr(dispatch, "WIDE_TILE_HIDDEN", 0)
     monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
     options = {"sanitize_threads": True, "resident": 8} if sanitize_threads else {}
     device = Device(monkeypatch, lambda key: Kernel(lowered, folder, **options))

@@ -100,15 +100,11 @@ def launch_fused(
     norm, arch = norm_weight is not None, support.arch(streams.device)
     few = dispatch.takes_one_launch(tokens, hidden, arch)
     if few:
-        key, group_tokens = (
-            dispatch.fused_post_pre_key(hidden, arch, norm),
-            dispatch.group_tokens(tokens),
-        )
+        key = dispatch.fused_post_pre_key(hidden, arch, norm)
+        share: tuple[int, ...] = (dispatch.group_tokens(tokens),)
     else:
-        key, group_tokens = (
-            dispatch.persistent_key(hidden, arch, norm),
-            dispatch.persistent_group_tokens(tokens),
-        )
+        key = dispatch.persistent_key(hidden, arch, norm)
+        share = dispatch.persistent_share(tokens, hidden)
     entry_point = jit.entry_point(key, streams.device)  # first: the table of what was read is there
     jit.launch(
         key,
@@ -131,7 +127,7 @@ def launch_fused(
         hc_post_mult_value,
         sinkhorn_repeat,
         *(() if norm_weight is None else (norm_eps,)),
-        group_tokens,
+        *share,
         int(host.may_read_early(fn)),
     )
     if few:

@@ -149,7 +149,7 @@ def launch_pre(
         hc_post_mult_value,
         sinkhorn_repeat,
         *(() if norm_weight is None else (norm_eps,)),
-        dispatch.pre_group_tokens(tokens),
+        *dispatch.pre_share(tokens, hidden),
         int(host.may_read_early(fn)),
     )
 
