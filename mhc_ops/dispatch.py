@@ -244,6 +244,8 @@ def pre_key(hidden: int, arch: str, norm: bool) -> Key:
 
 def pre_share(tokens: int, hidden: int) -> tuple[int, int]:
     """The same of ``pre``: among the clusters, and up to a tile in the groups, of the boundary."""
+    if tokens > ONE_LAUNCH_MAX_TOKENS:
+        return persistent_share(tokens, hidden)
     group = group_tokens(tokens)
     if group <= tile_tokens(hidden):
         return group, 0

@@ -151,9 +151,11 @@ def test_pre_after_post_is_the_boundary(monkeypatch, device, hidden):
     """The pre kernel loops over tiles, and its bits are those of the boundary in one launch."""
     tokens = 117 if hidden == HIDDEN else 45  # more tiles than buffers, the last one short
     inputs = make_inputs("pre", tokens, hidden, norm=True, seed=3)
-    monkeypatch.setattr(dispatch, "CLUSTERS", 1)
     monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
-    many = device.run("pre", inputs)
+    with monkeypatch.context() as patch:  # all of one cluster
+        patch.setattr(dispatch, "ONE_LAUNCH_MAX_TOKENS", 0)
+        patch.setattr(dispatch, "CLUSTERS", 1)
+        many = device.run("pre", inputs)
     assert_matches_oracle("pre", inputs, tuple(many.values()))
     post = {name: make_inputs("post", 5, hidden)[name] for name in TOKENWISE}
     boundary = device.run("fused_post_pre", inputs | post)

@@ -79,7 +79,7 @@ def small_clusters():
         CLUSTER=2, GROUP_TOKENS=4, EXPAND_PRE_GROUP_TOKENS=16,
     ) as modules, pytest.MonkeyPatch.context() as patch:  # fmt: skip
         # three are many already, at whose barrier they arrive relaxed
-        patch.setattr(modules[2], "FEW_CLUSTERS", 2)
+        patch.setattr(modules[1], "FEW_CLUSTERS", 2)
         yield
 
 
