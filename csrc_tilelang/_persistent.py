@@ -25,13 +25,18 @@ PROJECTION_THREADS = PROJECTION_WARPS * WARP
 HALVES = WARPS // PROJECTION_WARPS
 
 
+def clusters(tokens, group_tokens, larger_groups, hidden):
+    """Clusters that share ``tokens``; the first ``larger_groups`` have a tile more."""
+    return T.ceildiv(tokens - larger_groups * tile_tokens(hidden), group_tokens)
+
+
 def first_token(cluster, group_tokens, larger_groups, hidden):
-    """The first token of a cluster; the first ``larger_groups`` clusters have a tile more."""
+    """The first token of a cluster, with such a share of them."""
     return cluster * group_tokens + T.min(cluster, larger_groups) * tile_tokens(hidden)
 
 
 def most_tokens(cluster, group_tokens, larger_groups, hidden):
-    """Tokens of a cluster, if there are so many."""
+    """Tokens of a cluster, if there are so many left."""
     return group_tokens + T.if_then_else(cluster < larger_groups, tile_tokens(hidden), 0)
 
 

@@ -51,6 +51,7 @@ from ._persistent import (
     HALVES,
     PROJECTION_THREADS,
     PROJECTION_WARPS,
+    clusters,
     collapse_tile,
     finish_mixes,
     first_token,
@@ -609,7 +610,7 @@ def fused_post_pre_persistent(hidden: int, *, norm: bool, pdl: bool):
         early: T.int32,
     ):
         with T.Kernel(
-            T.ceildiv(tokens - larger_groups * tile_tokens(hidden), group_tokens) * CLUSTER,
+            clusters(tokens, group_tokens, larger_groups, hidden) * CLUSTER,
             threads=THREADS,
             cluster_dims=(CLUSTER, 1, 1),
         ) as i_c:
@@ -645,7 +646,7 @@ def fused_post_pre_persistent(hidden: int, *, norm: bool, pdl: bool):
         early: T.int32,
     ):
         with T.Kernel(
-            T.ceildiv(tokens - larger_groups * tile_tokens(hidden), group_tokens) * CLUSTER,
+            clusters(tokens, group_tokens, larger_groups, hidden) * CLUSTER,
             threads=THREADS,
             cluster_dims=(CLUSTER, 1, 1),
         ) as i_c:

@@ -52,6 +52,7 @@ from ._persistent import (
     HALVES,
     PROJECTION_THREADS,
     PROJECTION_WARPS,
+    clusters,
     collapse_tile,
     finish_mixes,
     first_token,
@@ -649,7 +650,7 @@ def pre(hidden: int, *, norm: bool, pdl: bool):
         early: T.int32,
     ):
         with T.Kernel(
-            T.ceildiv(tokens - larger_groups * tile_tokens(hidden), group_tokens) * CLUSTER,
+            clusters(tokens, group_tokens, larger_groups, hidden) * CLUSTER,
             threads=n_threads,
             cluster_dims=(CLUSTER, 1, 1),
         ) as i_c:
@@ -680,7 +681,7 @@ def pre(hidden: int, *, norm: bool, pdl: bool):
         early: T.int32,
     ):
         with T.Kernel(
-            T.ceildiv(tokens - larger_groups * tile_tokens(hidden), group_tokens) * CLUSTER,
+            clusters(tokens, group_tokens, larger_groups, hidden) * CLUSTER,
             threads=n_threads,
             cluster_dims=(CLUSTER, 1, 1),
         ) as i_c:
