@@ -54,7 +54,7 @@ class EditableWithoutKernels(editable_wheel):
 
 
 class WheelWithKernels(bdist_wheel):
-    """Kernels are for a platform, but for any Python: they use none."""
+    """The native libraries are for a platform, but for any Python: they use none."""
 
     def finalize_options(self):
         super().finalize_options()
@@ -68,7 +68,7 @@ class WheelWithKernels(bdist_wheel):
 setup(
     packages=[*find_packages(include=["mhc_ops", "mhc_ops.*"]), "mhc_ops.csrc_tilelang"],
     package_dir={"mhc_ops.csrc_tilelang": "csrc_tilelang"},
-    package_data={"mhc_ops": ["py.typed", "_host.cpp"]},
+    package_data={"mhc_ops": ["py.typed"], "mhc_ops.native": ["host.cpp", "launcher.c"]},
     cmdclass={
         "build_py": BuildWithKernels,
         "bdist_wheel": WheelWithKernels,

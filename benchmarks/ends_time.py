@@ -17,7 +17,7 @@ from torch import Tensor
 
 import mhc_ops
 import records
-from mhc_ops import bench, dispatch, nn
+from mhc_ops import bench, geometry, nn
 
 TOKENS = (1, 8, 32, 64, 128, 129, 512, 2048, 8192)
 HIDDEN = (4096, 7168)
@@ -30,16 +30,16 @@ EPS = bench.EPS
 def part_bytes(part: str, tokens: int, hidden: int) -> int:
     """Bytes of one pass: x, streams and the result in bf16, ``fn`` in fp32; mixes left out."""
     if part == "start":  # x read, 4 copies and the layer input written
-        return 12 * hidden * tokens + 16 * dispatch.MIXES * hidden
+        return 12 * hidden * tokens + 16 * geometry.MIXES * hidden
     streams = 8 * hidden * tokens if part == "end_with_streams" else 0
-    return 12 * hidden * tokens + streams + 16 * dispatch.HC_MULT * hidden
+    return 12 * hidden * tokens + streams + 16 * geometry.HC_MULT * hidden
 
 
 def chain_length(part: str, tokens: int, hidden: int) -> int:
     """As the benchmark's, and at the end, whose fn is small, more where tokens move little."""
     length = bench.chain_length(tokens)
     if part != "start" and tokens <= 128:
-        length = max(length, int(FN_BYTES / (16 * dispatch.HC_MULT * hidden)))
+        length = max(length, int(FN_BYTES / (16 * geometry.HC_MULT * hidden)))
     return length
 
 
@@ -47,13 +47,13 @@ def make_chain(
     part: str, path: str, tokens: int, hidden: int, device: torch.device | str, length: int
 ) -> Callable[[], Tensor]:
     """Random inputs, and the chain that runs over them; it returns the last result."""
-    n = dispatch.HC_MULT
+    n = geometry.HC_MULT
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
-    rows = dispatch.MIXES if part == "start" else n
+    rows = geometry.MIXES if part == "start" else n
     fns = [normal(rows, n * hidden) * (n * hidden) ** -0.5 for _ in range(length)]
     x = normal(tokens, hidden).bfloat16()
     norm = {"norm_weight": (1 + 0.1 * normal(hidden)).bfloat16(), "norm_eps": EPS}

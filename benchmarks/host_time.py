@@ -1,67 +1,124 @@
-"""Host time of one eager ``fused_post_pre``, all four outputs allocated: native and in Python.
+"""Host time of one eager call of every op, all outputs allocated, by the short and the long way.
 
-    python benchmarks/host_time.py
+    python benchmarks/host_time.py [--beside CHECKOUT] [-o RECORDS]
 
 Calls are issued in bursts that fit the queue of the GPU, so none waits for it; the time of a call
-is that of the fastest of many bursts and the median over them.
+is the median over many bursts. Ways, ops and revisions take turns in one process. The time of
+``torch.empty`` tells how fast the host is.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
-from unittest import mock
+from typing import Any
 
 import torch
 
+import beside
 import mhc_ops
-from mhc_ops import host
-from mhc_ops.testing import make_inputs
+import records
+from mhc_ops._arguments import recipe
+from mhc_ops.native import host
+from mhc_ops.native.serve import serve
+from mhc_ops.testing import OUTPUTS, make_inputs
 
-OP = torch.ops.mhc.fused_post_pre.default
-BURST = 200  # launches; the queue takes 1024
-BURSTS = 50
-TOKENS = (1, 8, 64, 128)
+HIDDEN = 4096
+TOKENS = (1, 192)
+BURST_LAUNCHES = 200  # the queue takes 1024, and no op has more than 3 launches
+BURSTS = 25
+
+Row = tuple[str, int, str]  # op, tokens, way
 
 
-def host_us(call: Callable[[], object]) -> tuple[float, float]:
-    """(least, median) microseconds of a call."""
-    times = []
-    for _ in range(BURSTS):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(BURST):
-            call()
-        times.append((time.perf_counter() - start) / BURST * 1e6)
+def burst_us(call: Callable[[], object]) -> float:
+    """Microseconds of a call on the host, the mean of a burst."""
     torch.cuda.synchronize()
-    return min(times), median(times)
+    start = time.perf_counter()
+    for _ in range(BURST_LAUNCHES):
+        call()
+    us = (time.perf_counter() - start) / BURST_LAUNCHES * 1e6
+    torch.cuda.synchronize()
+    return us
 
 
-@torch.no_grad()
-def main() -> None:
-    mhc_ops.prewarm([4096], max_tokens=max(TOKENS))
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; µs: least, median")
+def host_us(calls: dict[Row, Callable[[], object]]) -> dict[Row, float]:
+    """Microseconds of each call, the median over bursts; the calls take turns."""
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    times: dict[Row, list[float]] = {row: [] for row in calls}
+    for _ in range(BURSTS):
+        for row, call in calls.items():
+            times[row].append(burst_us(call))
+    return {row: median(samples) for row, samples in times.items()}
+
+
+def calls_of(op: str, inputs: dict[str, Any], other: str | None) -> dict[str, Callable[[], object]]:
+    """The ways of a call, by name."""
+    keyword_only = ("norm_weight", "norm_eps")
+    norm = {name: inputs[name] for name in keyword_only if name in inputs}
+    positional = [value for name, value in inputs.items() if name not in norm]
+    values = recipe(op).bind((), inputs)
+    op_of = getattr(torch.ops.mhc, op).default
+    calls: dict[str, Callable[[], object]] = {
+        "short": lambda: op_of(*positional, **norm),
+        "long": lambda: serve(op, values),
+    }
+    if other is not None:
+        op_beside = getattr(torch.ops.mhc_beside, op).default
+        calls[other] = lambda: op_beside(*positional, **norm)
+    return calls
+
+
+@torch.inference_mode()
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--beside", type=Path, help="checkout of another revision")
+    parser.add_argument("--beside-commit", default="beside", help="its name in the records")
+    records.add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    other = None
+    if arguments.beside is not None:
+        beside.load(arguments.beside)
+        importlib.import_module(f"{beside.NAME}.prewarm").prewarm([HIDDEN], max_tokens=max(TOKENS))
+        other = arguments.beside_commit
+    mhc_ops.prewarm([HIDDEN], max_tokens=max(TOKENS))
+    calls: dict[Row, Callable[[], object]] = {
+        ("torch.empty", 0, ""): lambda: torch.empty(1, device="cuda")
+    }
     for tokens in TOKENS:
-        inputs = make_inputs("fused_post_pre", tokens, 4096, device="cuda", norm=True)
-        norm = {name: inputs[name] for name in ("norm_weight", "norm_eps")}
-        positional = [value for name, value in inputs.items() if name not in norm]
-        calls = {
-            "positional": lambda args=positional, norm=norm: OP(*args, **norm),
-            "keyword": lambda inputs=inputs: OP(**inputs),
-            "mhc_ops.fused_post_pre": lambda inputs=inputs: mhc_ops.fused_post_pre(**inputs),
-        }
-        for name, call in calls.items():
-            call()  # after a turn in Python the kernel is remembered again
-            before = host.calls()
-            native = host_us(call)
-            way = "native" if host.calls() - before == BURST * BURSTS else "NOT native"
-            host.forget()
-            with mock.patch.object(host, "remember"):
-                python = host_us(call)
-            print(
-                f"{tokens:4} tokens, {name:22} {way} {native[0]:6.2f} {native[1]:6.2f}"
-                f"   python {python[0]:6.2f} {python[1]:6.2f}"
+        for op in OUTPUTS:
+            inputs = make_inputs(op, tokens, HIDDEN, device="cuda", norm=op != "post")
+            for way, call in calls_of(op, inputs, other).items():
+                calls[op, tokens, way] = call
+    before = host.calls()
+    us = host_us(calls)
+    short = sum(way == "short" for _, _, way in calls) * (BURSTS * BURST_LAUNCHES + 3)
+    if host.calls() - before != short:
+        raise RuntimeError(f"{host.calls() - before} of {short} calls took the short way")
+    empty = us["torch.empty", 0, ""]
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; torch.empty {empty:.1f} us")
+    for tokens in TOKENS:
+        for op in OUTPUTS:
+            ways = {way: round(t, 2) for (o, n, way), t in us.items() if (o, n) == (op, tokens)}
+            print(f"{tokens:4} {op:18}" + "".join(f"  {way} {t:6.2f}" for way, t in ways.items()))
+            records.append(
+                records.make_record(
+                    f"host time of an eager {op}, {tokens} tokens, inference mode, H = {HIDDEN}",
+                    f"{ways['short']} us",
+                    commit=arguments.commit,
+                    command=records.command_line(argv),
+                    us=ways,
+                    torch_empty_us=round(empty, 2),
+                ),
+                arguments.output,
             )
 
 

@@ -13,24 +13,41 @@ Exit status: 1 for a wrong result or a kernel that no case has run.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
-from mhc_ops import dispatch, host, jit, support
+from mhc_ops import jit, routes, support
+from mhc_ops.native import host
+from mhc_ops.routes import Key
 from mhc_ops.testing import OUTPUTS, as_outputs, assert_matches_oracle, make_inputs
+from other_routes import other_routes
 
 HIDDEN = (256, 768)  # the smallest, and one with no power of two
-# Two of each path (one of an odd size): one launch, its groups of more than 16 tokens, the larger
-# tile of the projection, three launches.
+# Two of each path (one of an odd size): few clusters, more clusters, groups of more than 16 tokens,
+# kernels that loop, the larger tile of the projection, three launches.
 TOKENS = (3, 35, 131, 20, 1, 128, 33)
+
+# What the table of routes is made from on the way of a case.
+WAYS: dict[str, dict[str, Any]] = {
+    "own": {},
+    "classical": {"CLUSTER_ARCHS": frozenset()},
+    "looping": {"CLUSTERS": 1, "FEW_CLUSTERS_TOKENS": 0, "ONE_ROUND_TOKENS": 0},
+    "small": {"CLUSTERS": 2},
+}
+# The ops that go another way than their own, and from how many tokens on. expand_pre and
+# fused_post_pre launch every kernel of GPUs without clusters, but for that of the head.
+OTHER_WAYS = {
+    "classical": (("fused_post_pre", "expand_pre"), 1),
+    "looping": (("fused_post_pre", "pre"), 129),
+    "small": (("post_head", "post_head_streams"), 129),
+}
 
 
 class Case(NamedTuple):
@@ -38,10 +55,9 @@ class Case(NamedTuple):
 
     Attributes:
         op, norm, tokens, hidden: what is called.
-        way: ``classical``, as on a GPU without kernels of one launch; ``invariant``, as with
-            MHC_OPS_BATCH_INVARIANT, which takes the kernels that loop over tiles for few tokens, in
-            one cluster, so that they have many; ``small``, as on a GPU with few multiprocessors,
-            which takes that of post_head; ``own``.
+        way: ``classical``, as on a GPU without kernels in clusters; ``looping``, which takes the
+            kernels that loop over tiles in one cluster, so that it has many; ``small``, as on a GPU
+            with few multiprocessors, which takes that of post_head; ``own``.
     """
 
     op: str
@@ -49,6 +65,12 @@ class Case(NamedTuple):
     tokens: int
     hidden: int
     way: str
+
+
+def _goes(way: str, op: str, tokens: int) -> bool:
+    """Whether a case goes a way."""
+    ops, least = OTHER_WAYS.get(way, (OUTPUTS, 1))
+    return op in ops and tokens >= least
 
 
 def cases() -> list[Case]:
@@ -59,60 +81,24 @@ def cases() -> list[Case]:
         for hidden in HIDDEN
         for op in OUTPUTS
         for norm in ((False,) if op == "post" else (False, True))
-        for way in ("own", "classical", "invariant", "small")
-        if {
-            "own": True,
-            "classical": op == "fused_post_pre" and dispatch.takes_post_projection(tokens, hidden),
-            "invariant": op in ("fused_post_pre", "pre")
-            and tokens > dispatch.ONE_LAUNCH_MAX_TOKENS,
-            "small": op.startswith("post_head") and tokens > dispatch.ONE_LAUNCH_MAX_TOKENS,
-        }[way]
+        for way in WAYS
+        if _goes(way, op, tokens)
     ]
 
 
-def keys(arch: str) -> set[dispatch.Key]:
-    """Every kernel of these hidden sizes, those of GPUs without one launch too."""
-    return {
-        key
-        for hidden in HIDDEN
-        for key in (
-            *dispatch.keys(hidden, arch, max(TOKENS)),
-            dispatch.post_projection_plan(1, hidden, arch, 1).key,
-            *(dispatch.persistent_key(hidden, arch, norm) for norm in (False, True)),
-            *(
-                dispatch.post_head_persistent_key(hidden, arch, norm, streams)
-                for norm in (False, True)
-                for streams in (False, True)
-            ),
-        )
-    }
-
-
-@contextlib.contextmanager
-def path(way: str) -> Iterator[None]:
-    """While it lasts, calls go this way of a :class:`Case`."""
-    if way == "own":
-        yield
-        return
-    if way == "invariant":
-        with (
-            mock.patch.dict(os.environ, {"MHC_OPS_BATCH_INVARIANT": "1"}),
-            mock.patch.object(dispatch, "CLUSTERS", 1),
-        ):
-            yield
-        return
-    if way == "small":
-        with mock.patch.object(dispatch, "CLUSTERS", 2):
-            yield
-        return
-    host.forget()  # of the native calls, which know nothing of what follows
-    with mock.patch.object(dispatch, "ONE_LAUNCH_ARCHS", frozenset()):
-        yield
+def keys(arch: str) -> set[Key]:
+    """Every kernel of these hidden sizes on any way, those of GPUs without clusters too."""
+    found: set[Key] = set()
+    for constants in WAYS.values():
+        with other_routes(**constants):
+            for hidden in HIDDEN:
+                found.update(routes.keys(hidden, arch, max(TOKENS)))
+    return found
 
 
 @torch.no_grad()
 def run(case: Case, device: str) -> None:
-    """A case twice, the second time with weights that were read before, on the native way.
+    """A case twice, the second time with weights that were read before, on the short way.
 
     Raises:
         AssertionError: a wrong result, or another one the second time.
@@ -123,7 +109,7 @@ def run(case: Case, device: str) -> None:
         for name, value in inputs.items()
     }
     call = getattr(torch.ops.mhc, case.op).default
-    with path(case.way):
+    with other_routes(**WAYS[case.way]):
         first, second = (
             {name: value.cpu() for name, value in as_outputs(case.op, call(**there)).items()}
             for _ in range(2)
@@ -152,16 +138,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         compile_all(arch)
         return 0
     start = time.monotonic()
-    launched: set[dispatch.Key] = set()
-    launch = jit.launch
+    launched: set[Key] = set()
+    loaded = jit.loaded
 
-    def recorded(key: dispatch.Key, *rest: Any) -> None:
+    def recorded(key: Key, device: torch.device) -> Any:
         launched.add(key)
-        launch(key, *rest)
+        return loaded(key, device)
 
     right = 0
     host.forget()  # the first call of each kernel is to be seen here
-    with mock.patch.object(jit, "launch", recorded):
+    with mock.patch.object(jit, "loaded", recorded):
         for case in cases():
             if time.monotonic() - start > arguments.seconds:
                 break

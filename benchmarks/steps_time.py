@@ -18,7 +18,7 @@ from torch import Tensor
 
 import mhc_ops
 import records
-from mhc_ops import bench, dispatch
+from mhc_ops import bench, geometry
 
 TOKENS = (1, 8, 32, 48, 64, 128, 256, 320, 512, 1024, 2048, 8192, 32768)
 HIDDEN = (4096, 7168)
@@ -31,12 +31,12 @@ def step_bytes(step: str, tokens: int, hidden: int) -> int:
     """Bytes of one pass: streams, x and the result in bf16, ``fn`` in fp32; mixes left out."""
     if step == "post":  # x and the streams read, the new streams written
         return 18 * hidden * tokens
-    return 10 * hidden * tokens + 16 * dispatch.MIXES * hidden
+    return 10 * hidden * tokens + 16 * geometry.MIXES * hidden
 
 
 def make_chain(step: str, tokens: int, hidden: int, length: int) -> Callable[[], Tensor]:
     """Random inputs, and the chain that runs over them; it returns the last result."""
-    n = dispatch.HC_MULT
+    n = geometry.HC_MULT
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -56,7 +56,7 @@ def make_chain(step: str, tokens: int, hidden: int, length: int) -> Callable[[],
 
     count = min(length, 1 + int(STREAMS_BYTES / (8 * hidden * tokens)))
     residuals = [normal(tokens, n, hidden).bfloat16() for _ in range(count)]
-    rows = dispatch.MIXES
+    rows = geometry.MIXES
     fns = [normal(rows, n * hidden) * (n * hidden) ** -0.5 for _ in range(length)]
     rest = (normal(3).abs() + 0.5, normal(rows), EPS, EPS, EPS, bench.POST_MULT, 20)
     norm = {"norm_weight": (1 + 0.1 * normal(hidden)).bfloat16(), "norm_eps": EPS}

@@ -47,7 +47,7 @@ OP = torch.ops.mhc.fused_post_pre.default
 STATE = ("x", "residual", "post_layer_mix", "comb_res_mix")  # what has a row for each token
 NORM = ("norm_weight", "norm_eps")
 
-# on both sides of every bound of dispatch, and of the tiles of 16 tokens
+# on both sides of every bound of its routes, and of the tiles of 16 tokens
 END_COUNTS = (0, 1, 2, 3, 16, 17, 19, 20, 32, 33, 48, 49, 80, 127, 128, 129, 512, 2048, 4095, 4096)
 
 EAGER_SHARE = 1 / 3  # of the turns of a stream; a burst is shorter than a graph

@@ -34,7 +34,7 @@ from torch import Tensor
 
 import mhc_ops
 import records
-from mhc_ops import demo, dispatch, support
+from mhc_ops import demo, geometry, support
 
 PARTS = ("logits", "generate", "times")
 NAMES = ("stock", *demo.PATHS)
@@ -427,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.utils.logging.set_verbosity_error()
     if device == "cuda":
         mhc_ops.prewarm(
-            sorted({dispatch.HIDDEN_MULTIPLE, sizes.widths.get("hidden_size", 4096)}),
+            sorted({geometry.HIDDEN_MULTIPLE, sizes.widths.get("hidden_size", 4096)}),
             max_tokens=max(sizes.rows * max(sizes.prompts), max(sizes.batches) * sizes.context),
             progress=True,
         )

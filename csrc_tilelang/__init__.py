@@ -13,6 +13,6 @@ next in stream order is therefore safe, and so is a weight that the predecessor 
 read ``fn`` before the wait and let their successor start at once. So a successor may begin while
 two kernels before it still run; its own wait is then for the nearer one, which has waited for the
 other. The host tells them so only when an earlier call has read this very ``fn`` and nothing has
-written it since (``may_read_early`` of ``mhc_ops.host``): whatever wrote it has then finished. Not
+written it since: whatever wrote it has then finished. ``mhc_ops.native.early`` states the rule. Not
 told so, they do as the others do.
 """

@@ -5,12 +5,12 @@ A kernel takes the functions in with ``T.import_source(DEVICE_SOURCE)`` and call
 out and put its own twins in.
 """
 
-# what dispatch has to know of the kernels is defined there
-from ..dispatch import HC_MULT as HC_MULT
-from ..dispatch import MIXES as MIXES
-from ..dispatch import MMA_COLUMNS as MMA_COLUMNS
-from ..dispatch import MMA_TOKENS as MMA_TOKENS
-from ..dispatch import PARTIAL_WIDTH as PARTIAL_WIDTH
+# what the table of routes has to know of the kernels is defined there
+from ..geometry import HC_MULT as HC_MULT
+from ..geometry import MIXES as MIXES
+from ..geometry import MMA_COLUMNS as MMA_COLUMNS
+from ..geometry import MMA_TOKENS as MMA_TOKENS
+from ..geometry import PARTIAL_WIDTH as PARTIAL_WIDTH
 
 SQUARES = MIXES  # column of a partial row that holds the sum of squares
 

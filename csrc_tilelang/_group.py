@@ -7,7 +7,7 @@ at position q of a lane quad is physical 8 q to 8 q + 7.
 
 import tilelang.language as T
 
-from ..dispatch import CLUSTER
+from ..geometry import CLUSTER
 from ._collapse import sigmoid
 from ._device import HC_MULT, VECTOR
 from ._operands import SLICE_TREE, add_tree, slice_size

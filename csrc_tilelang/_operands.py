@@ -6,7 +6,7 @@ sums are stored and added up.
 
 import tilelang.language as T
 
-from ..dispatch import CLUSTER
+from ..geometry import CLUSTER
 from ._device import MIXES, MMA_COLUMNS, SPLIT_TERMS, SQUARES
 
 CHUNK = 4  # columns of a lane in one step

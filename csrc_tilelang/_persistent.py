@@ -12,7 +12,7 @@ turn, opened again by a thread that has waited.
 
 import tilelang.language as T
 
-from ..dispatch import CLUSTER, tile_tokens
+from ..geometry import CLUSTER, tile_tokens
 from ._collapse import sigmoid
 from ._device import HC_MULT, MIXES, MMA_COLUMNS, SQUARES, VECTOR, WARP
 from ._operands import SLICE_TREE, SUMS, SUMS_PITCH, add_tree, slice_size

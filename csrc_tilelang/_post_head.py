@@ -7,7 +7,7 @@ its own, and an inbox says when all of it has come.
 
 import tilelang.language as T
 
-from ..dispatch import CLUSTER
+from ..geometry import CLUSTER
 from ._device import (
     DEVICE_SOURCE,
     HC_MULT,

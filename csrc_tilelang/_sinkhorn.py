@@ -1,4 +1,7 @@
-"""Sinkhorn of 4 x 4 matrices: the softmax on 16 lanes, the rounds in one thread's registers."""
+"""Sinkhorn of 4 x 4 matrices: the softmax on 16 lanes, the rounds in one thread's registers.
+
+In what is said of a formula, ``eps`` is ``hc_sinkhorn_eps``.
+"""
 
 import tilelang.language as T
 
@@ -12,7 +15,7 @@ ALL = tuple(range(HC_MULT))
 
 
 @T.macro
-def softmax_row(logit, eps, out):
+def softmax_row(logit, hc_sinkhorn_eps, out):
     """out[0] = softmax over 4 aligned lanes of logit[0], plus eps."""
     other = T.alloc_var("float32", init=0.0)
     total = T.alloc_var("float32", init=0.0)
@@ -21,11 +24,11 @@ def softmax_row(logit, eps, out):
     out[0] = T.exp(logit[0] - other)
     total = out[0] + T.shfl_xor(out[0], 1)
     total = total + T.shfl_xor(total, 2)
-    out[0] = out[0] * T.call_extern("float32", "mhc::rcp", total) + eps
+    out[0] = out[0] * T.call_extern("float32", "mhc::rcp", total) + hc_sinkhorn_eps
 
 
 @T.macro
-def softmax_rows(c, eps):
+def softmax_rows(c, hc_sinkhorn_eps):
     """The rows of a matrix in one thread's registers: the bits of :func:`softmax_row`."""
     for i in T.unroll(HC_MULT):
         most = T.alloc_var("float32", init=0.0)
@@ -38,24 +41,24 @@ def softmax_rows(c, eps):
         total = (c[i * HC_MULT] + c[i * HC_MULT + 1]) + (c[i * HC_MULT + 2] + c[i * HC_MULT + 3])
         total = T.call_extern("float32", "mhc::rcp", total)
         for j in T.unroll(HC_MULT):
-            c[i * HC_MULT + j] = c[i * HC_MULT + j] * total + eps
+            c[i * HC_MULT + j] = c[i * HC_MULT + j] * total + hc_sinkhorn_eps
 
 
 @T.macro
-def rescale(c, outer, inner, eps, others, scales, furthest):
+def rescale(c, outer, inner, hc_sinkhorn_eps, others, scales, furthest):
     """scale /= sum + eps, sum = scale * (c . others); ``furthest``: the largest |sum + eps - 1|."""
     for i in T.unroll(HC_MULT):
         total = T.alloc_var("float32", init=0.0)
         total = c[i * outer] * others[0]
         for j in T.unroll(HC_MULT - 1):
             total = total + c[i * outer + (j + 1) * inner] * others[j + 1]
-        total = scales[i] * total + eps
+        total = scales[i] * total + hc_sinkhorn_eps
         furthest[0] = T.max(furthest[0], T.abs(total - 1.0))
         scales[i] = scales[i] * T.call_extern("float32", "mhc::rcp", total)
 
 
 @T.macro
-def rescale_near(c, outer, inner, eps, others, scales, furthest):
+def rescale_near(c, outer, inner, hc_sinkhorn_eps, others, scales, furthest):
     """``rescale`` near 1: with r = 1 - (sum + eps), 1 / (1 - r) = (1 + r)(1 + r^2)(1 + r^4)."""
     for i in T.unroll(HC_MULT):
         total = T.alloc_var("float32", init=0.0)
@@ -64,7 +67,7 @@ def rescale_near(c, outer, inner, eps, others, scales, furthest):
         total = c[i * outer] * others[0]
         for j in T.unroll(HC_MULT - 1):
             total = total + c[i * outer + (j + 1) * inner] * others[j + 1]
-        rest = (1.0 - eps) - scales[i] * total
+        rest = (1.0 - hc_sinkhorn_eps) - scales[i] * total
         square = rest * rest
         furthest[0] = T.max(furthest[0], T.abs(rest))
         total = scales[i] * rest + scales[i]
@@ -78,7 +81,7 @@ def symmetric(i: int, j: int) -> int:
 
 
 @T.macro
-def rescale_linearly(c, eps, rounds, rows, columns):
+def rescale_linearly(c, hc_sinkhorn_eps, rounds, rows, columns):
     """``rounds`` rounds, at least 1, where only first powers count.
 
     With P = u c v, whose columns add up to 1 - eps, and r = 1 - eps - its row sums, a round scales
@@ -95,7 +98,7 @@ def rescale_linearly(c, eps, rounds, rows, columns):
     for i in ALL:
         for j in ALL:
             product[i * HC_MULT + j] = c[i * HC_MULT + j] * (rows[i] * columns[j])
-        rest[i] = 1.0 - eps
+        rest[i] = 1.0 - hc_sinkhorn_eps
         for j in ALL:
             rest[i] = rest[i] - product[i * HC_MULT + j]
         total[i] = rest[i]
@@ -115,12 +118,12 @@ def rescale_linearly(c, eps, rounds, rows, columns):
                 total[i] = total[i] + gram[symmetric(i, j)] * old[j]
     for i in ALL:
         rows[i] = rows[i] * total[i] + rows[i]
-    rescale_near(c, COLUMNS, ROWS, eps, rows, columns, ignored)
+    rescale_near(c, COLUMNS, ROWS, hc_sinkhorn_eps, rows, columns, ignored)
 
 
 @T.macro
-def sinkhorn(c, eps, repeat):
-    """C /= column sums + eps, then (repeat - 1) times row sums + eps and column sums + eps.
+def sinkhorn(c, hc_sinkhorn_eps, sinkhorn_repeat):
+    """C /= column sums + eps, then, sinkhorn_repeat - 1 times, row sums + eps, column sums + eps.
 
     The matrix is kept as u_i c_ij v_j, so that nothing is rounded in the entries and the error does
     not grow with the rounds. A round with reciprocals took 158 cycles on Hopper, most of them
@@ -135,27 +138,27 @@ def sinkhorn(c, eps, repeat):
     for i in T.unroll(HC_MULT):
         rows[i] = 1.0
         columns[i] = 1.0
-    furthest[0] = eps
+    furthest[0] = hc_sinkhorn_eps
     ignored[0] = 0.0
-    rescale(c, COLUMNS, ROWS, eps, rows, columns, ignored)
-    rounds = T.alloc_var("int32", init=repeat - 1)
+    rescale(c, COLUMNS, ROWS, hc_sinkhorn_eps, rows, columns, ignored)
+    rounds = T.alloc_var("int32", init=sinkhorn_repeat - 1)
     # eps counts as a distance: rescale_linearly drops its products with others too
-    for _ in T.serial(repeat - 1):
-        furthest[0] = eps
-        rescale(c, ROWS, COLUMNS, eps, columns, rows, ignored)
-        rescale(c, COLUMNS, ROWS, eps, rows, columns, furthest)
+    for _ in T.serial(sinkhorn_repeat - 1):
+        furthest[0] = hc_sinkhorn_eps
+        rescale(c, ROWS, COLUMNS, hc_sinkhorn_eps, columns, rows, ignored)
+        rescale(c, COLUMNS, ROWS, hc_sinkhorn_eps, rows, columns, furthest)
         rounds = rounds - 1
         if furthest[0] <= NEAR:
             T.loop_break()
-    for _ in T.serial(repeat - 1):
+    for _ in T.serial(sinkhorn_repeat - 1):
         if rounds == 0 or furthest[0] <= LINEAR:
             T.loop_break()
-        furthest[0] = eps
-        rescale_near(c, ROWS, COLUMNS, eps, columns, rows, ignored)
-        rescale_near(c, COLUMNS, ROWS, eps, rows, columns, furthest)
+        furthest[0] = hc_sinkhorn_eps
+        rescale_near(c, ROWS, COLUMNS, hc_sinkhorn_eps, columns, rows, ignored)
+        rescale_near(c, COLUMNS, ROWS, hc_sinkhorn_eps, rows, columns, furthest)
         rounds = rounds - 1
     if rounds > 0:
-        rescale_linearly(c, eps, rounds, rows, columns)
+        rescale_linearly(c, hc_sinkhorn_eps, rounds, rows, columns)
     for i in T.unroll(HC_MULT):
         for j in T.unroll(HC_MULT):
             c[i * HC_MULT + j] = c[i * HC_MULT + j] * (rows[i] * columns[j])

@@ -22,7 +22,7 @@ token's outputs are the same bits in any batch and at any position.
 
 import tilelang.language as T
 
-from ..dispatch import CLUSTER, EXPAND_PRE_GROUP_TOKENS
+from ..geometry import CLUSTER, EXPAND_PRE_GROUP_TOKENS
 from ._collapse import sigmoid
 from ._device import DEVICE_SOURCE, HC_MULT, MIXES, MMA_COLUMNS, SQUARES, VECTOR, WARP
 from ._group import (

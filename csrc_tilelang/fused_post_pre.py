@@ -25,7 +25,7 @@ alone: a token's outputs are the same bits in any batch and at any position.
 
 import tilelang.language as T
 
-from ..dispatch import CLUSTER, FEW_CLUSTERS, GROUP_TOKENS
+from ..geometry import CLUSTER, FEW_CLUSTERS, GROUP_TOKENS
 from ._collapse import sigmoid
 from ._device import DEVICE_SOURCE, HC_MULT, MIXES, MMA_COLUMNS, SQUARES, VECTOR, WARP
 from ._operands import (

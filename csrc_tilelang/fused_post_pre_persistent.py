@@ -35,7 +35,7 @@ The arithmetic and its order are those of ``fused_post_pre``, whose bits these a
 
 import tilelang.language as T
 
-from ..dispatch import CLUSTER, tile_tokens
+from ..geometry import CLUSTER, tile_tokens
 from ._collapse import sigmoid
 from ._device import DEVICE_SOURCE, HC_MULT, MIXES, MMA_COLUMNS, VECTOR, WARP
 from ._operands import (

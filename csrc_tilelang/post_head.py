@@ -26,7 +26,7 @@ token's outputs are the same bits in any batch and at any position.
 
 import tilelang.language as T
 
-from ..dispatch import CLUSTER, POST_HEAD_GROUP_TOKENS, post_head_ctas_per_sm
+from ..geometry import CLUSTER, POST_HEAD_GROUP_TOKENS, post_head_ctas_per_sm
 from ._device import HC_MULT, MMA_COLUMNS, VECTOR, WARP
 from ._group import COLUMNS, SUMS_IN_PITCH, column_warps, prefetch_rows, slice_size
 from ._post_head import (
@@ -194,7 +194,7 @@ def post_head(hidden: int, *, norm: bool, streams: bool, pdl: bool):
 
     Returns:
         The TileLang program of :func:`_post_head.post_head_program`, for at most
-        ``dispatch.POST_HEAD_GROUP_TOKENS`` tokens a cluster.
+        ``geometry.POST_HEAD_GROUP_TOKENS`` tokens a cluster.
     """
     return post_head_program(
         "mhc_post_head", finish_round, hidden, ctas_per_sm=post_head_ctas_per_sm(hidden), norm=norm,

@@ -36,7 +36,7 @@ token's outputs are the same bits in any batch and at any position.
 
 import tilelang.language as T
 
-from ..dispatch import CLUSTER, post_head_persistent_ctas_per_sm
+from ..geometry import CLUSTER, post_head_persistent_ctas_per_sm
 from ._device import HC_MULT, MMA_COLUMNS, VECTOR, WARP
 from ._group import COLUMNS, SUMS_IN_PITCH, column_warps, prefetch_rows, slice_size
 from ._post_head import (

@@ -15,7 +15,7 @@ any batch.
 
 import tilelang.language as T
 
-from ..dispatch import POST_PROJECTION_SLICE as SLICE
+from ..geometry import POST_PROJECTION_SLICE as SLICE
 from ._device import (
     DEVICE_SOURCE,
     HC_MULT,

@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import tilelang.language as T
 
-from ..dispatch import CLUSTER, tile_tokens
+from ..geometry import CLUSTER, tile_tokens
 from ._device import DEVICE_SOURCE, HC_MULT, MIXES, MMA_COLUMNS, VECTOR, WARP
 from ._operands import (
     ALL_OPERANDS,

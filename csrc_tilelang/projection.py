@@ -12,8 +12,8 @@ compiled in.
 
 import tilelang.language as T
 
-from ..dispatch import PROJECTION_BLOCK as BLOCK
-from ..dispatch import PROJECTION_WARPS as WARPS
+from ..geometry import PROJECTION_BLOCK as BLOCK
+from ..geometry import PROJECTION_WARPS as WARPS
 from ._device import (
     DEVICE_SOURCE,
     HC_MULT,

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, info, reference, support
+from . import geometry, info, reference, support
 from .prewarm import prewarm
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def make_chain(
     generator = torch.Generator(device).manual_seed(seed)
     normal = functools.partial(torch.randn, generator=generator, device=device)
     uniform = functools.partial(torch.rand, generator=generator, device=device)
-    n, mixes, tokens, hidden = dispatch.HC_MULT, dispatch.MIXES, case.tokens, case.hidden
+    n, mixes, tokens, hidden = geometry.HC_MULT, geometry.MIXES, case.tokens, case.hidden
 
     x = normal(tokens, hidden).bfloat16()
     residual = normal(tokens, n, hidden).bfloat16()
@@ -513,9 +513,9 @@ def _positive(text: str) -> int:
 
 def _hidden_size(text: str) -> int:
     value = _positive(text)
-    if value % dispatch.HIDDEN_MULTIPLE:
+    if value % geometry.HIDDEN_MULTIPLE:
         raise argparse.ArgumentTypeError(
-            f"expected a multiple of {dispatch.HIDDEN_MULTIPLE}, got {text!r}"
+            f"expected a multiple of {geometry.HIDDEN_MULTIPLE}, got {text!r}"
         )
     return value
 

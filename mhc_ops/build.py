@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import dispatch, host, jit, store, support
+from . import compiler, routes, store, support
+from .native import host, launcher, library
 from .prewarm import DEFAULT_MAX_TOKENS, check_sizes, progress_bar, side_by_side
 
 DEFAULT_HIDDEN = (4096, 5120, 7168)  # V4-Flash, V4.1, V4-Pro
@@ -33,7 +34,7 @@ class BuildReport(NamedTuple):
     """
 
     folder: Path
-    kernels: tuple[dispatch.Key, ...]
+    kernels: tuple[routes.Key, ...]
     seconds: float
 
 
@@ -59,7 +60,8 @@ def build(
 ) -> BuildReport:
     """Compile every kernel that these sizes can reach into a folder; needs no GPU.
 
-    With kernels of one launch comes the native host library, for the torch of this environment.
+    With the kernels come the native libraries: the launcher, and the short way of eager calls for
+    the torch of this environment.
 
     Args:
         archs: such as ``sm_90a``, as :func:`mhc_ops.is_supported` names a device's.
@@ -74,7 +76,7 @@ def build(
     Raises:
         ValueError: an architecture, a hidden size or ``max_tokens`` that cannot be served.
         OSError: the folder cannot be written.
-        RuntimeError: a kernel or the host library cannot be compiled, with the reason.
+        RuntimeError: a kernel or a native library cannot be compiled, with the reason.
     """
     if not archs:
         raise ValueError("mhc_ops.build: expected at least one architecture, got none")
@@ -84,22 +86,21 @@ def build(
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     keys = dict.fromkeys(
-        key for arch in archs for size in hidden for key in dispatch.keys(size, arch, max_tokens)
+        key for arch in archs for size in hidden for key in routes.keys(size, arch, max_tokens)
     )
 
-    def build_one(key: dispatch.Key) -> None:
-        kernel = jit.compile_kernel(key)
-        with jit.quiet_tilelang():
-            store.save_kernel(folder, key, kernel)
+    def build_one(key: routes.Key) -> None:
+        store.save_kernel(folder, key, compiler.compile_kernel(key))
 
     with progress_bar(progress) as bar:
         side_by_side(bar, f"compiling for {', '.join(archs)}", build_one, keys)
-    if any(key.kernel == dispatch.ONE_LAUNCH for key in keys):
+    for native in (launcher, host):
         try:
-            host.build(folder)
+            native.build(folder)
         except subprocess.SubprocessError as error:
             raise RuntimeError(
-                f"mhc_ops.build: the native host library cannot be built: {host.reason(error)}"
+                f"mhc_ops.build: the native library {native.NAME} cannot be built: "
+                f"{library.reason(error)}"
             ) from error
     return BuildReport(folder, tuple(keys), time.perf_counter() - start)
 

@@ -7,13 +7,11 @@
 | `MHC_OPS_TILELANG_POST`   | `1`     | model wiring runs `post` on the TileLang kernels           |
 | `MHC_OPS_DISABLE_JIT`     | `0`     | a kernel that is not there is an error, not compiled       |
 | `MHC_OPS_TRUST_CACHE`     | `0`     | load kernels also from folders that others can write       |
-| `MHC_OPS_BATCH_INVARIANT` | `0`     | any number of tokens gives the bits of one token alone     |
 | `MHC_OPS_KERNELS`         |         | folder of kernels built ahead, in place of the package's   |
 
 Fusing needs all three of the first. They steer the model wiring (``mhc_ops.nn`` and what stands on
 it), never a direct call of an op, and are read when a model is wired, not at import. The others are
-read when a kernel is first asked for, and MHC_OPS_BATCH_INVARIANT whenever ``fused_post_pre`` or
-``pre`` is called.
+read when a kernel is first asked for.
 
 What is compiled lies in TileLang's cache folder, which ``TILELANG_CACHE_DIR`` moves. Two more
 variables are read when a wheel is built, by setup.py: `MHC_OPS_AOT_ARCHS` and `MHC_OPS_AOT_HIDDEN`.
@@ -59,7 +57,6 @@ DEFAULTS: dict[str, bool] = {
     "MHC_OPS_TILELANG_POST": True,
     "MHC_OPS_DISABLE_JIT": False,
     "MHC_OPS_TRUST_CACHE": False,
-    "MHC_OPS_BATCH_INVARIANT": False,
 }
 WIRING = tuple(DEFAULTS)[: len(Switches._fields)]
 

@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from . import config, dispatch
+from . import config, geometry
 from .prewarm import prewarm
 from .support import is_supported
 
@@ -120,7 +120,7 @@ def small_model(seed: int, device: str, pairs: int = 2) -> Any:
 
     settings = DeepseekV4Config(
         vocab_size=256,
-        hidden_size=dispatch.HIDDEN_MULTIPLE,
+        hidden_size=geometry.HIDDEN_MULTIPLE,
         moe_intermediate_size=128,
         num_hidden_layers=2 * pairs,
         num_attention_heads=4,
@@ -508,7 +508,7 @@ def run(report: Report, device: str) -> None:
     report.step(f"{SEEDS} random DeepSeek-V4 models on {device}; text: {source}")
     if device == "cuda":
         report.step("compiling the kernels")
-        prewarm([dispatch.HIDDEN_MULTIPLE], max_tokens=SEQUENCES * LENGTH, device=device)
+        prewarm([geometry.HIDDEN_MULTIPLE], max_tokens=SEQUENCES * LENGTH, device=device)
     cases = [make_case(seed, text, device) for seed in range(SEEDS)]
     stock_error = compare_logits(report, cases)
     continue_greedily(report, cases[0], stock_error)

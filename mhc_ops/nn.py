@@ -30,8 +30,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import config, dispatch, ops, reference, support
-from ._checks import ACTIVATION, MIX, mixes
+from . import config, geometry, ops, reference, support
+from ._arguments import ACTIVATION, MIX, mixes
 
 logger = logging.getLogger("mhc_ops")
 
@@ -247,7 +247,7 @@ class HyperConnection(_Wired):
     def __init__(
         self,
         hidden_size: int,
-        hc_mult: int = dispatch.HC_MULT,
+        hc_mult: int = geometry.HC_MULT,
         *,
         rms_eps: float = 1e-6,
         hc_pre_eps: float = 1e-6,
@@ -354,7 +354,7 @@ class HyperHead(_Wired):
     def __init__(
         self,
         hidden_size: int,
-        hc_mult: int = dispatch.HC_MULT,
+        hc_mult: int = geometry.HC_MULT,
         *,
         rms_eps: float = 1e-6,
         hc_eps: float = 1e-6,
@@ -427,7 +427,7 @@ class HyperHead(_Wired):
         return streams, steps.head(streams, *arguments, **options)
 
 
-def expand(embedding: Tensor, hc_mult: int = dispatch.HC_MULT) -> Tensor:
+def expand(embedding: Tensor, hc_mult: int = geometry.HC_MULT) -> Tensor:
     """``r[j] = x`` for every stream j: the streams that a model starts from.
 
     Args:
@@ -461,7 +461,7 @@ class DecoderLayer(torch.nn.Module):
         attention: Callable[[Tensor], Tensor],
         mlp: Callable[[Tensor], Tensor],
         hidden_size: int,
-        hc_mult: int = dispatch.HC_MULT,
+        hc_mult: int = geometry.HC_MULT,
         *,
         norm_eps: float = 1e-6,
         device: torch.device | str | None = None,
@@ -540,7 +540,7 @@ class DecoderStack(torch.nn.Module):
         self,
         sublayers: Sequence[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]],
         hidden_size: int,
-        hc_mult: int = dispatch.HC_MULT,
+        hc_mult: int = geometry.HC_MULT,
         *,
         rms_eps: float = 1e-6,
         hc_eps: float = 1e-6,
@@ -710,12 +710,12 @@ def _device_refusal(device: torch.device, hc_mult: int, hidden_size: int) -> str
     supported, reason = support.is_supported(device)
     if not supported:
         return reason
-    if hc_mult != dispatch.HC_MULT:
-        return f"hc_mult is {hc_mult}, the CUDA kernels take {dispatch.HC_MULT}"
-    if hidden_size % dispatch.HIDDEN_MULTIPLE != 0:
+    if hc_mult != geometry.HC_MULT:
+        return f"hc_mult is {hc_mult}, the CUDA kernels take {geometry.HC_MULT}"
+    if hidden_size % geometry.HIDDEN_MULTIPLE != 0:
         return (
             f"the hidden size is {hidden_size}, the CUDA kernels take multiples of "
-            f"{dispatch.HIDDEN_MULTIPLE}"
+            f"{geometry.HIDDEN_MULTIPLE}"
         )
     return None
 

@@ -12,14 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from . import dispatch, jit, nn, support
-from .ops.expand_pre import expand_pre
-from .ops.fused_post_pre import fused_post_pre
-from .ops.head import head
-from .ops.post import post
-from .ops.post_head import post_head
-from .ops.post_head_streams import post_head_streams
-from .ops.pre import pre
+from . import geometry, jit, nn, routes, support
+from ._arguments import recipe
+from .native import host
+from .native.plan import plan
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -38,34 +34,19 @@ class PrewarmReport(NamedTuple):
     """
 
     device: torch.device
-    kernels: tuple[dispatch.Key, ...]
+    kernels: tuple[routes.Key, ...]
     seconds: float
 
 
 def _load(hidden: int, max_tokens: int, device: torch.device) -> None:
-    """Run the ops once on each path: a module loads at its first launch on a device."""
-    n, mixes = dispatch.HC_MULT, dispatch.MIXES
-    weight = torch.ones(hidden, dtype=torch.bfloat16, device=device)
-    fn = torch.randn(mixes, n * hidden, device=device)
-    scale, base = torch.ones(3, device=device), torch.zeros(mixes, device=device)
-    for tokens in dispatch.path_tokens(hidden, support.arch(device), max_tokens):
-        x = torch.randn(tokens, hidden, device=device).bfloat16()
-        residual = torch.randn(tokens, n, hidden, device=device).bfloat16()
-        post_mix = torch.ones(tokens, n, device=device)
-        comb_mix = torch.full((tokens, n, n), 1 / n, device=device)
-        state: tuple[Any, ...] = (x, residual, post_mix, comb_mix)
-        mixing: tuple[Any, ...] = (fn, scale, base, 1e-6, 1e-6, 1e-6, 2.0, 20)
-        collapse: tuple[Any, ...] = (fn[:n], scale[:1], base[:n], 1e-6, 1e-6)
-        post(*state)
-        for gain, eps in ((None, None), (weight, 1e-6)):
-            norm: dict[str, Any] = {"norm_weight": gain, "norm_eps": eps}
-            expand_pre(x, *mixing, **norm)
-            pre(residual, *mixing, **norm)
-            fused_post_pre(*state, *mixing, **norm)
-            head(residual, *collapse, **norm)
-            post_head(*state, *collapse, **norm)
-            post_head_streams(*state, *collapse, **norm)
-    torch.cuda.synchronize(device)
+    """Load every kernel on the device, and tell the short way about them."""
+    arch, sm_count = support.arch(device), support.sm_count(device)
+    for key in routes.keys(hidden, arch, max_tokens):
+        jit.load(key, device)
+    host.load()
+    for op in routes.ops():
+        for norm in (False, True) if "norm_weight" in recipe(op).arguments else (False,):
+            host.remember(plan(op, hidden, arch, sm_count, norm), device)
 
 
 def check_sizes(caller: str, hidden: Sequence[int], max_tokens: int) -> None:
@@ -73,10 +54,10 @@ def check_sizes(caller: str, hidden: Sequence[int], max_tokens: int) -> None:
     if not hidden:
         raise ValueError(f"{caller}: expected at least one hidden size, got none")
     for size in hidden:
-        if size < 1 or size % dispatch.HIDDEN_MULTIPLE:
+        if size < 1 or size % geometry.HIDDEN_MULTIPLE:
             raise ValueError(
                 f"{caller}: expected hidden sizes that are multiples of "
-                f"{dispatch.HIDDEN_MULTIPLE}, got {size}"
+                f"{geometry.HIDDEN_MULTIPLE}, got {size}"
             )
     if max_tokens < 1:
         raise ValueError(f"{caller}: expected max_tokens of at least 1, got {max_tokens}")
@@ -100,8 +81,8 @@ def progress_bar(shown: bool) -> Progress:
 def side_by_side(
     bar: Progress,
     text: str,
-    work: Callable[[dispatch.Key], object],
-    keys: Iterable[dispatch.Key],
+    work: Callable[[routes.Key], object],
+    keys: Iterable[routes.Key],
 ) -> None:
     """Do a piece of work for every key, in as many threads as there are processors."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -142,8 +123,8 @@ def _sizes(of: Any) -> list[tuple[int, int]]:
 def _hidden_sizes(of: Any) -> list[int]:
     sizes = _sizes(of)
     for _, hc_mult in sizes:
-        if hc_mult != dispatch.HC_MULT:
-            raise ValueError(f"mhc_ops.prewarm: expected hc_mult {dispatch.HC_MULT}, got {hc_mult}")
+        if hc_mult != geometry.HC_MULT:
+            raise ValueError(f"mhc_ops.prewarm: expected hc_mult {geometry.HC_MULT}, got {hc_mult}")
     return [size for size, _ in sizes]
 
 
@@ -198,14 +179,13 @@ def prewarm(
 
     start = time.perf_counter()
     arch = support.arch(target)
-    keys = [key for size in hidden for key in dispatch.keys(size, arch, max_tokens)]
+    keys = [key for size in hidden for key in routes.keys(size, arch, max_tokens)]
     with progress_bar(progress) as bar:
         side_by_side(bar, f"compiling for {arch}", jit.compile_key, keys)
         loading = bar.add_task(f"loading on {target}", total=len(hidden))
-        with torch.cuda.device(target), torch.no_grad():
-            for size in hidden:
-                _load(size, max_tokens, target)
-                bar.advance(loading)
+        for size in hidden:
+            _load(size, max_tokens, target)
+            bar.advance(loading)
     return PrewarmReport(target, tuple(keys), time.perf_counter() - start)
 
 

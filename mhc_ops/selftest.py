@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import bench, dispatch, info, support
+from . import bench, info, routes, support
 from .prewarm import prewarm
 from .testing import (
     KINDS,
@@ -141,7 +141,7 @@ def _cpu_checks() -> Iterator[tuple[str, Callable[[], str]]]:
 
 def _gpu_checks(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
     yield f"prewarm, hidden {GPU_HIDDEN}", partial(_prewarm, device)
-    tokens = dispatch.path_tokens(GPU_HIDDEN, support.arch(device), GPU_MAX_TOKENS)
+    tokens = routes.bounds(GPU_HIDDEN, support.arch(device), GPU_MAX_TOKENS)
     for op in OUTPUTS:
         yield (
             f"{op}, hidden {GPU_HIDDEN}, against float64",

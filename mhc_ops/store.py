@@ -1,50 +1,54 @@
-"""Folders of compiled kernels: those that were built ahead, and those of the cache.
+"""Folders of what was compiled: kernels and native libraries, built ahead or cached.
 
-A kernel is a shared library and beside it a JSON file that says what it was built with, and the
-library's hash. Reading one needs no compiler and nothing of TileLang's Python: tvm-ffi loads it
-onto TileLang's run-time library. One that does not match this installation is left alone.
+A kernel is a cubin and beside it a JSON file, its manifest: how it is launched, the SHA-256 of the
+cubin and of the sources, and as a record the versions of the compilers. Reading a kernel needs no
+compiler and nothing of TileLang. One that does not match this installation is left alone.
 """
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import functools
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
-import platform
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from . import config
-from .dispatch import Key
+from . import compiler, config, formula
+from .compiler import Compiled
+from .routes import Key
 
 logger = logging.getLogger("mhc_ops")
 
 LOCK_SECONDS = 600.0  # the longest compile takes 30; whoever holds a lock for longer is stuck
 POLL_SECONDS = 0.05
 
-_PACKAGE = Path(__file__).parent
+CUBIN = ".cubin"
+LIBRARY = ".so"
 
 _warned: set[tuple[Path, str]] = set()
 _warned_lock = threading.Lock()
 
 
-def kernel_sources() -> list[Path]:
-    """The files that decide what a kernel is: factories, constants, flags of the compiler."""
-    package = importlib.util.find_spec("mhc_ops.csrc_tilelang")
-    folders = package.submodule_search_locations if package else None
-    factories = [path for folder in folders or () for path in Path(folder).glob("*.py")]
-    return [*sorted(factories), _PACKAGE / "dispatch.py", _PACKAGE / "jit.py"]
+class Found(NamedTuple):
+    """A file of a folder that is whole and was built with what was asked for.
+
+    Attributes:
+        path: the file.
+        content: what is in it.
+        facts: what its manifest says.
+    """
+
+    path: Path
+    content: bytes
+    facts: Mapping[str, Any]
 
 
 def digest(facts: Mapping[str, str]) -> str:
@@ -53,16 +57,12 @@ def digest(facts: Mapping[str, str]) -> str:
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
+def kernels_built_with() -> dict[str, str]:
+    """What a kernel must have been built with: these sources, whatever the compilers."""
     sources = hashlib.sha256()
-    for path in kernel_sources():
+    for path in compiler.sources():
         sources.update(f"{path.name}\0{path.read_text()}\0".encode())
-    return {
-        "tilelang": importlib.metadata.version("tilelang"),
-        "tvm_ffi": importlib.metadata.version("apache-tvm-ffi"),
-        "machine": platform.machine(),
-        "kernel_sources": sources.hexdigest()[:16],
-    }
+    return {"sources": sources.hexdigest()[:16]}
 
 
 def file_name(key: Key) -> str:
@@ -80,129 +80,142 @@ def _leave(file: Path, reason: str, where: Path | None = None) -> None:
     logger.warning("%s is not used: %s", file, reason)
 
 
-def find(folder: Path, name: str, built_with: Mapping[str, str]) -> Path | None:
-    """A library of a folder, if it is whole and was built with this.
+def find(folder: Path, name: str, suffix: str, built_with: Mapping[str, str]) -> Found | None:
+    """A file of a folder, if it is whole and was built with this.
 
     Args:
         folder: where to look; need not exist.
         name: the stem of its files.
+        suffix: of the file, beside which stands a manifest.
         built_with: what it must have been built with.
 
     Returns:
-        The library; None where there is none, or one that does not match, which is logged.
+        The file; None where there is none, or one that does not match, which is logged.
     """
-    library, manifest = folder / f"{name}.so", folder / f"{name}.json"
+    file, manifest = folder / f"{name}{suffix}", folder / f"{name}.json"
     try:
         facts = json.loads(manifest.read_bytes())
     except FileNotFoundError:
-        if library.exists():
-            _leave(library, f"there is no {manifest.name} beside it")
+        if file.exists():
+            _leave(file, f"there is no {manifest.name} beside it")
         return None
     except (OSError, ValueError) as error:
         _leave(manifest, f"it cannot be read: {error}")
         return None
     if not isinstance(facts, dict) or facts.get("name") != name:
-        _leave(manifest, f"it is not that of {library.name}")
+        _leave(manifest, f"it is not that of {file.name}")
         return None
     for fact, value in built_with.items():
         if facts.get(fact) != value:
-            _leave(library, f"built with {fact} {facts.get(fact)}, expected {value}", folder)
+            _leave(file, f"built with {fact} {facts.get(fact)}, expected {value}", folder)
             return None
     try:
-        got = hashlib.sha256(library.read_bytes()).hexdigest()
+        content = file.read_bytes()
     except OSError as error:
-        _leave(library, f"it cannot be read: {error}")
+        _leave(file, f"it cannot be read: {error}")
         return None
-    if got != facts.get("sha256"):
-        _leave(library, f"it is truncated or changed, its SHA-256 is not that in {manifest.name}")
+    if hashlib.sha256(content).hexdigest() != facts.get("sha256"):
+        _leave(file, f"it is truncated or changed, its SHA-256 is not that in {manifest.name}")
         return None
-    return library
+    return Found(file, content, facts)
 
 
-def save(
-    folder: Path, name: str, built_with: Mapping[str, str], export: Callable[[Path], None]
-) -> None:
-    """Put a library into a folder, whole or not at all.
+def save(folder: Path, name: str, suffix: str, facts: Mapping[str, Any], content: bytes) -> None:
+    """Put a file and its manifest into a folder, whole or not at all.
 
     Args:
         folder: where to put it; made where it does not exist.
         name: the stem of its files.
-        built_with: what it was built with.
-        export: writes the library to the path that it is given.
+        suffix: of the file.
+        facts: what its manifest says, what it was built with among them.
+        content: what goes into the file.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    library, manifest = folder / f"{name}.so", folder / f"{name}.json"
+    file, manifest = folder / f"{name}{suffix}", folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        new_library, new_manifest = Path(scratch) / library.name, Path(scratch) / manifest.name
-        export(new_library)
-        sha256 = hashlib.sha256(new_library.read_bytes()).hexdigest()
-        facts = {"name": name, **built_with, "sha256": sha256}
+        new_file, new_manifest = Path(scratch) / file.name, Path(scratch) / manifest.name
+        new_file.write_bytes(content)
+        new_file.chmod(0o755 if suffix == LIBRARY else 0o644)
+        facts = {"name": name, **facts, "sha256": hashlib.sha256(content).hexdigest()}
         new_manifest.write_text(json.dumps(facts, indent=1) + "\n")
-        # whoever looks in between finds none, not the one's library with the other's manifest
+        # whoever looks in between finds none, not the one's file with the other's manifest
         manifest.unlink(missing_ok=True)
-        os.replace(new_library, library)
+        os.replace(new_file, file)
         os.replace(new_manifest, manifest)
 
 
-@functools.cache
-def _load_runtime() -> None:
-    """TileLang's run-time library, 2 ms; its Python, which takes a second or more, stays out."""
-    package = importlib.util.find_spec("tilelang")
-    folders = package.submodule_search_locations if package else None
-    for folder in folders or ():
-        # global, as TileLang loads it: kernels name no library that they need
-        ctypes.CDLL(f"{folder}/lib/libtvm_runtime.so", mode=ctypes.RTLD_GLOBAL)
+def _from_facts(found: Found) -> Compiled:
+    facts = found.facts
+    x, y = (formula.parse(text) for text in facts["grid"])
+    return Compiled(
+        cubin=found.content,
+        symbol=str(facts["symbol"]),
+        parameters=tuple((name, kind) for name, kind in map(str.split, facts["parameters"])),
+        grid=(x, y),
+        block=int(facts["block"]),
+        cluster=int(facts["cluster"]),
+        shared=int(facts["shared"]),
+        pdl=bool(facts["pdl"]),
+        compiled_with=facts["compiled_with"],
+    )
 
 
-def load_kernel(folder: Path, key: Key) -> Callable[..., Any] | None:
-    """The host function of a kernel in a folder.
+def load_kernel(folder: Path, key: Key) -> Compiled | None:
+    """A kernel of a folder.
 
     Args:
         folder: where to look; need not exist.
         key: the kernel.
 
     Returns:
-        As :func:`mhc_ops.jit.compile_key`; None where there is none that can be used, with the
-        reason in the log where there is one that cannot.
+        The kernel; None where there is none that can be used, with the reason in the log where
+        there is one that cannot.
     """
-    library = find(folder, file_name(key), _versions())
-    if library is None:
+    found = find(folder, file_name(key), CUBIN, kernels_built_with())
+    if found is None:
         return None
-    import tvm_ffi  # late: it comes with TileLang, which the package does not import
-
     try:
-        _load_runtime()
-        run: Callable[..., Any] = tvm_ffi.load_module(str(library)).main
-    except (AttributeError, OSError, RuntimeError) as error:
-        _leave(library, f"it cannot be loaded: {error}")
+        return _from_facts(found)
+    except (KeyError, TypeError, ValueError) as error:
+        _leave(found.path, f"its manifest is not one of a kernel: {error!r}")
         return None
-    return run
 
 
-def save_kernel(folder: Path, key: Key, kernel: Any) -> None:
+def save_kernel(folder: Path, key: Key, kernel: Compiled) -> None:
     """Put a compiled kernel into a folder.
 
     Args:
         folder: where to put it; made where it does not exist.
         key: the kernel.
-        kernel: what TileLang's compiler returned for it.
+        kernel: what the compiler returned for it.
 
     Raises:
-        OSError, RuntimeError: it cannot be written.
+        OSError: it cannot be written.
     """
-    save(folder, file_name(key), _versions(), lambda path: kernel.export_library(str(path)))
+    facts = {
+        **kernels_built_with(),
+        "symbol": kernel.symbol,
+        "parameters": [f"{name} {kind}" for name, kind in kernel.parameters],
+        "grid": [str(extent) for extent in kernel.grid],
+        "block": kernel.block,
+        "cluster": kernel.cluster,
+        "shared": kernel.shared,
+        "pdl": kernel.pdl,
+        "compiled_with": dict(kernel.compiled_with),
+    }
+    save(folder, file_name(key), CUBIN, facts, kernel.cubin)
 
 
 def cached_folder() -> Path:
-    """Where the cache keeps the kernels of this installation.
+    """Where the cache keeps the kernels of these sources.
 
     Raises:
         RuntimeError: others can write to it, see :func:`mhc_ops.config.require_trusted`.
     """
-    folder = config.own_cache_folder() / f"kernels-{digest(_versions())}"
+    folder = config.own_cache_folder() / f"kernels-{digest(kernels_built_with())}"
     config.require_trusted(folder)
     return folder
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 import torch
 
@@ -16,11 +15,6 @@ def _normalise(device: torch.device | str | int | None) -> torch.device:
     if isinstance(device, int):
         return torch.device("cuda", device)
     return torch.device(device)
-
-
-@functools.cache
-def _tilelang_installed() -> bool:
-    return importlib.util.find_spec("tilelang") is not None
 
 
 @functools.cache
@@ -58,8 +52,6 @@ def is_supported(device: torch.device | str | int | None = None) -> tuple[bool, 
         return False, "this torch is built without CUDA"
     if not torch.cuda.is_available():
         return False, "no CUDA device is available"
-    if not _tilelang_installed():
-        return False, "tilelang is not installed"
     index = cuda_device(wanted).index
     if index >= torch.cuda.device_count():
         return False, f"there is no CUDA device {index}"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import mixes
+from ._arguments import mixes
 
 OUTPUTS: dict[str, tuple[str, ...]] = {
     "post": ("residual_out",),

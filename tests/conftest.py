@@ -11,8 +11,10 @@ import torch
 
 import mhc_ops
 from emulated import lower_key
-from emulation import Lowered
-from mhc_ops import dispatch, host
+from fake_driver import FakeDriver, install, restore
+from mhc_ops.compiler import Lowered
+from mhc_ops.native import host
+from mhc_ops.routes import Key
 
 # What the GPU tests use: compiled side by side before the first of many, not one by one in them.
 HIDDEN_SIZES = (256, 512, 768, 2816, 4096, 5120, 7168)
@@ -63,12 +65,27 @@ def fresh_dynamo():
 
 
 @pytest.fixture(scope="session")
+def _driver(tmp_path_factory) -> FakeDriver:
+    return FakeDriver(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture
+def driver(_driver, monkeypatch):
+    """A CUDA driver without a GPU, which serves CPU tensors while the test lasts."""
+    _driver.reset()
+    install(monkeypatch, _driver)
+    yield _driver
+    monkeypatch.undo()
+    restore()
+
+
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
     """Where the emulation builds."""
     return tmp_path_factory.mktemp("emulation")
 
 
 @pytest.fixture(scope="session")
-def lowered() -> Callable[[dispatch.Key], Lowered]:
+def lowered() -> Callable[[Key], Lowered]:
     """Key to lowered kernel, each lowered once."""
     return functools.cache(lower_key)

@@ -1,4 +1,4 @@
-"""The ops on the emulation of their kernels, with their own dispatch and launches.
+"""The ops on the emulation of their kernels, with their own routes, plans and launches.
 
 Only the launch itself goes to the emulation (see ``tests/emulation``), so what is compared with the
 oracle is host code and kernels together.
@@ -6,29 +6,66 @@ oracle is host code and kernels together.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from emulation import Kernel, Lowered, lower
-from mhc_ops import dispatch, host, jit, support
+from emulation import Kernel
+from mhc_ops import compiler, jit, routes, support
+from mhc_ops._arguments import recipe
+from mhc_ops.compiler import Compiled, Lowered
+from mhc_ops.native import host, launcher, serve
+from mhc_ops.routes import Key
 from mhc_ops.testing import OUTPUTS, as_outputs, assert_matches_oracle, poisoned_memory
 
 ARCH = "sm_90a"
-MAX_TOKENS = 300  # beyond every threshold of the dispatch but that of post_head
+MAX_TOKENS = 300  # beyond every bound of the table but that of post_head
 HIDDEN = 1280  # several warps of a collapse, the last of them partly idle
 CASES = tuple((op, norm) for op in OUTPUTS for norm in (False, True) if not (op == "post" and norm))
 TOKENWISE = ("x", "residual", "post_layer_mix", "comb_res_mix")
-EARLY = (dispatch.ONE_LAUNCH, dispatch.PERSISTENT, dispatch.PRE)  # may read fn early
-ENDS = ("expand_pre", "post_head")  # in clusters; post_head_streams runs the latter's kernels
+ENDS = ("expand_pre", "post_head", "post_head_persistent")
+IN_CLUSTERS = ("fused_post_pre", "fused_post_pre_persistent", "pre", *ENDS)  # kernels
 
 
-def lower_key(key: dispatch.Key) -> Lowered:
+def key_of(
+    kernel: str, hidden: int, *, arch: str = ARCH, norm: bool = False, **options: int
+) -> Key:
+    """The one key in the table of a kernel with these options, and the RMSNorm where it has one."""
+    (key,) = {
+        launch.key(hidden, arch, norm)
+        for op in routes.ops()
+        for row in routes.routes(op, hidden, arch)
+        for launch in row.launches
+        if launch.kernel == kernel and options.items() <= dict(launch.options).items()
+    }
+    return key
+
+
+def runs_in_clusters(op: str, hidden: int, arch: str, tokens: int) -> bool:
+    """Whether a kernel in clusters serves a call."""
+    launches = routes.row(op, hidden, arch, tokens).launches
+    return any(launch.kernel in IN_CLUSTERS for launch in launches)
+
+
+def lower_key(key: Key) -> Lowered:
     """The kernel of a key as it ships."""
-    return lower(jit.program(key), key.arch, jit.pass_configs())
+    return compiler.lower(compiler.program(key), key.arch)
+
+
+def _as_compiled(lowered: Lowered) -> Compiled:
+    return Compiled(
+        b"",
+        lowered.symbol,
+        lowered.parameters,
+        lowered.grid[:2],
+        lowered.block[0],
+        lowered.cluster,
+        lowered.shared,
+        lowered.pdl,
+        {},
+    )
 
 
 class Device:
@@ -38,30 +75,51 @@ class Device:
         launched: the keys that were launched.
     """
 
-    def __init__(self, monkeypatch, kernel: Callable[[dispatch.Key], Kernel]) -> None:
-        self.launched: set[dispatch.Key] = set()
+    def __init__(self, monkeypatch, kernel: Callable[[Key], Kernel]) -> None:
+        self.launched: set[Key] = set()
         self.sms = 4
         self.arch = ARCH
+        self._kernel = kernel
+        self._loaded: list[tuple[Key, Kernel]] = []  # by handle
 
-        def launch(key: dispatch.Key, device: torch.device, *args: Any) -> None:
-            run = kernel(key)
-            if key.kernel in EARLY and args[-1]:
-                run.early = ("fn",)
-            self.launched.add(key)
-            run(*args)
-
-        monkeypatch.setattr(jit, "launch", launch)
-        monkeypatch.setattr(jit, "entry_point", lambda key, device: None)
-        monkeypatch.setattr(host, "remember", lambda *plan: None)
+        monkeypatch.setattr(jit, "loaded", self._load)
+        monkeypatch.setattr(launcher, "launch", self._launch)
+        monkeypatch.setattr(launcher, "capture", lambda kernel, stream: 0)
+        monkeypatch.setattr(serve, "current_stream", lambda device: 0)
+        monkeypatch.setattr(host, "remember", lambda plan, device: None)
         monkeypatch.setattr(support, "arch", lambda device: self.arch)
         monkeypatch.setattr(support, "sm_count", lambda device: self.sms)
         monkeypatch.setattr(support, "require", lambda op, device: None)
 
+    def _load(self, key: Key, device: torch.device) -> launcher.Kernel:
+        run = self._kernel(key)
+        self._loaded.append((key, run))
+        return launcher.Kernel(len(self._loaded) - 1, _as_compiled(run.lowered))
+
+    def _launch(
+        self,
+        op: str,
+        kernel: launcher.Kernel,
+        grid: Sequence[int],
+        values: Mapping[str, Any],
+        stream: int,
+    ) -> None:
+        key, run = self._loaded[kernel.handle]
+        shaped = dict(values)
+        for argument in run.lowered.arguments:
+            # a kernel sees an address: whatever the shape, as many elements as it asks for
+            if argument.shape is not None and argument.name in shaped:
+                sizes = [values[n] if isinstance(n, str) else n for n in argument.shape]
+                shaped[argument.name] = shaped[argument.name].view(sizes)
+        if values.get("early"):
+            run.early = ("fn",)
+        self.launched.add(key)
+        run(grid, shaped)
+
     def run(self, op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The CUDA implementation of an op; output name to tensor."""
-        module = importlib.import_module(f"mhc_ops.ops.{op}")
         with poisoned_memory():
-            return as_outputs(op, module._cuda(**inputs))
+            return as_outputs(op, serve.serve(op, recipe(op).bind((), inputs)))
 
     def check(self, op: str, inputs: dict[str, Any]) -> None:
         """Run an op and compare every output with the float64 oracle."""

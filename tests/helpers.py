@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhc_ops import dispatch
+from mhc_ops import routes
 from mhc_ops.testing import (
     OUTPUTS,
     as_outputs,
@@ -147,47 +147,14 @@ EPSILONS = {
 }
 
 
-ENDS = ("expand_pre", "post_head", "post_head_streams")
-
-
-def kernel_name(key: dispatch.Key) -> str:
-    """Stem and tile of a kernel, such as ``projection2x4``."""
-    tile = [str(v) for name, v in key.options if name not in ("rows", "norm")]
-    return key.kernel + "x".join(tile)
-
-
 def path(op: str, hidden: int, tokens: int) -> str:
     """The kernels that serve a call on an H100, by name."""
-    if tokens == 0:
-        return "nothing"
-    if op == "post":
-        return "post"
-    if op == "pre" and dispatch.takes_pre(tokens, hidden, "sm_90a", False):
-        return op
-    if op in ENDS and dispatch.takes_one_launch_end(hidden, "sm_90a"):
-        if op == "expand_pre":
-            return op
-        return "post_head" if dispatch.takes_one_round(tokens, hidden) else "post_head_persistent"
-    if op == "fused_post_pre" and dispatch.takes_one_launch(tokens, hidden, "sm_90a"):
-        return "fused_post_pre"
-    if op == "fused_post_pre" and dispatch.takes_persistent(tokens, hidden, "sm_90a", False):
-        return dispatch.PERSISTENT
-    if op == "fused_post_pre" and dispatch.takes_post_projection(tokens, hidden):
-        plan = dispatch.post_projection_plan(tokens, hidden, "sm_90a", 132)
-        return f"{kernel_name(plan.key)}+finish"
-    rows = dispatch.HC_MULT if "head" in op else dispatch.MIXES
-    projection = kernel_name(dispatch.projection_plan(tokens, hidden, rows, "sm_90a", 132).key)
-    return {
-        "pre": f"{projection}+finish",
-        "head": f"{projection}+head",
-        "fused_post_pre": f"post+{projection}+finish",
-        "expand_pre": f"{projection}+finish",
-    }.get(op, f"post+{projection}+head")
+    return routes.path(op, hidden, "sm_90a", tokens) or "nothing"
 
 
 def bounds(hidden: int) -> set[int]:
-    """Token counts on both sides of every bound of dispatch: every path at its ends."""
-    starts = dispatch.path_tokens(hidden, "sm_90a", 5000)
+    """Token counts on both sides of every bound of the table: every path at its ends."""
+    starts = routes.bounds(hidden, "sm_90a", 5000)
     return {t for start in starts for t in (start - 1, start)} - {0}
 
 

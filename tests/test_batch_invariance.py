@@ -1,4 +1,4 @@
-"""On the CPU a token has the same bits alone, in any batch and at any position."""
+"""A token has the same bits alone, in any batch and at any position: on CPU and GPU."""
 
 from contextlib import contextmanager
 
@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import NORMS, OPS, assert_equal, call, clone, tensors
-from mhc_ops import reference
+from helpers import NORMS, OPS, assert_equal, bounds, call, clone, tensors
+from mhc_ops import reference, routes, support
 from mhc_ops.testing import KINDS, make_inputs
 
 TOKEN = ("x", "residual", "post_layer_mix", "comb_res_mix")
@@ -155,3 +155,63 @@ def test_a_gradient_of_the_weights_takes_no_memory_for_every_token():
     product.sum().backward()
     torch.testing.assert_close(weights.grad, values.sum(0).expand(4, 8))
     torch.testing.assert_close(product.detach(), reference._linear(values, weights.detach()))
+
+
+# ------------------------------------------------------------------------ GPUs with clusters of 16
+
+GPU_HIDDEN = (2816, 4096, 5120, 7168)
+# head launches the projection, which is cut into more parts where there are few tokens
+GPU_OPS = tuple(op for op in OPS if op != "head")
+MANY = 1111
+
+
+@pytest.fixture
+def clusters():
+    if support.arch(torch.device("cuda", 0)) not in routes.CLUSTER_ARCHS:
+        pytest.skip("needs a GPU with clusters of 16 CTAs")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("clusters")
+@pytest.mark.parametrize("hidden", GPU_HIDDEN)
+@pytest.mark.parametrize(("op", "norm"), [(op, norm) for op in GPU_OPS for norm in NORMS[op]])
+def test_any_batch_on_a_gpu(op, norm, hidden):
+    """On both sides of every bound of the table: other kernels, clusters, groups and tiles."""
+    inputs = make_inputs(op, MANY, hidden, device="cuda", norm=norm, kind="large_logits")
+    batch = call(op, inputs)
+    for tokens in sorted({2, 7, 8, 9, 16, 17, 20, 300, *bounds(hidden)}):
+        for start in (0, (MANY - tokens) // 2, MANY - tokens):
+            check_cut(op, inputs, batch, start, start + tokens)
+    for token in (3, 31, 32, 500, MANY - 2):
+        check_cut(op, inputs, batch, token, token + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("clusters")
+@pytest.mark.parametrize("hidden", GPU_HIDDEN)
+@pytest.mark.parametrize("repeats", [9, 64], ids=["4599_tokens", "32704_tokens"])
+@pytest.mark.parametrize("op", ["fused_post_pre", "post_head_streams"])
+def test_many_tokens_on_a_gpu(op, repeats, hidden):
+    """The same tokens again and again: every one of them has the bits of the first time."""
+    inputs = make_inputs(op, 511, hidden, device="cuda", norm=True, kind="large_logits")
+    few = call(op, inputs)
+    repeated = {
+        name: v.repeat(repeats, *(1,) * (v.dim() - 1)) if name in TOKEN else v
+        for name, v in inputs.items()
+    }
+    many = call(op, repeated)
+    for name, value in few.items():
+        assert torch.equal(
+            many[name].unflatten(0, (repeats, 511)), value.expand(repeats, *value.shape)
+        ), name
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("clusters")
+@pytest.mark.parametrize("op", ["fused_post_pre", "pre", "expand_pre"])
+def test_as_many_tokens_as_are_promised_on_a_gpu(op):
+    """32,768 tokens, and the first, some and the last of them by themselves."""
+    inputs = make_inputs(op, 32768, 5120, device="cuda", norm=True)
+    batch = call(op, inputs)
+    for start, tokens in ((0, 1), (16383, 3), (8190, 129), (20000, 4096), (32767, 1)):
+        check_cut(op, inputs, batch, start, start + tokens)

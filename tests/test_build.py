@@ -1,34 +1,26 @@
 """build: what it refuses, and what it puts where; the wheel is ``test_packaging.py``'s."""
 
 import subprocess
-from pathlib import Path
 
 import pytest
 
-from mhc_ops import __main__, build, dispatch, host, jit, store
-
-
-class FakeKernel:
-    """What stands for TileLang's compiled kernel: its library holds the key's text."""
-
-    def __init__(self, key):
-        self.key = key
-
-    def export_library(self, path):
-        Path(path).write_text(str(self.key))
+import fake_driver
+from mhc_ops import __main__, build, compiler, routes, store
+from mhc_ops.native import host, launcher
 
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Keys that were compiled, by a stand-in for the compiler, and host libraries built."""
+    """Keys that were compiled, by a stand-in for the compiler, and native libraries built."""
     compiled = []
 
     def compile_kernel(key):
         compiled.append(key)
-        return FakeKernel(key)
+        return fake_driver.compiled(key)
 
-    monkeypatch.setattr(jit, "compile_kernel", compile_kernel)
-    monkeypatch.setattr(host, "build", compiled.append)
+    monkeypatch.setattr(compiler, "compile_kernel", compile_kernel)
+    for native in (launcher, host):
+        monkeypatch.setattr(native, "build", lambda folder, n=native: compiled.append(n.NAME))
     return compiled
 
 
@@ -72,20 +64,14 @@ def test_every_kernel_is_built(compiled, capsys, tmp_path):
     archs, sizes = ("sm_80", "sm_90a"), (4096, 5120)
     options = ["--arch", "sm_80, sm_90a", "--hidden", "4096,5120,4096", "--max-tokens", "64"]
     assert __main__.main(["build", *options, "-o", str(tmp_path)]) == 0
-    want = {key for arch in archs for size in sizes for key in dispatch.keys(size, arch, 64)}
-    assert compiled[-1] == tmp_path  # the host library's folder
-    assert sorted(compiled[:-1]) == sorted(want)
+    want = {key for arch in archs for size in sizes for key in routes.keys(size, arch, 64)}
+    assert compiled[-2:] == ["launcher", "host"]
+    assert sorted(compiled[:-2]) == sorted(want)
     for key in want:
-        library = store.find(tmp_path, store.file_name(key), store._versions())
-        assert library.read_text() == str(key)
+        assert store.load_kernel(tmp_path, key) == fake_driver.compiled(key)
     said = capsys.readouterr()
     assert said.out.startswith(f"{len(want)} kernels in {tmp_path} in ")
     assert "compiling for sm_80, sm_90a" in said.err
-
-
-def test_no_host_library_without_a_kernel_of_one_launch(compiled, tmp_path):
-    build.build(["sm_80"], [256], tmp_path)
-    assert tmp_path not in compiled
 
 
 def test_the_first_failure_ends_it(compiled, monkeypatch, capsys, tmp_path):
@@ -95,24 +81,25 @@ def test_the_first_failure_ends_it(compiled, monkeypatch, capsys, tmp_path):
         tried.append(key)
         raise RuntimeError("no nvcc")
 
-    monkeypatch.setattr(jit, "compile_kernel", fail)
+    monkeypatch.setattr(compiler, "compile_kernel", fail)
     archs = "sm_80,sm_86,sm_89,sm_90a,sm_100a"
     assert __main__.main(["build", "--arch", archs, "-o", str(tmp_path)]) == 2
     assert capsys.readouterr().err.endswith("no nvcc\n")
     every = [k for arch in archs.split(",") for h in (4096, 5120, 7168) for k in
-             dispatch.keys(h, arch, 8192)]  # fmt: skip
+             routes.keys(h, arch, 8192)]  # fmt: skip
     assert len(tried) < len(every)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_host_library_that_cannot_be_built(compiled, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("native", [launcher, host], ids=lambda native: native.NAME)
+def test_a_native_library_that_cannot_be_built(compiled, monkeypatch, capsys, tmp_path, native):
     def fail(folder):
         raise subprocess.CalledProcessError(1, "g++", stderr="error: no such header\n")
 
-    monkeypatch.setattr(host, "build", fail)
+    monkeypatch.setattr(native, "build", fail)
     assert __main__.main(["build", "--arch", "sm_90a", "-o", str(tmp_path)]) == 2
     assert capsys.readouterr().err.endswith(
-        "mhc_ops.build: the native host library cannot be built: error: no such header\n"
+        f"mhc_ops.build: the native library {native.NAME} cannot be built: error: no such header\n"
     )
 
 

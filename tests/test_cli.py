@@ -93,8 +93,7 @@ def test_info_json(capsys):
   "MHC_OPS_TILELANG_PRE": "bool",
   "MHC_OPS_TILELANG_POST": "bool",
   "MHC_OPS_DISABLE_JIT": "bool",
-  "MHC_OPS_TRUST_CACHE": "bool",
-  "MHC_OPS_BATCH_INVARIANT": "bool"
+  "MHC_OPS_TRUST_CACHE": "bool"
  }
 }""",
     )
@@ -106,28 +105,27 @@ def test_info_table(capsys, monkeypatch):
     assert_expected_inline(
         capsys.readouterr().out.translate(ASCII),
         """\
-+-------------------------+------------------------------------------------------------------------+
-| mhc_ops                 | 0.1.0                                                                  |
-| python                  | 3.12.3                                                                 |
-| torch                   | 2.11.0+cu130                                                           |
-| tilelang                | 0.1.15                                                                 |
-| transformers            | -                                                                      |
-| cuda                    | 13.0                                                                   |
-| driver                  | 580.159.04                                                             |
-+-------------------------+------------------------------------------------------------------------+
-| cuda:0                  | NVIDIA H200: supported: TileLang kernels for sm_90a                    |
-| cuda:1                  | Tesla V100: not supported: compute capability 7.0 of Tesla V100 is     |
-|                         | below 8.0                                                              |
-+-------------------------+------------------------------------------------------------------------+
-| kernel cache            | /cache                                                                 |
-+-------------------------+------------------------------------------------------------------------+
-| MHC_OPS_FUSE_POST_PRE   | 0                                                                      |
-| MHC_OPS_TILELANG_PRE    | 1                                                                      |
-| MHC_OPS_TILELANG_POST   | 1                                                                      |
-| MHC_OPS_DISABLE_JIT     | 0                                                                      |
-| MHC_OPS_TRUST_CACHE     | 0                                                                      |
-| MHC_OPS_BATCH_INVARIANT | 0                                                                      |
-+-------------------------+------------------------------------------------------------------------+
++-----------------------+--------------------------------------------------------------------------+
+| mhc_ops               | 0.1.0                                                                    |
+| python                | 3.12.3                                                                   |
+| torch                 | 2.11.0+cu130                                                             |
+| tilelang              | 0.1.15                                                                   |
+| transformers          | -                                                                        |
+| cuda                  | 13.0                                                                     |
+| driver                | 580.159.04                                                               |
++-----------------------+--------------------------------------------------------------------------+
+| cuda:0                | NVIDIA H200: supported: TileLang kernels for sm_90a                      |
+| cuda:1                | Tesla V100: not supported: compute capability 7.0 of Tesla V100 is below |
+|                       | 8.0                                                                      |
++-----------------------+--------------------------------------------------------------------------+
+| kernel cache          | /cache                                                                   |
++-----------------------+--------------------------------------------------------------------------+
+| MHC_OPS_FUSE_POST_PRE | 0                                                                        |
+| MHC_OPS_TILELANG_PRE  | 1                                                                        |
+| MHC_OPS_TILELANG_POST | 1                                                                        |
+| MHC_OPS_DISABLE_JIT   | 0                                                                        |
+| MHC_OPS_TRUST_CACHE   | 0                                                                        |
++-----------------------+--------------------------------------------------------------------------+
 """,
     )
 

@@ -14,7 +14,6 @@ from mhc_ops import config
 
 FUSE, PRE, POST = "MHC_OPS_FUSE_POST_PRE", "MHC_OPS_TILELANG_PRE", "MHC_OPS_TILELANG_POST"
 NO_JIT, TRUST = "MHC_OPS_DISABLE_JIT", "MHC_OPS_TRUST_CACHE"
-INVARIANT = "MHC_OPS_BATCH_INVARIANT"
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +48,7 @@ def test_empty_means_the_default(monkeypatch, word):
     assert {name: config.switch(name) for name in config.DEFAULTS} == config.DEFAULTS
 
 
-@pytest.mark.parametrize("name", [FUSE, PRE, POST, NO_JIT, TRUST, INVARIANT])
+@pytest.mark.parametrize("name", [FUSE, PRE, POST, NO_JIT, TRUST])
 @pytest.mark.parametrize("word", ["2", "maybe", "-1", "none"])
 def test_other_words_are_refused(monkeypatch, name, word):
     monkeypatch.setenv(name, word)
@@ -66,7 +65,7 @@ def test_fusing_needs_all_three(monkeypatch, fuse, pre, post):
 
 
 def test_every_variable_is_in_the_table():
-    assert list(config.DEFAULTS) == [FUSE, PRE, POST, NO_JIT, TRUST, INVARIANT]
+    assert list(config.DEFAULTS) == [FUSE, PRE, POST, NO_JIT, TRUST]
     assert config.WIRING == (FUSE, PRE, POST)
     for name, default in config.DEFAULTS.items():
         assert name.startswith(config.PREFIX)

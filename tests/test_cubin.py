@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from emulated import lower_key
-from mhc_ops import dispatch
+from emulated import IN_CLUSTERS, lower_key
+from mhc_ops import routes
+from mhc_ops.routes import Key
 
 MAX_TOKENS = 8192
 # the hidden sizes where spills are counted, one where it is enough that the kernels compile
@@ -26,16 +27,12 @@ CASES += [(arch, 4096) for arch in ("sm_80", "sm_100a", "sm_120a")]
 # with norm and streams. Without the streams the persistent one spills 12 to 20 bytes, 4 at 7168
 POST_HEAD_CASE = ("sm_90a", 5120)
 
-# Of kernels that take long to lower and differ by the norm or the streams alone, the largest, where
-# that is enough.
-LONG_TO_LOWER = {
-    dispatch.ONE_LAUNCH, dispatch.PERSISTENT, dispatch.PRE, "expand_pre", "post_head",
-    "post_head_persistent",
-}  # fmt: skip
+LONGEST_TO_LOWER = ("fused_post_pre_persistent", "pre")
+
 # Their warps have two roles with registers to match, 184 or 200 to hold fn; what is spilled is
 # addresses above all, in pre some of fn.
 # expand_pre lacks a register where two CTAs share an SM.
-MAY_SPILL = {dispatch.PERSISTENT: 80, dispatch.PRE: 96, "expand_pre": 8}  # bytes
+MAY_SPILL = {"fused_post_pre_persistent": 80, "pre": 96, "expand_pre": 8}  # bytes
 
 WAIT = "cudaGridDependencySynchronize()"
 PDL = (WAIT, "cudaTriggerProgrammaticLaunchCompletion()", "griddepcontrol")
@@ -80,18 +77,19 @@ def compile_all(sources: Sequence[str], arch: str, folder: Path) -> list[str]:
 
 
 @functools.cache
-def sources(arch: str, hidden: int) -> dict[dispatch.Key, str]:
-    """The CUDA source of every kernel that a call on this architecture can reach."""
+def sources(arch: str, hidden: int) -> dict[Key, str]:
+    """The CUDA source of every kernel that a call on this architecture can reach.
+
+    Kernels in clusters take long to lower and differ by the norm or the streams alone: the largest
+    is enough in most places.
+    """
     return {
         key: lower_key(key).source
-        for key in dispatch.keys(hidden, arch, MAX_TOKENS)
+        for key in routes.keys(hidden, arch, MAX_TOKENS)
         if (arch, hidden) != POST_HEAD_CASE or key.kernel.startswith("post_head")
-        if key.kernel not in LONG_TO_LOWER
+        if key.kernel not in IN_CLUSTERS
         or all(dict(key.options).values())
-        or (
-            (arch, hidden) == ("sm_90a", 4096)
-            and key.kernel not in (dispatch.PERSISTENT, dispatch.PRE)
-        )
+        or ((arch, hidden) == ("sm_90a", 4096) and key.kernel not in LONGEST_TO_LOWER)
     }
 
 
@@ -116,5 +114,5 @@ def test_programmatic_launch_from_hopper_on(arch, hidden):
             assert not any(word in source for word in PDL), key
         else:
             # fused_post_pre waits before it reads fn or after that; where warps have roles, each
-            waits = {dispatch.ONE_LAUNCH: 2, dispatch.PERSISTENT: 4, dispatch.PRE: 4}
+            waits = {"fused_post_pre": 2, "fused_post_pre_persistent": 4, "pre": 4}
             assert source.count(WAIT) == waits.get(key.kernel, 1), key

@@ -5,7 +5,8 @@ import torch
 
 import mhc_ops
 from helpers import OPS, assert_equal, call, clone, sizes, tensors
-from mhc_ops import host, jit
+from mhc_ops import jit
+from mhc_ops.native import host
 from mhc_ops.testing import make_inputs
 
 HIDDEN = 4096
@@ -131,8 +132,8 @@ def test_capture_of_a_kernel_that_is_not_loaded_is_refused(op, monkeypatch):
     inputs = make_inputs(op, 3, HIDDEN, device="cuda")
     call(op, inputs)
     torch.cuda.synchronize()
-    monkeypatch.setattr(jit, "_ready", {})
-    host.forget()  # the native way has the loaded kernel
+    monkeypatch.setattr(jit, "_loaded", {})
+    host.forget()  # the short way has the loaded kernel
     graph = torch.cuda.CUDAGraph()
     with (
         pytest.raises(RuntimeError, match=r"before the capture call mhc_ops\.prewarm"),

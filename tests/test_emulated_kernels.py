@@ -6,11 +6,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from emulated import ARCH, CASES, ENDS, HIDDEN, MAX_TOKENS, TOKENWISE, Device
+from emulated import (
+    ARCH,
+    CASES,
+    HIDDEN,
+    IN_CLUSTERS,
+    MAX_TOKENS,
+    TOKENWISE,
+    Device,
+    key_of,
+    runs_in_clusters,
+)
 from emulation import Kernel, missing
 from helpers import STREAMS, assert_equal
-from mhc_ops import dispatch, reference
+from mhc_ops import geometry, reference, routes
 from mhc_ops.testing import KINDS, OUTPUTS, assert_matches_oracle, make_inputs
+from other_routes import other_routes
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -20,29 +31,36 @@ def device(monkeypatch, folder, lowered) -> Device:
     return Device(monkeypatch, lambda key: Kernel(lowered(key), folder))
 
 
-@pytest.mark.parametrize(("hidden", "arch"), [(256, ARCH), (HIDDEN, ARCH), (HIDDEN, "sm_80")])
+ENDS = ("expand_pre", "post_head", "post_head_streams")
+# run at one hidden size there: they take long to lower
+LONG_TO_LOWER = set(IN_CLUSTERS) - {"fused_post_pre"}
+
+
+@pytest.mark.parametrize(
+    ("hidden", "arch"), [(256, ARCH), (HIDDEN, ARCH), (256, "sm_80"), (HIDDEN, "sm_80")]
+)
 def test_every_kernel_matches_the_oracle(device, hidden, arch):
     device.arch = arch
-    # the ends have kernels of their own or run those of other ops, whatever the number of tokens;
-    # their own, and that of pre, at one hidden size: they take long to lower
-    own = dispatch.takes_one_launch_end(hidden, arch)
-    for tokens in dispatch.path_tokens(hidden, arch, MAX_TOKENS):
-        own_pre = dispatch.takes_pre(tokens, hidden, arch, False)
+    elsewhere = LONG_TO_LOWER if hidden == 256 else set()
+    for tokens in routes.bounds(hidden, arch, MAX_TOKENS):
         for op, norm in CASES:
-            if op.startswith(ENDS) and ((own and hidden == 256) or (not own and tokens > 1)):
+            row = routes.row(op, hidden, arch, tokens)
+            if elsewhere & {launch.kernel for launch in row.launches}:
                 continue
-            if op == dispatch.PRE and own_pre and hidden == 256:
-                continue
+            if runs_in_clusters(op, hidden, arch, tokens):
+                if tokens > 1 and routes.row(op, hidden, arch, tokens - 1) == row:
+                    continue  # at the first token count of each row: they take long to emulate
+            elif op in ENDS and tokens > 1:
+                continue  # the same kernels as of other ops, whatever the number of tokens
             device.check(op, make_inputs(op, tokens, hidden, norm=norm, seed=tokens))
-    keys = dispatch.keys(hidden, arch, MAX_TOKENS)
-    elsewhere = {dispatch.PERSISTENT, *((dispatch.PRE, *ENDS) if hidden == 256 else ())}
+    keys = routes.keys(hidden, arch, MAX_TOKENS)
     assert device.launched == {key for key in keys if key.kernel not in elsewhere}
 
 
 @pytest.mark.parametrize(("op", "norm"), CASES)
 @pytest.mark.parametrize("hidden", [4096, 8448], ids=["flash", "beyond_the_tuned_repetitions"])
 def test_large_hidden(device, hidden, op, norm):
-    if hidden == 4096 and (op.endswith("streams") or (op in ENDS and not norm)):
+    if hidden == 4096 and (op.endswith("streams") or (op in ENDS[:2] and not norm)):
         pytest.skip("takes long to lower, and differs little from the kernels that are run")
     device.sms = 132
     device.check(op, make_inputs(op, 2, hidden, norm=norm))
@@ -129,7 +147,7 @@ def test_batches_give_the_bits_of_single_tokens(device, op, tokens):
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("hidden", [HIDDEN, 5376], ids=["16_tokens_a_tile", "8_tokens_a_tile"])
-def test_the_persistent_kernel(monkeypatch, device, hidden, norm):
+def test_the_persistent_kernel(device, hidden, norm):
     """It loops over tiles, and its bits are those of the kernel for few tokens."""
     if hidden != HIDDEN and not norm:
         pytest.skip("one norm of the larger hidden size: a minute each")
@@ -137,24 +155,19 @@ def test_the_persistent_kernel(monkeypatch, device, hidden, norm):
     inputs = make_inputs("fused_post_pre", tokens, hidden, norm=norm, seed=3)
     few = {name: value[:5] if name in TOKENWISE else value for name, value in inputs.items()}
     expected = device.run("fused_post_pre", few)
-    monkeypatch.setattr(dispatch, "ONE_LAUNCH_MAX_TOKENS", 0)
-    monkeypatch.setattr(dispatch, "CLUSTERS", 1)
-    monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
-    many = device.run("fused_post_pre", inputs)
-    assert dispatch.persistent_key(hidden, ARCH, norm) in device.launched
+    with other_routes(CLUSTERS=1, FEW_CLUSTERS_TOKENS=0, ONE_ROUND_TOKENS=0):
+        many = device.run("fused_post_pre", inputs)
+    assert key_of("fused_post_pre_persistent", hidden, norm=norm) in device.launched
     assert_matches_oracle("fused_post_pre", inputs, tuple(many.values()))
     assert_equal(expected, {name: value[:5] for name, value in many.items()})
 
 
 @pytest.mark.parametrize("hidden", [HIDDEN, 5376], ids=["16_tokens_a_tile", "8_tokens_a_tile"])
-def test_pre_after_post_is_the_boundary(monkeypatch, device, hidden):
+def test_pre_after_post_is_the_boundary(device, hidden):
     """The pre kernel loops over tiles, and its bits are those of the boundary in one launch."""
     tokens = 117 if hidden == HIDDEN else 45  # more tiles than buffers, the last one short
     inputs = make_inputs("pre", tokens, hidden, norm=True, seed=3)
-    monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
-    with monkeypatch.context() as patch:  # all of one cluster
-        patch.setattr(dispatch, "ONE_LAUNCH_MAX_TOKENS", 0)
-        patch.setattr(dispatch, "CLUSTERS", 1)
+    with other_routes(CLUSTERS=1, FEW_CLUSTERS_TOKENS=0, ONE_ROUND_TOKENS=0):  # all of one cluster
         many = device.run("pre", inputs)
     assert_matches_oracle("pre", inputs, tuple(many.values()))
     post = {name: make_inputs("post", 5, hidden)[name] for name in TOKENWISE}
@@ -166,20 +179,17 @@ def test_pre_after_post_is_the_boundary(monkeypatch, device, hidden):
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-def test_the_persistent_kernel_of_post_head(monkeypatch, device, norm):
+def test_the_persistent_kernel_of_post_head(device, norm):
     """It loops over tiles, and its bits are those of the kernel for few tokens."""
-    for name, value in (
-        ("CLUSTERS", 1),
-        ("POST_HEAD_TWO_CTAS_HIDDEN", 0),
-        ("POST_HEAD_PERSISTENT_TWO_CTAS_HIDDEN", 0),
-    ):
-        monkeypatch.setattr(dispatch, name, value)
-    tokens = dispatch.POST_HEAD_GROUP_TOKENS + 5  # 5 tiles in one cluster, the last one short
+    tokens = geometry.POST_HEAD_GROUP_TOKENS + 5  # 5 tiles in one cluster, the last one short
     inputs = make_inputs("post_head_streams", tokens, HIDDEN, norm=norm, seed=3)
-    many = device.run("post_head_streams", inputs)
-    assert_matches_oracle("post_head_streams", inputs, tuple(many.values()))
     few = {name: value[:19] if name in TOKENWISE else value for name, value in inputs.items()}
-    expected = device.run("post_head_streams", few)
+    with other_routes(
+        CLUSTERS=1, POST_HEAD_TWO_CTAS_HIDDEN=0, POST_HEAD_PERSISTENT_TWO_CTAS_HIDDEN=0
+    ):
+        many = device.run("post_head_streams", inputs)
+        assert_matches_oracle("post_head_streams", inputs, tuple(many.values()))
+        expected = device.run("post_head_streams", few)
     assert {key.kernel for key in device.launched} == {"post_head", "post_head_persistent"}
     assert_equal(expected, {name: value[:19] for name, value in many.items()})
 

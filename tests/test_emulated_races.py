@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib
 import re
@@ -13,10 +12,24 @@ from typing import Any
 
 import pytest
 
-from emulated import ARCH, CASES, EARLY, ENDS, HIDDEN, MAX_TOKENS, Device, lower_key
-from emulation import EmulationError, Kernel, Lowered, missing
-from mhc_ops import dispatch
+from emulated import (
+    ARCH,
+    CASES,
+    ENDS,
+    HIDDEN,
+    IN_CLUSTERS,
+    MAX_TOKENS,
+    Device,
+    key_of,
+    lower_key,
+    runs_in_clusters,
+)
+from emulation import EmulationError, Kernel, missing
+from mhc_ops import geometry, routes
+from mhc_ops.compiler import Lowered
+from mhc_ops.routes import Key
 from mhc_ops.testing import make_inputs
+from other_routes import other_routes
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -24,47 +37,36 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def without(lowered: Lowered, pattern: re.Pattern[str], i: int = 0) -> Lowered:
     """The kernel with match ``i`` of a pattern taken out of its source."""
     start, end = list(pattern.finditer(lowered.source))[i].span()
-    return dataclasses.replace(lowered, source=lowered.source[:start] + lowered.source[end:])
+    return lowered._replace(source=lowered.source[:start] + lowered.source[end:])
 
 
 @pytest.mark.parametrize("arch", [ARCH, "sm_80"])
 def test_no_races(monkeypatch, folder, lowered, arch):
-    def kernel(key: dispatch.Key) -> Kernel:
+    def kernel(key: Key) -> Kernel:
         first = key not in device.launched
         # two CTAs side by side: they must not write the same elements
         return Kernel(lowered(key), folder, sanitize_threads=first, resident=1 + first)
 
-    def in_cluster(op: str, tokens: int) -> bool:
-        if op == dispatch.PRE:
-            return dispatch.takes_pre(tokens, 256, arch, False)
-        if op == dispatch.ONE_LAUNCH:
-            return dispatch.takes_one_launch(tokens, 256, arch)
-        return op.startswith(ENDS) and dispatch.takes_one_launch_end(256, arch)
-
     device = Device(monkeypatch, kernel)
     device.arch = arch
-    for tokens in dispatch.path_tokens(256, arch, MAX_TOKENS):
+    for tokens in routes.bounds(256, arch, MAX_TOKENS):
         for op, norm in CASES:
             # a cluster of 16 has more threads than ThreadSanitizer can hold: see below
-            if not in_cluster(op, tokens + 16):
+            if not runs_in_clusters(op, 256, arch, tokens + 16):
                 device.check(op, make_inputs(op, tokens + 16, 256, norm=norm))
     assert device.launched == {
-        key
-        for key in dispatch.keys(256, arch, MAX_TOKENS)
-        if key.kernel not in EARLY and not key.kernel.startswith(ENDS)
+        key for key in routes.keys(256, arch, MAX_TOKENS) if key.kernel not in IN_CLUSTERS
     }
 
 
 @contextlib.contextmanager
 def kernels_with(*names: str, **constants: int) -> Iterator[list[ModuleType]]:
-    """While it lasts, these modules of kernels are made with other constants of ``dispatch``."""
+    """While it lasts, these modules of kernels are made with other constants of ``geometry``."""
     modules = [importlib.import_module(f"mhc_ops.csrc_tilelang.{name}") for name in names]
     with contextlib.ExitStack() as stack:
         # called in turn from the last: the constants, then the modules
         stack.callback(lambda: [importlib.reload(module) for module in modules])
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        for name, value in constants.items():
-            patch.setattr(dispatch, name, value)
+        stack.enter_context(other_routes(**constants))
         for module in modules:
             importlib.reload(module)
         yield modules
@@ -75,7 +77,6 @@ def small_clusters():
     """Kernels with clusters of 2, which ThreadSanitizer can run two of side by side."""
     with kernels_with(
         "_operands", "fused_post_pre", "_group", "_post_head", *ENDS,
-        "post_head_persistent",
         CLUSTER=2, GROUP_TOKENS=4, EXPAND_PRE_GROUP_TOKENS=16,
     ) as modules, pytest.MonkeyPatch.context() as patch:  # fmt: skip
         # three are many already, at whose barrier they arrive relaxed
@@ -85,37 +86,38 @@ def small_clusters():
 
 RACING_KEYS = [
     # with the terms of fn in registers alone, and in shared memory as well
-    ("fused_post_pre", 11, dispatch.fused_post_pre_key(256, ARCH, False)),
-    ("fused_post_pre", 11, dispatch.fused_post_pre_key(HIDDEN, ARCH, True)),
+    ("fused_post_pre", 11, key_of("fused_post_pre", 256)),
+    ("fused_post_pre", 11, key_of("fused_post_pre", HIDDEN, norm=True)),
     # 2 groups, the first of two tiles
-    ("expand_pre", 19, dispatch.expand_pre_key(256, ARCH, True)),
+    ("expand_pre", 19, key_of("expand_pre", 256, norm=True)),
     # 2 groups of 3 and 2 tiles, the last one partly empty
-    ("post_head_streams", 35, dispatch.post_head_key(256, ARCH, True, True)),
+    ("post_head_streams", 35, key_of("post_head", 256, norm=True, streams=1)),
     # 2 groups of 9 and 8 tiles: every buffer and inbox is used again
-    ("post_head_streams", 131, dispatch.post_head_persistent_key(256, ARCH, True, True)),
+    ("post_head_streams", 131, key_of("post_head_persistent", 256, norm=True, streams=1)),
 ]
 per_racing_key = pytest.mark.parametrize(
     ("op", "tokens", "key"), RACING_KEYS, ids=[f"{k.kernel}-{k.hidden}" for _, _, k in RACING_KEYS]
 )
 
 
-def cluster_inputs(op: str, tokens: int, key: dispatch.Key) -> dict[str, Any]:
+def cluster_inputs(op: str, tokens: int, key: Key) -> dict[str, Any]:
     return make_inputs(op, tokens, key.hidden, norm=bool(dict(key.options)["norm"]))
 
 
 @per_racing_key
 def test_no_races_in_clusters(monkeypatch, folder, small_clusters, op, tokens, key):
     lowered = lower_key(key)
-    monkeypatch.setattr(dispatch, "CLUSTERS", 1)  # groups of the ends as large as they get
     device = Device(
         monkeypatch, lambda key: Kernel(lowered, folder, sanitize_threads=True, resident=4)
     )
-    device.check(op, cluster_inputs(op, tokens, key))
+    with other_routes(CLUSTERS=1):  # groups of the ends as large as they get
+        device.check(op, cluster_inputs(op, tokens, key))
+    assert device.launched == {key}
 
 
 LOOPING_KEYS = {
-    "fused_post_pre": dispatch.persistent_key(256, ARCH, True),
-    "pre": dispatch.pre_key(256, ARCH, True),
+    "fused_post_pre": key_of("fused_post_pre_persistent", 256, norm=True),
+    "pre": key_of("pre", 256, norm=True),
 }
 
 
@@ -135,14 +137,11 @@ def small_looping_kernel() -> Callable[[str], Lowered]:
 
 def run_loop(monkeypatch, folder, op: str, lowered: Lowered, sanitize_threads: bool = True) -> None:
     """In one cluster, the last tile short: every buffer, gate and inbox is used again."""
-    monkeypatch.setattr(dispatch, "ONE_LAUNCH_MAX_TOKENS", 0)
-    monkeypatch.setattr(dispatch, "CLUSTERS", 1)
-    monkeypatch.setattr(dispatch, "WIDE_TILE_HIDDEN", 0)
-    monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
     options = {"sanitize_threads": True, "resident": 8} if sanitize_threads else {}
     device = Device(monkeypatch, lambda key: Kernel(lowered, folder, **options))
     tokens = 27 if op == "fused_post_pre" else 61  # 3 and 6 buffers
-    device.check(op, cluster_inputs(op, tokens, LOOPING_KEYS[op]))
+    with other_routes(CLUSTERS=1, FEW_CLUSTERS_TOKENS=0, ONE_ROUND_TOKENS=0, WIDE_TILE_HIDDEN=0):
+        device.check(op, cluster_inputs(op, tokens, LOOPING_KEYS[op]))
     assert device.launched == {LOOPING_KEYS[op]}
 
 
@@ -181,14 +180,13 @@ WAITS = {"fused_post_pre": 6, "expand_pre": 3, "post_head": 5, "post_head_persis
 @pytest.mark.parametrize(
     ("op", "tokens", "key"),
     [
-        ("fused_post_pre", 11, dispatch.fused_post_pre_key(256, ARCH, True)),
+        ("fused_post_pre", 11, key_of("fused_post_pre", 256, norm=True)),
         *RACING_KEYS[2:],
     ],
     ids=WAITS,
 )
 def test_each_wait_of_a_cluster_is_needed(monkeypatch, folder, small_clusters, op, tokens, key):
     lowered = lower_key(key)
-    monkeypatch.setattr(dispatch, "CLUSTERS", 1)
     assert len(WAIT.findall(lowered.source)) == WAITS[key.kernel]
     for wait in range(WAITS[key.kernel]):
         broken = without(lowered, WAIT, wait)
@@ -196,30 +194,32 @@ def test_each_wait_of_a_cluster_is_needed(monkeypatch, folder, small_clusters, o
             monkeypatch,
             lambda key, broken=broken: Kernel(broken, folder, sanitize_threads=True),
         )
-        with pytest.raises(EmulationError, match=r"data race|waited for|waits for"):
+        refused = pytest.raises(EmulationError, match=r"data race|waited for|waits for")
+        with other_routes(CLUSTERS=1), refused:
             device.run(op, cluster_inputs(op, tokens, key))
 
 
 TOKENS = 20  # two token tiles
+PROJECTION_KEY = key_of("projection", HIDDEN, arch="sm_80", rows=geometry.MIXES, token_tiles=1)
 BARRIER = re.compile(r"^ *(__syncthreads|tl::__sync_thread_partial|__syncwarp)\(.*\);\n", re.M)
 
 
 @pytest.mark.parametrize(
     ("op", "key", "barriers"),
     [
-        ("fused_post_pre", dispatch.post_projection_plan(TOKENS, HIDDEN, "sm_80", 1).key, 2),
-        ("pre", dispatch.projection_plan(TOKENS, HIDDEN, dispatch.MIXES, "sm_80", 1).key, 1),
-        ("pre", dispatch.finish_key(HIDDEN, "sm_80", True), 2),
-        ("head", dispatch.head_key(HIDDEN, ARCH, True), 2),
+        ("fused_post_pre", key_of("post_projection", HIDDEN, arch="sm_80"), 2),
+        ("pre", PROJECTION_KEY, 1),
+        ("pre", key_of("finish", HIDDEN, arch="sm_80", norm=True), 2),
+        ("head", key_of("head", HIDDEN, norm=True), 2),
     ],
-    ids=lambda value: value.kernel if isinstance(value, dispatch.Key) else None,
+    ids=lambda value: value.kernel if isinstance(value, Key) else None,
 )
 def test_each_barrier_is_needed(monkeypatch, folder, lowered, op, key, barriers):
     inputs = make_inputs(op, TOKENS, HIDDEN, norm=True)
     assert len(BARRIER.findall(lowered(key).source)) == barriers
     for barrier in range(barriers):
 
-        def kernel(launched: dispatch.Key, barrier: int = barrier) -> Kernel:
+        def kernel(launched: Key, barrier: int = barrier) -> Kernel:
             if launched != key:
                 return Kernel(lowered(launched), folder)
             broken = without(lowered(key), BARRIER, barrier)

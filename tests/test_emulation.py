@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tilelang
 import tilelang.language as T
 import torch
 from torch import Tensor
 
-from emulated import ARCH
-from emulation import EmulationError, Kernel, Lowered, lower, missing
-from emulation.lowering import Parameter
-from mhc_ops import dispatch, jit, store
+from emulated import ARCH, key_of
+from emulation import EmulationError, Kernel, missing
+from mhc_ops import compiler
+from mhc_ops.compiler import Argument, Lowered
 from mhc_ops.csrc_tilelang._device import DEVICE_SOURCE
+from mhc_ops.formula import constant
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -36,14 +38,29 @@ def test_every_device_function_has_a_twin():
     assert DEVICE_SOURCE.count("__device__") == len(functions)
 
 
+def test_source_is_the_one_that_ships(monkeypatch, lowered):
+    key = key_of("finish", 256, arch="sm_80", norm=True)
+    sources = []
+
+    def compile_cuda(source: str, *rest: Any) -> bytes:
+        sources.append(source)
+        return b"cubin"
+
+    monkeypatch.setattr("tilelang.cuda.backend.tilelang_callback_cuda_compile", compile_cuda)
+    assert compiler.compile_kernel(key).cubin == b"cubin"
+    assert sources == [lowered(key).source]
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-def test_source_is_the_one_that_ships(monkeypatch, tmp_path, lowered):
-    key = dispatch.finish_key(256, ARCH, True)
-    # a run before may have left the kernel in the cache
-    monkeypatch.setattr(store, "cached_folder", lambda: tmp_path)
-    monkeypatch.setattr(jit, "_compiled", {})
-    monkeypatch.setattr(jit, "_main", lambda kernel: kernel.get_kernel_source())
-    assert jit.compile_key(key) == lowered(key).source
+@pytest.mark.parametrize("kernel", ["finish", "fused_post_pre"])
+def test_source_is_the_one_that_tilelang_compiles(kernel, lowered):
+    key = key_of(kernel, 256, arch="sm_80" if kernel == "finish" else ARCH, norm=True)
+    compiled = tilelang.compile(
+        compiler.program(key),
+        target={"kind": "cuda", "arch": key.arch},
+        pass_configs=compiler.pass_configs(),
+    )
+    assert compiled.get_kernel_source() == lowered(key).source
 
 
 SAMPLES = (Path(__file__).parent / "emulation/samples.cu").read_text()
@@ -67,20 +84,29 @@ def sample(folder) -> Callable[..., Tensor]:
         given = LANE.float() if given is None else given
         lowered = Lowered(
             source=SAMPLES,
+            symbol="sample_kernel",
             parameters=(
-                Parameter("out", "float32", ("size",)),
-                Parameter("in", "float32", ("size",)),
-                Parameter("counter", "int32", (1,)),
-                Parameter("sample", "int32", None),
+                ("out", "pointer"),
+                ("in", "pointer"),
+                ("counter", "pointer"),
+                ("sample", "int32"),
             ),
-            waits=waits,
-            dynamic_shared=4 * 64,
-            extents={"blockIdx.x": ctas, "threadIdx.x": 64},
+            arguments=(
+                Argument("out", "float32", ("size",)),
+                Argument("in", "float32", ("size",)),
+                Argument("counter", "int32", (1,)),
+                Argument("sample", "int32", None),
+            ),
+            grid=(constant(ctas), constant(1), constant(1)),
+            block=(64, 1, 1),
             cluster=cluster,
+            shared=4 * 64,
+            pdl=waits,
         )
         out = torch.full_like(given, torch.nan)
         counter = torch.zeros(1, dtype=torch.int32)
-        Kernel(lowered, folder, **options)(out, given, counter, SAMPLE[name])
+        values = {"out": out, "in": given, "counter": counter, "sample": SAMPLE[name]}
+        Kernel(lowered, folder, waits=waits, **options)((ctas,), values)
         return out
 
     return run
@@ -254,7 +280,7 @@ def test_lowered_cluster():
             if T.get_thread_binding() == 0:
                 y[i] = T.cast(T.block_rank_in_cluster(), "float32")
 
-    assert lower(program, ARCH, jit.pass_configs()).cluster == 2
+    assert compiler.lower(program, ARCH).cluster == 2
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import mhc_ops
-from helpers import EPSILONS, OPS, bounds, check_against_oracle, kernel_name, path, sizes
-from mhc_ops import host, jit
+from helpers import EPSILONS, OPS, bounds, check_against_oracle, path, sizes
+from mhc_ops import jit, routes, support
+from mhc_ops.native import host, launcher
 from mhc_ops.testing import KINDS, make_inputs, poisoned_memory
 
 OP = "fused_post_pre"
@@ -121,16 +122,18 @@ def test_the_bounds_reach_every_path(op, hidden):
 @pytest.mark.parametrize(("hidden", "tokens"), sizes(OP, (4096, 7168), 0, 513, at_bounds=True))
 def test_the_path_is_the_one_that_its_row_says(hidden, tokens, monkeypatch):
     launched = []
-    launch = jit.launch
+    launch = launcher.launch
 
-    def record(key, *args):
-        launched.append(kernel_name(key))
-        launch(key, *args)
+    def record(op, kernel, *rest):
+        launched.extend(key for (key, _), loaded in jit._loaded.items() if loaded is kernel)
+        launch(op, kernel, *rest)
 
-    monkeypatch.setattr(jit, "launch", record)
-    host.forget()  # else the native way takes calls of one launch
+    monkeypatch.setattr(launcher, "launch", record)
+    host.forget()  # else the short way takes the call
     mhc_ops.fused_post_pre(**make_inputs(OP, tokens, hidden, device="cuda"))
-    assert "+".join(launched or ["nothing"]) == path(OP, hidden, tokens)
+    arch = support.arch(torch.device("cuda", 0))
+    launches = routes.row(OP, hidden, arch, tokens).launches if tokens else ()
+    assert launched == [launch.key(hidden, arch, norm=False) for launch in launches]
 
 
 @pytest.mark.parametrize("epsilons", EPSILONS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mhc_ops
-from mhc_ops import dispatch
+from mhc_ops import routes
 from mhc_ops.testing import assert_matches_oracle, make_inputs, poisoned_memory
 
 pytestmark = pytest.mark.gpu
@@ -31,10 +31,9 @@ def assert_same_bits(got, expected):
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("hidden", [256, 2816, 4096, 5120, 7168])
 @pytest.mark.parametrize("tokens", [129, 300, 1111])
-def test_batch_invariance(monkeypatch, hidden, tokens, norm):
+def test_batch_invariance(hidden, tokens, norm):
     """Against the oracle, and bit for bit against a few tokens alone, wherever they stand."""
-    monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
-    assert dispatch.takes_persistent(tokens, hidden, "sm_90a", batch_invariant=True)
+    assert routes.path(OP, hidden, "sm_90a", tokens) == "fused_post_pre_persistent"
     inputs = make_inputs(OP, tokens, hidden, device="cuda", norm=norm, seed=tokens)
     many = run(inputs)
     assert_matches_oracle(OP, inputs, many)
@@ -44,8 +43,7 @@ def test_batch_invariance(monkeypatch, hidden, tokens, norm):
         assert_same_bits([value[rows] for value in many], run(some(inputs, rows)))
 
 
-def test_nan_stays_in_its_token(monkeypatch):
-    monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
+def test_nan_stays_in_its_token():
     inputs = make_inputs(OP, 200, 4096, device="cuda", norm=True)
     clean = run(inputs)
     inputs["residual"][77, 2, 4095] = torch.nan

@@ -1,12 +1,10 @@
-"""The native way: what it gives the kernel, what it leaves to Python, and how it is built.
+"""The short way: what it gives the kernels, what it leaves to Python, and how it is built.
 
-A CPU has no kernel. These tests give it one, a function that records its arguments, which the
-native library calls for CPU tensors as it calls a compiled kernel for those of a GPU.
+A CPU has no kernel. These tests give it a driver without a GPU, whose kernels are the reference
+(``fake_driver.py``), so the native library serves CPU tensors as it serves those of a GPU.
 """
 
 import ctypes
-import gc
-import importlib
 import logging
 import os
 import shutil
@@ -19,7 +17,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-import tvm_ffi
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -29,139 +26,144 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mhc_ops
-from fake_kernel import FakeKernel
-from helpers import assert_equal, call, clone, overload, split, stride_out, tensors
-from mhc_ops import dispatch, host, jit, reference, support
-from mhc_ops.testing import make_inputs
+from fake_driver import ARCH, CPU
+from helpers import NORMS, OPS, assert_equal, call, clone, overload, split, stride_out, tensors
+from mhc_ops import jit, reference, routes, store
+from mhc_ops._arguments import recipe
+from mhc_ops.native import early, host, launcher, library
+from mhc_ops.native.serve import serve
+from mhc_ops.testing import OUTPUTS, as_outputs, make_inputs
 
 OP = "fused_post_pre"
-module = importlib.import_module(f"mhc_ops.ops.{OP}")  # its function hides it
 HIDDEN = 256
 TORCH = torch.__version__
-MOST = 6  # tokens that the fake kernel serves
-CPU = torch.device("cpu")
+MOST = routes.ONE_ROUND_TOKENS  # tokens that the loaded kernel of fused_post_pre takes
 ROOT = Path(mhc_ops.__file__).parents[1]
-OUT = ("residual_out", "post_mix", "comb_mix", "layer_input")
-NORMS = pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+OUT = OUTPUTS[OP]
 INPUTS = ("x", "residual", "post_layer_mix", "comb_res_mix", "fn", "hc_scale", "hc_base")
+OP_AND_NORM = [pytest.param(op, norm, id=f"{op}-{norm}") for op in OPS for norm in NORMS[op]]
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler"
 )
 
 
-def group_tokens(most=MOST):
-    return tuple(100 + tokens for tokens in range(1, most + 1))
-
-
-def work(*arguments):
-    """What the kernel does, by the reference."""
-    norm = isinstance(arguments[7], torch.Tensor) and arguments[7].dim() == 1
-    streams, weights = arguments[:4], arguments[4:7]
-    outputs = arguments[7 + norm : 11 + norm]
-    *scalars, _group, _early = arguments[11 + norm :]
-    norm_weight, norm_eps = (arguments[7], scalars.pop()) if norm else (None, None)
-    residual = reference.post(*streams)
-    mixes = reference.pre(residual, *weights, *scalars, norm_weight=norm_weight, norm_eps=norm_eps)
-    for out, result in zip(outputs, (residual, *mixes), strict=True):
-        out.copy_(result)
-
-
 @pytest.fixture
-def library():
+def kernel(driver):
+    """The driver, in use, with plans of every op; the kernels for few tokens are loaded."""
     if not host.load():
         pytest.skip("there is no native library here")
-    host.forget()
-    yield
-    host.forget()
+    for op in OPS:
+        for norm in NORMS[op]:
+            of = driver.plan(op, HIDDEN, norm)
+            for step in of.range(1).steps:
+                jit.loaded(step.key, CPU)
+            if op == OP:
+                jit.loaded(of.range(MOST).steps[0].key, CPU)
+            host.remember(of, CPU)
+    return driver
 
 
-@pytest.fixture
-def kernel(library):
-    """A fake kernel that works, remembered for the CPU with and without the norm."""
-    kernel = FakeKernel(work)
-    for norm in (False, True):
-        host.remember(CPU, HIDDEN, norm, kernel, group_tokens())
-    return kernel
+def remember(driver, op, norm, tokens=1):
+    """A plan with the kernels for so many tokens loaded."""
+    of = driver.plan(op, HIDDEN, norm)
+    for step in of.range(tokens).steps:
+        jit.loaded(step.key, CPU)
+    host.remember(of, CPU)
 
 
 def inputs_of(tokens=3, norm=True, **make):
     return make_inputs(OP, tokens, HIDDEN, norm=norm, sinkhorn_repeat=3, **make)
 
 
-def python(inputs):
-    """What the op gives without the native way."""
-    return dict(zip(OUT, module._cpu(**inputs), strict=True))
+def python(inputs, op=OP):
+    """What the op gives without the short way: the CPU implementation."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    with torch.no_grad():
+        return as_outputs(op, overload(op).redispatch(keys, **inputs))
+
+
+def long_way(inputs, op=OP):
+    """What the op gives by the long way, with the same driver."""
+    outputs = serve(op, recipe(op).bind((), inputs))
+    return dict(zip(OUTPUTS[op], outputs, strict=True))
 
 
 # ----------------------------------------------------------------------------------- what it takes
 
 
-@pytest.mark.parametrize("leading", [(1,), (3,), (MOST,), (2, 3), (1, 2, 1, 3)], ids=str)
-@NORMS
-def test_it_serves_a_call(kernel, leading, norm):
-    inputs = inputs_of(leading, norm)
+@pytest.mark.parametrize("leading", [(1,), (3,), (2, 3), (1, 2, 1, 3)], ids=str)
+@pytest.mark.parametrize(("op", "norm"), OP_AND_NORM)
+def test_it_serves_a_call(kernel, op, norm, leading):
+    if op == "head":  # the stand-in for its kernels makes no output
+        kernel.run = lambda launch: None
+    inputs = make_inputs(op, leading, HIDDEN, norm=norm, sinkhorn_repeat=3)
     before = host.calls()
-    outputs = call(OP, inputs)
-    assert len(kernel.calls) == host.calls() - before == 1
-    assert_equal(outputs, python(inputs))
-    for out in outputs.values():
+    outputs = call(op, inputs)
+    assert host.calls() - before == 1
+    assert len(kernel.launches) == (2 if op == "head" else 1)
+    if op != "head":
+        assert_equal(outputs, python(inputs, op))
+    for name, out in outputs.items():
+        assert out.shape == python(inputs, op)[name].shape
         assert out.is_contiguous()
         assert out.untyped_storage().nbytes() == out.numel() * out.element_size()
 
 
-@pytest.mark.parametrize("squeezed", [False, True], ids=["n1", "n"])
-@NORMS
-def test_it_gives_the_kernel_what_the_python_kernel_gives(kernel, norm, squeezed, monkeypatch):
-    """Order, type, shape, strides and value of every argument, against ``launch_fused``."""
-    inputs = inputs_of((2, 2), norm)
-    if squeezed:
-        inputs["post_layer_mix"] = inputs["post_layer_mix"].squeeze(-1)
-    inputs |= {name: 0.5 + i for i, name in enumerate(NUMBERS) if name in inputs}
-    inputs["hc_post_mult_value"] *= -1
-    call(OP, inputs)
-
-    launched = []
-    monkeypatch.setattr(support, "arch", lambda device: "sm_90a")
-    monkeypatch.setattr(jit, "entry_point", lambda key, device: kernel)
-    monkeypatch.setattr(jit, "launch", lambda key, device, *arguments: launched.append(arguments))
-    monkeypatch.setattr(host, "may_read_early", lambda fn: False)
-    monkeypatch.setattr(host, "remember", lambda *plan: launched.append(plan))
-    monkeypatch.setattr(dispatch, "group_tokens", lambda tokens: 100 + tokens)
-    outputs = python(inputs)
-    inputs.setdefault("norm_weight", None)
-    inputs.setdefault("norm_eps", None)
-    streams, streams_out = (v.view(4, 4, HIDDEN) for v in (inputs["residual"], outputs[OUT[0]]))
-    module.launch_fused(
-        **{name: v for name, v in inputs.items() if name != "residual"},
-        streams=streams,
-        streams_out=streams_out,
-        outputs=tuple(outputs[name] for name in OUT[1:]),
-    )
-    arguments, plan = launched
-    native = kernel.calls[0]
-
-    def facts(values):  # the outputs come after 7 or 8 inputs, and lie elsewhere
-        return [
-            (v.dtype, v.shape, v.stride(), v.data_ptr() if i < 7 + norm else None)
+def facts(launch, held):
+    """What a launch was given; of a tensor where it lies, if it is one of the op's arguments."""
+    places = {value.data_ptr() for value in tensors(held).values()}
+    return launch._replace(
+        arguments={
+            name: (v.dtype, v.shape, v.data_ptr() if v.data_ptr() in places else None)
             if isinstance(v, torch.Tensor)
             else (type(v), v)
-            for i, v in enumerate(values)
-        ]
-
-    assert facts(native) == facts(arguments)
-    assert plan == (CPU, HIDDEN, norm, kernel, module._GROUP_TOKENS)
-    assert len(module._GROUP_TOKENS) == dispatch.ONE_LAUNCH_MAX_TOKENS
+            for name, v in launch.arguments.items()
+        }
+    )
 
 
-def test_outputs_are_filled_where_torch_is_asked_to(library):
+@pytest.mark.parametrize("tokens", [1, 3, 40, 49, 100, 128, 129, 200, 449, 1000])
+@pytest.mark.parametrize(("op", "norm"), OP_AND_NORM)
+def test_both_ways_launch_alike(kernel, op, norm, tokens):
+    """Kernel, configuration and every argument, for every range of the table."""
+    kernel.run = lambda launch: None
+    inputs = make_inputs(op, tokens, HIDDEN, norm=norm)
+    inputs |= {name: 0.5 + i for i, name in enumerate(NUMBERS) if name in inputs}
+    if "hc_post_mult_value" in inputs:
+        inputs["hc_post_mult_value"] *= -1
+    long_way(inputs, op)  # loads what is missing
+    by_long = kernel.launches.copy()
+    kernel.launches.clear()
+    before = host.calls()
+    call(op, inputs)
+    assert host.calls() - before == 1
+    names = [launch.key.kernel for launch in kernel.launches]
+    assert "+".join(names) == "+".join(
+        launch.kernel for launch in routes.row(op, HIDDEN, ARCH, tokens).launches
+    )
+    for short, long in zip(kernel.launches, by_long, strict=True):
+        long.arguments.pop("early", None)  # the first read, and a later one
+        assert short.arguments.pop("early", 1) == 1
+        assert facts(short, inputs) == facts(long, inputs)
+
+
+def test_posts_without_their_last_dimension(kernel):
+    inputs = inputs_of((2, 2))
+    squeezed = inputs | {"post_layer_mix": inputs["post_layer_mix"].squeeze(-1)}
+    assert_equal(call(OP, squeezed), call(OP, inputs))
+    assert len(kernel.launches) == 2
+
+
+def test_outputs_are_filled_where_torch_is_asked_to(kernel):
     """``torch.use_deterministic_algorithms`` fills what ``torch.empty`` gives."""
-    host.remember(CPU, HIDDEN, True, FakeKernel(), group_tokens())
+    kernel.run = lambda launch: None
     torch.use_deterministic_algorithms(True)
     try:
         outputs = call(OP, inputs_of())
     finally:
         torch.use_deterministic_algorithms(False)
+    assert len(kernel.launches) == 1
     assert all(out.isnan().all() for out in outputs.values())
 
 
@@ -171,7 +173,21 @@ def test_scale_and_base_may_lie_anywhere(kernel):
     packed = torch.cat([torch.zeros(1), inputs["hc_scale"], inputs["hc_base"]])
     inputs |= {"hc_scale": packed[1:4], "hc_base": packed[4:]}
     call(OP, inputs | {"hc_base": torch.cat([torch.zeros(1), packed[4:]])[1:]})
-    assert len(kernel.calls) == 1
+    assert len(kernel.launches) == 1
+
+
+def test_an_aligned_address_at_an_odd_offset(kernel):
+    """Alignment is judged by address: the storage may start anywhere."""
+    inputs = inputs_of()
+    memory = torch.zeros(inputs["x"].numel() + 64, dtype=torch.bfloat16)
+    start = -memory.data_ptr() % 16 // 2 + 1
+    shifted = torch.from_numpy(memory.view(torch.int16).numpy()[start:]).view(torch.bfloat16)
+    offset = (-shifted.data_ptr() % 16) // 2
+    assert offset % 8 != 0
+    x = shifted[offset:][: inputs["x"].numel()].view(inputs["x"].shape).copy_(inputs["x"])
+    assert x.storage_offset() == offset
+    assert_equal(call(OP, inputs | {"x": x}), call(OP, inputs))
+    assert len(kernel.launches) == 2
 
 
 def off(name, **changes):
@@ -247,45 +263,62 @@ def test_what_it_leaves_to_python(kernel, change, monkeypatch):
         except (NotImplementedError, RuntimeError, ValueError) as error:
             refusal = str(error)
     assert ("mhc::" in refusal) != bool(served)
-    assert not kernel.calls
+    assert not kernel.launches
     call(OP, inputs_of())
-    assert len(kernel.calls) == 1
+    assert len(kernel.launches) == 1
 
 
-@NORMS
-def test_the_norm_is_part_of_the_plan(library, norm):
-    kernel = FakeKernel(work)
-    host.remember(CPU, HIDDEN, norm, kernel, group_tokens())
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_the_norm_is_part_of_the_plan(kernel, norm):
+    host.forget()
+    remember(kernel, OP, norm)
     call(OP, inputs_of(norm=not norm))
-    assert not kernel.calls
+    assert not kernel.launches
     call(OP, inputs_of(norm=norm))
-    assert len(kernel.calls) == 1
+    assert len(kernel.launches) == 1
 
 
-def test_the_device_is_part_of_the_plan(library):
-    kernel = FakeKernel(work)
-    host.remember(torch.device("cuda", 0), HIDDEN, True, kernel, group_tokens())
+def test_the_device_is_part_of_the_plan(kernel, monkeypatch):
+    host.forget()
+    handle = jit.loaded(kernel.plan(OP, HIDDEN, True).range(1).steps[0].key, CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(jit, "loaded_already", lambda key, device: handle)
+        host.remember(kernel.plan(OP, HIDDEN, True), torch.device("cuda", 0))
     call(OP, inputs_of())
-    assert not kernel.calls
+    assert not kernel.launches
 
 
-def test_a_later_plan_takes_the_place_of_an_earlier_one(kernel):
-    second = FakeKernel(work)
-    host.remember(CPU, HIDDEN, True, second, group_tokens())
-    call(OP, inputs_of())
-    assert (len(kernel.calls), len(second.calls)) == (0, 1)
+def test_plans_that_are_forgotten_and_remembered(kernel):
     host.forget()
     call(OP, inputs_of())
-    assert (len(kernel.calls), len(second.calls)) == (0, 1)
+    assert not kernel.launches
+    remember(kernel, OP, True)
+    call(OP, inputs_of())
+    assert len(kernel.launches) == 1
 
 
-def test_an_error_of_the_kernel(library):
-    def fail(*arguments):
-        raise ValueError("out of luck")
+def test_a_kernel_that_is_loaded_later_joins_the_plan(kernel):
+    """The table has another kernel for more tokens; until it is loaded, Python serves them."""
+    many = inputs_of(MOST + 1)
+    call(OP, many)
+    assert not kernel.launches
+    long_way(many)
+    before = host.calls()
+    call(OP, many)
+    assert host.calls() - before == 1
+    assert [launch.key.kernel for launch in kernel.launches] == ["fused_post_pre_persistent"] * 2
 
-    host.remember(CPU, HIDDEN, True, FakeKernel(fail), group_tokens())
-    with pytest.raises(RuntimeError, match=r"^mhc::fused_post_pre: ValueError: out of luck"):
-        call(OP, inputs_of())
+
+def test_an_error_of_the_launch(kernel):
+    kernel.run = lambda launch: 701
+    for way in (lambda: call(OP, inputs_of()), lambda: long_way(inputs_of())):
+        with pytest.raises(RuntimeError) as error:
+            way()
+        assert str(error.value).split("\n")[0] == (
+            "mhc::fused_post_pre: kernel fused_post_pre for hidden size 256 on sm_90a cannot be "
+            "launched (grid 48 x 1, block 256, clusters of 16, 1000 bytes of shared memory, "
+            "programmatic launch on): CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES: in words"
+        )
 
 
 def test_arguments_are_let_go(kernel):
@@ -298,8 +331,8 @@ def test_arguments_are_let_go(kernel):
 
     before = counts()
     outputs = call(OP, inputs)
-    assert len(kernel.calls) == 1
-    kernel.calls.clear()
+    assert len(kernel.launches) == 1
+    kernel.launches.clear()
     assert counts() == before
     alive = [weakref.ref(v.untyped_storage()) for v in (*held.values(), *outputs.values())]
     for kept in (inputs, held, outputs):
@@ -326,7 +359,7 @@ def test_calls_of_threads_that_are_not_pythons(kernel):
     )
     with torch.no_grad():
         results = unit.twice(*held.values())
-    assert len(kernel.calls) == 2
+    assert len(kernel.launches) == 2
     for result in results:
         assert_equal(dict(zip(OUT, result, strict=True)), python(inputs))
 
@@ -339,7 +372,7 @@ def test_it_serves_every_grad_mode(kernel, context):
     inputs = inputs_of()
     with context():
         outputs = call(OP, inputs)
-    assert len(kernel.calls) == 1
+    assert len(kernel.launches) == 1
     assert all(out.is_inference() == (context is torch.inference_mode) for out in outputs.values())
 
 
@@ -347,7 +380,7 @@ def test_tensors_of_inference_mode(kernel):
     with torch.inference_mode():
         inputs = inputs_of()
         call(OP, inputs)
-    assert len(kernel.calls) == 1
+    assert len(kernel.launches) == 1
 
 
 @pytest.mark.parametrize("name", [*INPUTS, "norm_weight"])
@@ -358,7 +391,7 @@ def test_gradients_are_refused(kernel, name):
     with torch.no_grad():
         assert not any(out.requires_grad for out in call(OP, inputs).values())
     outputs = call(OP, inputs)
-    assert len(kernel.calls) == 2
+    assert len(kernel.launches) == 2
     for out in outputs.values():
         with pytest.raises(RuntimeError, match="forward only: this op has no backward yet"):
             out.float().sum().backward(retain_graph=True)
@@ -380,7 +413,7 @@ def test_a_dispatch_mode_sees_the_op(kernel, context):
     with context(), Seen() as seen:
         outputs = call(OP, inputs)
     assert seen.ops == [overload(OP)]
-    assert len(kernel.calls) == 1
+    assert len(kernel.launches) == 1
     assert_equal(outputs, python(inputs))
 
 
@@ -392,7 +425,7 @@ def test_a_dispatch_mode_that_serves_the_op_itself(kernel):
     inputs = inputs_of()
     with Instead():
         assert call(OP, inputs)["post_mix"].shape == (1,)
-    assert not kernel.calls
+    assert not kernel.launches
 
 
 def test_a_function_mode_sees_the_op(kernel):
@@ -406,7 +439,7 @@ def test_a_function_mode_sees_the_op(kernel):
     with Functions():
         call(OP, inputs_of())
     assert overload(OP) in seen
-    assert len(kernel.calls) == 1
+    assert len(kernel.launches) == 1
 
 
 def test_the_python_dispatcher(kernel):
@@ -445,7 +478,7 @@ def test_a_tensor_subclass_sees_the_op(kernel, name, context):
     with context():
         call(OP, inputs)
     assert Wrapped.seen == [overload(OP)]
-    assert not kernel.calls
+    assert not kernel.launches
 
 
 def test_parameters(kernel):
@@ -453,7 +486,7 @@ def test_parameters(kernel):
     inputs["fn"] = torch.nn.Parameter(inputs["fn"])
     with torch.no_grad():
         call(OP, inputs)
-    assert len(kernel.calls) == 1
+    assert len(kernel.launches) == 1
 
 
 def test_a_negative_view_is_resolved_first(kernel):
@@ -470,7 +503,7 @@ def test_fake_tensors(kernel):
         }
         outputs = call(OP, inputs)
     assert tuple(outputs["residual_out"].shape) == (3, 4, HIDDEN)
-    assert not kernel.calls
+    assert not kernel.launches
 
 
 @pytest.mark.parametrize("tracing", ["real", "fake", "symbolic"])
@@ -520,8 +553,8 @@ def test_autocast(kernel):
     inputs = inputs_of()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         call(OP, inputs)
-    assert len(kernel.calls) == 1
-    assert kernel.calls[0][4].dtype == torch.float32
+    assert len(kernel.launches) == 1
+    assert kernel.launches[0].arguments["fn"].data_ptr() == inputs["fn"].data_ptr()
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -535,124 +568,39 @@ def test_compiled_code_takes_the_native_way(kernel, fresh_dynamo, backend):
                 mark_unbacked(inputs[name], 0)
             outputs = dict(zip(OUT, compiled(**inputs), strict=True))
             assert_equal(outputs, python(inputs))
-    assert len(kernel.calls) == 4
+    assert len(kernel.launches) == 4
     assert counter.frame_count == 1
 
 
 def test_opcheck(kernel):
     args, kwargs = split(OP, inputs_of())
     torch.library.opcheck(overload(OP), args, kwargs)
-    assert kernel.calls
-
-
-# ------------------------------------------------------------------------------------ early reading
-
-
-def early(kernel):
-    return [arguments[-1] for arguments in kernel.calls]
-
-
-def test_fn_is_read_early_from_its_second_call_on(kernel):
-    inputs = inputs_of()
-    for _ in range(3):
-        call(OP, inputs)
-    call(OP, inputs | {"fn": inputs["fn"].clone()})
-    assert early(kernel) == [0, 1, 1, 0]
-
-
-def test_a_written_fn_is_read_late(kernel):
-    inputs = inputs_of()
-    for _ in range(2):
-        inputs["fn"].mul_(2)
-        call(OP, inputs)
-        call(OP, inputs)
-    inputs["fn"].detach().mul_(2)  # shares the version
-    call(OP, inputs)
-    assert early(kernel) == [0, 1, 0, 1, 0]
-
-
-def test_a_replaced_fn_is_read_late(kernel):
-    """Assigning to ``.data`` leaves the tensor and its version, and gives it other memory."""
-    inputs = inputs_of()
-    call(OP, inputs)
-    call(OP, inputs)
-    version = inputs["fn"]._version
-    inputs["fn"].data = inputs["fn"].clone()
-    assert inputs["fn"]._version == version
-    call(OP, inputs)
-    call(OP, inputs)
-    assert early(kernel) == [0, 1, 0, 1]
-
-
-def test_a_view_of_fn_is_another_tensor(kernel):
-    inputs = inputs_of()
-    for _ in range(2):
-        call(OP, inputs | {"fn": inputs["fn"].detach()})
-    assert early(kernel) == [0, 0]
-
-
-def test_fn_of_inference_mode_is_read_late(kernel):
-    with torch.inference_mode():
-        inputs = inputs_of()
-        for _ in range(2):
-            call(OP, inputs)
-    assert early(kernel) == [0, 0]
-
-
-def test_both_ways_share_one_table(kernel):
-    inputs = inputs_of()
-    assert not host.may_read_early(inputs["fn"])
-    call(OP, inputs)
-    assert early(kernel) == [1]
-    inputs["fn"].mul_(2)
-    call(OP, inputs)
-    assert host.may_read_early(inputs["fn"])
-
-
-def test_the_table_forgets_the_dead(library):
-    kept = [torch.empty(1) for _ in range(100)]
-    for fn in kept:
-        host.may_read_early(fn)
-    for _ in range(5000):
-        host.may_read_early(torch.empty(1))
-    gc.collect()
-    assert host.tracked() < 2000
-    assert all(host.may_read_early(fn) for fn in kept)
-
-
-def test_a_tracked_tensor_gives_its_memory_back(library):
-    fn = torch.empty(1)
-    storage = fn.untyped_storage()
-    count = torch._C._storage_Use_Count(storage._cdata)
-    host.may_read_early(fn)
-    del fn
-    assert torch._C._storage_Use_Count(storage._cdata) == count - 1
+    assert kernel.launches
 
 
 # ------------------------------------------------------------------------------------------ threads
 
 
-def test_many_threads(library):
-    kernel = FakeKernel(work)
-    inputs = [inputs_of(1 + i % MOST, seed=i) for i in range(16)]
+def test_many_threads(kernel):
+    inputs = [inputs_of(1 + i % 6, seed=i) for i in range(16)]
     want = [python(i) for i in inputs]
     wrong = []
 
-    def serve(i):
+    def serve_calls(i):
         for _ in range(50):
             try:
-                host.remember(CPU, HIDDEN, True, kernel, group_tokens())
+                remember(kernel, OP, True)
                 assert_equal(call(OP, inputs[i]), want[i])
             except BaseException as error:
                 wrong.append(error)
 
-    threads = [threading.Thread(target=serve, args=(i,)) for i in range(16)]
+    threads = [threading.Thread(target=serve_calls, args=(i,)) for i in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not wrong
-    assert len(kernel.calls) == 16 * 50
+    assert len(kernel.launches) == 16 * 50
 
 
 # ---------------------------------------------------------------------------------------- the build
@@ -663,7 +611,11 @@ def untried(monkeypatch):
     """A ``host`` that has not tried to load anything."""
     monkeypatch.setattr(host, "_tried", False)
     monkeypatch.setattr(host, "_library", None)
-    monkeypatch.setattr(host, "_plans", {})
+    monkeypatch.setattr(host, "_remembered", {})
+    monkeypatch.setattr(host, "_ops", {})
+    monkeypatch.setattr(host, "_reads", host.early_reads())
+    # the ops have the short way already, from the library that every test has
+    monkeypatch.setattr(host, "_define", lambda loaded, of: 0)
 
 
 def test_many_threads_load_once(untried, monkeypatch):
@@ -675,6 +627,7 @@ def test_many_threads_load_once(untried, monkeypatch):
         return object()
 
     monkeypatch.setattr(host, "_load", load)
+    monkeypatch.setattr(host, "use_launcher", lambda loaded, kernels: None)
     results = []
     threads = [threading.Thread(target=lambda: results.append(host.load())) for _ in range(8)]
     for thread in threads:
@@ -690,24 +643,22 @@ def test_many_threads_load_once(untried, monkeypatch):
 def test_without_a_compiler_everything_is_python(untried, monkeypatch, tmp_path, caplog, compiler):
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(host, "_reads", early.Table())
     with caplog.at_level(logging.WARNING, logger="mhc_ops"):
         assert not host.load()
         assert not host.load()
     (record,) = caplog.records
-    assert record.getMessage().startswith("no native host path, ")
+    assert record.getMessage().startswith("no short way of eager calls, ")
     assert compiler in record.getMessage()
     assert [path.name for path in host_folder(tmp_path).iterdir()] == ["host.lock"]
-    fn = torch.empty(1)
-    host.remember(CPU, HIDDEN, True, FakeKernel(), group_tokens())
+    assert isinstance(host.early_reads(), early.Table)
+    assert host.calls() == 0
     host.forget()
-    assert not host.may_read_early(fn)
-    assert not host.may_read_early(fn)
-    assert host.calls() == host.tracked() == 0
     call(OP, inputs_of())
 
 
 def test_an_error_of_the_compiler_is_logged(untried, monkeypatch, tmp_path, caplog):
-    broken = tmp_path / "_host.cpp"
+    broken = tmp_path / "host.cpp"
     broken.write_text("this is no C++")
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(host, "SOURCE", broken)
@@ -716,24 +667,21 @@ def test_an_error_of_the_compiler_is_logged(untried, monkeypatch, tmp_path, capl
     assert "error:" in caplog.records[-1].getMessage() or shutil.which("g++") is None
 
 
-def test_another_source_torch_or_tvm_ffi_is_another_library(monkeypatch, tmp_path):
-    def folder(tvm_ffi_version="0.1.12"):
-        return host._cache_folder(host._built_with(tvm_ffi_version))
-
-    folders = {folder(), folder("0.1.13")}
+def test_another_source_or_torch_is_another_library(monkeypatch, tmp_path):
+    facts = [host.built_with()]
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "2.11.0")
-        folders.add(folder())
-    source = tmp_path / "_host.cpp"
+        facts.append(host.built_with())
+    source = tmp_path / "host.cpp"
     source.write_text(host.SOURCE.read_text() + "\n")
     monkeypatch.setattr(host, "SOURCE", source)
-    folders.add(folder())
-    assert len(folders) == 4
+    facts.append(host.built_with())
+    assert len({store.digest(f) for f in facts}) == 3
 
 
 def host_folder(cache):
-    """The one folder of libraries in a cache."""
-    (folder,) = (cache / "mhc_ops").iterdir()
+    """The one folder of this library in a cache."""
+    (folder,) = (cache / "mhc_ops").glob("host-*")
     return folder
 
 
@@ -742,7 +690,7 @@ def test_processes_that_build_at_once(tmp_path):
     """One builds it, the other waits; nothing else is left behind."""
     code = (
         "import logging; logging.basicConfig(level='INFO', format='%(message)s')\n"
-        "from mhc_ops import host; print(host.load(), host.load())"
+        "from mhc_ops.native import host; print(host.load(), host.load())"
     )
     environment = os.environ | {"TILELANG_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     running = [
@@ -756,32 +704,30 @@ def test_processes_that_build_at_once(tmp_path):
     ]
     said = [process.communicate(timeout=280) for process in running]
     assert [out for out, _ in said] == [b"True True\n"] * 2
-    assert sum(log.count(b"building host.so") for _, log in said) == 1
-    files = sorted(path.name for path in host_folder(tmp_path).iterdir())
-    assert files == ["host.json", "host.lock", "host.so"]
+    for name in ("host", "launcher"):
+        assert sum(log.count(f"building {name}\n".encode()) for _, log in said) == 1
+        (folder,) = (tmp_path / "mhc_ops").glob(f"{name}-*")
+        files = sorted(path.name for path in folder.iterdir())
+        assert files == [f"{name}.json", f"{name}.lock", f"{name}.so"]
     again = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert (again.stdout, again.stderr) == (b"True True\n", b"")
 
 
-def test_the_first_kernel_of_one_launch_loads_it(monkeypatch):
+def test_the_first_call_loads_it(monkeypatch, driver):
     loads = []
-    monkeypatch.setattr(jit, "_compiled", {})
     monkeypatch.setattr(host, "load", lambda: loads.append(True))
-    monkeypatch.setattr(jit, "_obtain", lambda key: lambda *arguments: None)
-    jit.compile_key(dispatch.post_key(HIDDEN, "sm_90a"))
-    assert not loads
-    jit.compile_key(dispatch.fused_post_pre_key(HIDDEN, "sm_90a", True))
+    long_way(inputs_of())
     assert loads
 
 
 @needs_compiler
 def test_a_library_that_was_built_ahead(untried, monkeypatch, tmp_path, caplog):
     """It is taken without a compiler and without the cache; one of another torch is not."""
+    launcher.get()
     ahead = tmp_path / "ahead"
-    ahead.mkdir()
     # built by the fixture that all tests have
-    built = host._cache_folder(host._built_with(tvm_ffi.__version__)) / "host.so"
-    monkeypatch.setattr(host, "_build", lambda path, _: path.write_bytes(built.read_bytes()))
+    built = library.obtain(host.NAME, host.built_with(), host.command())
+    monkeypatch.setattr(library, "compile", lambda name, command: built.read_bytes())
     host.build(ahead)
     monkeypatch.setenv("MHC_OPS_KERNELS", str(ahead))
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
@@ -804,6 +750,7 @@ def test_a_library_that_was_built_ahead(untried, monkeypatch, tmp_path, caplog):
 
 
 def test_a_cache_that_others_can_write_is_not_loaded_from(untried, monkeypatch, tmp_path, caplog):
+    launcher.get()
     tmp_path.chmod(0o777)
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     with caplog.at_level(logging.WARNING, logger="mhc_ops"):
@@ -822,19 +769,17 @@ def native(function):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("leading", [(1,), (8,), (33,), (34,), (128,), (2, 3)], ids=str)
-@NORMS
-def test_gpu_bits_are_those_of_the_python_kernel(leading, norm):
-    inputs = make_inputs(OP, leading, 4096, device="cuda", norm=norm, kind="large_logits")
-    call(OP, inputs)
+@pytest.mark.parametrize("leading", [(1,), (33,), (128,), (129,), (2, 300)], ids=str)
+@pytest.mark.parametrize(("op", "norm"), OP_AND_NORM)
+def test_gpu_bits_are_those_of_the_long_way(op, norm, leading):
+    inputs = make_inputs(op, leading, 4096, device="cuda", norm=norm, kind="large_logits")
+    call(op, inputs)
     host.forget()
-    want, ways = native(lambda: call(OP, inputs))
+    want, ways = native(lambda: call(op, inputs))
     assert ways == 0
-    got, ways = native(lambda: call(OP, inputs))
+    got, ways = native(lambda: call(op, inputs))
     assert ways == 1
     assert_equal(got, want)
-    _, ways = native(lambda: call(OP, make_inputs(OP, 129, 4096, device="cuda", norm=norm)))
-    assert ways == 0
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """jit: where a kernel comes from; one compile a key however many ask; what a failure says."""
 
+import importlib.metadata
 import logging
 import os
 import re
@@ -13,10 +14,26 @@ import pytest
 import torch
 
 import mhc_ops
-from mhc_ops import dispatch, jit, store
+from mhc_ops import compiler, formula, jit, routes, store
+from mhc_ops.native import launcher
 
 ROOT = Path(mhc_ops.__file__).parents[1]
-KEY = dispatch.Key("post", "sm_90a", 256)
+KEY = routes.Key("post", "sm_90a", 256)
+
+
+def compiled(key):
+    """What stands for a compiled kernel."""
+    return compiler.Compiled(
+        cubin=b"machine code",
+        symbol=key.kernel,
+        parameters=(("x", "pointer"), ("tokens", "int64")),
+        grid=(formula.name("tokens"), formula.constant(1)),
+        block=128,
+        cluster=1,
+        shared=0,
+        pdl=True,
+        compiled_with={"tilelang": "0.1.15", "nvcc": "13.0"},
+    )
 
 
 @pytest.fixture
@@ -26,67 +43,58 @@ def empty(monkeypatch, tmp_path):
     for name in ("MHC_OPS_KERNELS", "MHC_OPS_DISABLE_JIT", "MHC_OPS_TRUST_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(jit, "_compiled", {})
-    monkeypatch.setattr(jit, "_ready", {})
+    monkeypatch.setattr(jit, "_loaded", {})
     monkeypatch.setattr(jit, "_locks", {})
 
 
 @pytest.fixture
-def compiler(monkeypatch, empty):
-    """A stand-in for TileLang's compiler that counts its calls."""
+def compile_calls(monkeypatch, empty):
+    """A stand-in for the compiler that counts its calls, and waits for its gate."""
     calls = []
     gate = threading.Event()
 
-    def compile(program, target, pass_configs):
-        calls.append(target["arch"])
+    def compile_kernel(key):
+        calls.append(key)
         gate.wait(5)
-        module = types.SimpleNamespace(main=lambda *args: calls.append(args))
-        return types.SimpleNamespace(
-            adapter=types.SimpleNamespace(get_exportable_executable=lambda: module),
-            export_library=lambda path: Path(path).write_bytes(b"library"),
-        )
+        return compiled(key)
 
-    fake = types.SimpleNamespace(compile=compile)
-    monkeypatch.setitem(sys.modules, "tilelang", fake)
-    nvcc = types.SimpleNamespace(get_nvcc_compiler=lambda: "/no/such/nvcc")
-    monkeypatch.setitem(sys.modules, "tilelang.contrib.nvcc", nvcc)
-    monkeypatch.setattr(jit, "program", lambda key: key)
-    monkeypatch.setattr(jit, "pass_configs", dict)
+    monkeypatch.setattr(compiler, "compile_kernel", compile_kernel)
     return types.SimpleNamespace(calls=calls, gate=gate)
 
 
-def test_many_threads_one_compile(compiler):
+def test_many_threads_one_compile(compile_calls):
     results = []
     threads = [
         threading.Thread(target=lambda: results.append(jit.compile_key(KEY))) for _ in range(8)
     ]
     for thread in threads:
         thread.start()
-    compiler.gate.set()
+    compile_calls.gate.set()
     for thread in threads:
         thread.join()
-    assert compiler.calls == ["sm_90a"]
+    assert compile_calls.calls == [KEY]
     assert len(results) == 8
     assert len(set(map(id, results))) == 1
 
 
-def test_other_keys_compile_side_by_side(compiler):
+def test_other_keys_compile_side_by_side(compile_calls):
     other = KEY._replace(hidden=512)
     threads = [threading.Thread(target=jit.compile_key, args=(key,)) for key in (KEY, other)]
     for thread in threads:
         thread.start()
     deadline = threading.Event()
     for _ in range(100):
-        if len(compiler.calls) == 2:
+        if len(compile_calls.calls) == 2:
             break
         deadline.wait(0.05)
-    assert len(compiler.calls) == 2, "the second key waited for the first"
-    compiler.gate.set()
+    assert len(compile_calls.calls) == 2, "the second key waited for the first"
+    compile_calls.gate.set()
     for thread in threads:
         thread.join()
 
 
-def test_a_compile_is_logged_with_its_time(compiler, caplog):
-    compiler.gate.set()
+def test_a_compile_is_logged_with_its_time(compile_calls, caplog):
+    compile_calls.gate.set()
     with caplog.at_level(logging.INFO, logger="mhc_ops"):
         jit.compile_key(KEY)
         jit.compile_key(KEY)
@@ -96,92 +104,102 @@ def test_a_compile_is_logged_with_its_time(compiler, caplog):
     assert end.endswith(" s")
 
 
-def test_tilelang_is_quiet_about_our_kernels_alone(compiler, caplog):
-    tilelang_logger = logging.getLogger("tilelang.jit.kernel")
-    compiler.gate.set()
-    compile = sys.modules["tilelang"].compile
-
-    def noisy(program, target, pass_configs):
-        tilelang_logger.info("of ours")
-        tilelang_logger.warning("a warning")
-        other = threading.Thread(target=tilelang_logger.info, args=("of another thread",))
-        other.start()
-        other.join()
-        return compile(program, target, pass_configs)
-
-    sys.modules["tilelang"].compile = noisy
-    with caplog.at_level(logging.INFO, logger="tilelang.jit.kernel"):
-        jit.compile_key(KEY)
-        tilelang_logger.info("afterwards")
-    assert [record.getMessage() for record in caplog.records if record.name != "mhc_ops"] == [
-        "a warning",
-        "of another thread",
-        "afterwards",
-    ]
-
-
-def test_a_failed_compile_is_tried_again(compiler, monkeypatch):
-    compiler.gate.set()
+def test_a_failed_compile_is_tried_again(compile_calls, monkeypatch):
+    compile_calls.gate.set()
     with monkeypatch.context() as patch:
-        patch.setattr(jit, "program", lambda key: 1 / 0)
+        patch.setattr(compiler, "compile_kernel", lambda key: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             jit.compile_key(KEY)
     jit.compile_key(KEY)
-    assert compiler.calls == ["sm_90a"]
+    assert compile_calls.calls == [KEY]
+
+
+def test_many_threads_load_once(compile_calls, monkeypatch):
+    """On each device; a kernel that was refused is tried again."""
+    loads = []
+
+    def load(name, kernel, device_index):
+        loads.append(device_index)
+        if len(loads) == 1:
+            raise RuntimeError("no driver")
+        return launcher.Kernel(100 + device_index, kernel)
+
+    monkeypatch.setattr(launcher, "load", load)
+    compile_calls.gate.set()
+    with pytest.raises(RuntimeError, match="no driver"):
+        jit.load(KEY, torch.device("cuda", 0))
+    assert jit.loaded_already(KEY, torch.device("cuda", 0)) is None
+    results = []
+    threads = [
+        threading.Thread(
+            target=lambda i=i: results.append(jit.load(KEY, torch.device("cuda", i % 2)).handle)
+        )
+        for i in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(loads[1:]) == [0, 1]
+    assert sorted(results) == [100] * 4 + [101] * 4
+    assert compile_calls.calls == [KEY]
 
 
 # ---------------------------------------------------------------------------- where it comes from
 
 
 @pytest.fixture
-def folders(monkeypatch, compiler, tmp_path):
-    """Stands for ``store.load_kernel``: folder to the function that it gives; asked folders."""
-    compiler.gate.set()
+def folders(monkeypatch, compile_calls, tmp_path):
+    """Stands for ``store.load_kernel``: folder to the kernel that it gives; asked folders."""
+    compile_calls.gate.set()
     monkeypatch.setenv("MHC_OPS_KERNELS", str(tmp_path / "ahead"))
-    held = types.SimpleNamespace(functions={}, asked=[])
+    held = types.SimpleNamespace(kernels={}, asked=[])
     names = {tmp_path / "ahead": "ahead", store.cached_folder(): "cache"}
 
     def load_kernel(folder, key):
         held.asked.append(names[folder])
-        return held.functions.get(names[folder])
+        return held.kernels.get(names[folder])
 
     monkeypatch.setattr(store, "load_kernel", load_kernel)
     return held
 
 
-def test_built_ahead_comes_first(folders, compiler):
-    folders.functions = {"ahead": print, "cache": repr}
-    assert jit.compile_key(KEY) is print
-    assert (folders.asked, compiler.calls) == (["ahead"], [])
+ONE, OTHER = (compiled(KEY)._replace(cubin=text) for text in (b"one", b"other"))
 
 
-def test_then_the_cache(folders, compiler):
-    folders.functions = {"cache": repr}
-    assert jit.compile_key(KEY) is repr
-    assert (folders.asked, compiler.calls) == (["ahead", "cache"], [])
+def test_built_ahead_comes_first(folders, compile_calls):
+    folders.kernels = {"ahead": ONE, "cache": OTHER}
+    assert jit.compile_key(KEY) is ONE
+    assert (folders.asked, compile_calls.calls) == (["ahead"], [])
 
 
-def test_then_the_compiler(folders, compiler):
+def test_then_the_cache(folders, compile_calls):
+    folders.kernels = {"cache": OTHER}
+    assert jit.compile_key(KEY) is OTHER
+    assert (folders.asked, compile_calls.calls) == (["ahead", "cache"], [])
+
+
+def test_then_the_compiler(folders, compile_calls):
     jit.compile_key(KEY)
-    assert (folders.asked, compiler.calls) == (["ahead", "cache", "cache"], ["sm_90a"])
+    assert (folders.asked, compile_calls.calls) == (["ahead", "cache", "cache"], [KEY])
 
 
 def test_a_kernel_built_ahead_needs_no_cache(folders, monkeypatch, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o777)
-    folders.functions = {"ahead": print}
-    assert jit.compile_key(KEY) is print
+    folders.kernels = {"ahead": ONE}
+    assert jit.compile_key(KEY) is ONE
 
 
-def test_a_cache_that_others_can_write_is_refused(compiler, tmp_path):
+def test_a_cache_that_others_can_write_is_refused(compile_calls, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o777)
     with pytest.raises(RuntimeError, match=r"cache can be written by others \(mode 0777\)"):
         jit.compile_key(KEY)
-    assert not compiler.calls
+    assert not compile_calls.calls
 
 
-def test_disabled(compiler, monkeypatch, tmp_path):
+def test_disabled(compile_calls, monkeypatch, tmp_path):
     monkeypatch.setenv("MHC_OPS_DISABLE_JIT", "1")
     monkeypatch.setenv("MHC_OPS_KERNELS", "/kernels")
     with pytest.raises(RuntimeError) as error:
@@ -191,22 +209,20 @@ def test_disabled(compiler, monkeypatch, tmp_path):
         f"cached, in {store.cached_folder()}, and MHC_OPS_DISABLE_JIT is set; build it: "
         "python -m mhc_ops build --arch sm_90a --hidden 256 -o DIR, then MHC_OPS_KERNELS=DIR"
     )
-    assert not compiler.calls
+    assert not compile_calls.calls
     assert not (tmp_path / "cache").exists()
 
 
-def test_what_was_compiled_is_kept(compiler):
-    compiler.gate.set()
-    jit.compile_key(KEY)
-    kept = store.find(store.cached_folder(), store.file_name(KEY), store._versions())
-    assert kept.read_bytes() == b"library"
+def test_what_was_compiled_is_kept(compile_calls):
+    compile_calls.gate.set()
+    assert jit.compile_key(KEY) == store.load_kernel(store.cached_folder(), KEY) == compiled(KEY)
 
 
 AT_ONCE = """
 import logging
 logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
-from mhc_ops import dispatch, jit
-print(jit.compile_key(dispatch.post_key(256, "sm_90a")))
+from mhc_ops import jit, routes
+print(len(jit.compile_key(routes.Key("post", "sm_90a", 256)).cubin))
 """
 
 
@@ -226,7 +242,7 @@ def test_many_processes_one_compile(tmp_path):
     for process in running:
         out, log = process.communicate(timeout=200)
         assert process.returncode == 0, log
-        assert "Function" in out
+        assert int(out) > 1000
         logs.append([line for line in log.splitlines() if line.startswith("mhc_ops ")])
     compiled = [log for log in logs if any("mhc_ops compiled" in line for line in log)]
     assert len(compiled) == 1, logs
@@ -235,56 +251,86 @@ def test_many_processes_one_compile(tmp_path):
 # ------------------------------------------------------------------------------ what a failure says
 
 
-def failure(compiler, error):
-    """The message of a compile that fails with this error."""
-
-    def compile(program, target, pass_configs):
-        raise error
-
-    sys.modules["tilelang"].compile = compile
-    with pytest.raises(RuntimeError) as refusal:
-        jit.compile_key(KEY)
-    first, second = str(refusal.value).split("\n")
-    kind = type(error).__name__
-    assert (
-        first
-        == f"mhc: kernel post for hidden size 256 on sm_90a cannot be compiled: {kind}: {error}"
-    )
-    command = "python -m mhc_ops build --arch sm_90a --hidden 256 -o DIR, then MHC_OPS_KERNELS=DIR"
-    advice, last = second.split("; or ")
-    assert last == f"build it on another machine: {command}"
-    return advice
+COMMAND = "python -m mhc_ops build --arch sm_90a --hidden 256 -o DIR, then MHC_OPS_KERNELS=DIR"
+WHAT = "mhc: kernel post for hidden size 256 on sm_90a cannot be compiled: "
 
 
-def test_without_nvcc(compiler):
-    advice = failure(compiler, RuntimeError("no CUDA"))
+@pytest.fixture
+def failing(monkeypatch, empty):
+    """Have TileLang's compiler fail; returns what the user is advised to do."""
+    nvcc = types.SimpleNamespace(get_nvcc_compiler=lambda: "/no/such/nvcc")
+    monkeypatch.setitem(sys.modules, "tilelang", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "tilelang.contrib.nvcc", nvcc)
+
+    def fail(error):
+        def compile_one(key):
+            raise error
+
+        monkeypatch.setattr(compiler, "_compile", compile_one)
+        with pytest.raises(RuntimeError) as refusal:
+            jit.compile_key(KEY)
+        first, second = str(refusal.value).split("\n")
+        assert first == f"{WHAT}{type(error).__name__}: {error}"
+        advice, last = second.split("; or ")
+        assert last == f"build it on another machine: {COMMAND}"
+        return advice
+
+    return fail
+
+
+def test_without_nvcc(failing):
+    advice = failing(RuntimeError("no CUDA"))
     assert advice == "there is no nvcc: install the CUDA toolkit and let CUDA_HOME name it"
 
 
-def test_a_full_disk(compiler, monkeypatch):
+def test_a_full_disk(failing, monkeypatch):
     monkeypatch.setenv("TILELANG_CACHE_DIR", "/full")
     wrapped = RuntimeError("compilation failed")
     wrapped.__cause__ = OSError(28, "No space left on device")
-    assert failure(compiler, wrapped) == (
+    assert failing(wrapped) == (
         "make room in /full and in the folder for temporary files, or let TILELANG_CACHE_DIR and "
         "TMPDIR name others"
     )
 
 
-def test_a_cache_that_cannot_be_written(compiler):
-    advice = failure(compiler, OSError(30, "Read-only file system", "/cache"))
+def test_a_cache_that_cannot_be_written(failing):
+    advice = failing(OSError(30, "Read-only file system", "/cache"))
     assert advice == "let TILELANG_CACHE_DIR name a folder that this process can write"
 
 
-def test_a_kernel_that_nvcc_refuses(compiler, monkeypatch):
+def test_a_kernel_that_nvcc_refuses(failing, monkeypatch):
     nvcc = types.SimpleNamespace(get_nvcc_compiler=lambda: sys.executable)
     monkeypatch.setitem(sys.modules, "tilelang.contrib.nvcc", nvcc)
-    advice = failure(compiler, RuntimeError("error in line 1"))
+    advice = failing(RuntimeError("error in line 1"))
     assert advice == f"nvcc is {sys.executable}; TILELANG_VERBOSE=1 shows what it says"
 
 
-def test_a_kernel_that_cannot_be_kept_still_runs(compiler, monkeypatch, caplog):
-    compiler.gate.set()
+@pytest.mark.parametrize("installed", [None, "0.1.12"])
+def test_without_the_tilelang_that_the_kernels_are_written_for(empty, monkeypatch, installed):
+    """One clear error, before anything of another TileLang is imported."""
+
+    def version(package):
+        assert package == "tilelang"
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return installed
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setitem(sys.modules, "tilelang", None)
+    with pytest.raises(RuntimeError) as refusal:
+        jit.compile_key(KEY)
+    first, second = str(refusal.value).split("\n")
+    assert first == WHAT + (
+        "TileLang is not installed"
+        if installed is None
+        else "it is written for TileLang 0.1.15, and 0.1.12 is installed"
+    )
+    assert second.startswith("install it (pip install tilelang==0.1.15)")
+    assert second.endswith(f"; or build it on another machine: {COMMAND}")
+
+
+def test_a_kernel_that_cannot_be_kept_still_runs(compile_calls, monkeypatch, caplog):
+    compile_calls.gate.set()
     full = OSError(28, "No space left on device")
 
     def save(*arguments):
@@ -301,9 +347,9 @@ def test_a_kernel_that_cannot_be_kept_still_runs(compiler, monkeypatch, caplog):
 READ_ONLY = """
 import logging
 logging.basicConfig(level=logging.WARNING, format="%(name)s %(message)s")
-from mhc_ops import dispatch, jit
+from mhc_ops import jit, routes
 try:
-    jit.compile_key(dispatch.post_key(256, "sm_90a"))
+    jit.compile_key(routes.Key("post", "sm_90a", 256))
 except RuntimeError as error:
     print(error)
 """
@@ -326,7 +372,7 @@ def test_tilelang_where_the_cache_cannot_be_made(tmp_path):
 def test_a_kernel_that_is_not_loaded_is_refused_in_a_capture(empty, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError) as refusal:
-        jit.launch(KEY, torch.device("cuda", 0))
+        jit.loaded(KEY, torch.device("cuda", 0))
     assert str(refusal.value) == (
         "mhc: kernel post for hidden size 256 is not loaded on cuda:0 and cannot be during "
         "CUDA-graph capture; before the capture call "
@@ -338,5 +384,5 @@ def test_a_kernel_that_is_not_loaded_is_refused_in_a_capture(empty, monkeypatch)
     ("arch", "pdl"), [("sm_80", False), ("sm_89", False), ("sm_90a", True), ("sm_120a", True)]
 )
 def test_programmatic_dependent_launch_from_hopper_on(arch, pdl):
-    source = jit.program(dispatch.post_key(256, arch)).script()
+    source = compiler.program(routes.Key("post", arch, 256)).script()
     assert ("pdl_sync" in source) is pdl

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers import OPS, STREAMS, overload
-from mhc_ops import host
+from mhc_ops.native import host
 from mhc_ops.testing import as_outputs, assert_matches_oracle, make_inputs
 
 EXAMPLES = 750  # an op
@@ -254,6 +254,9 @@ def test_malformed_calls(op):
             faked = outcome(op, fake_args, fakes)
         if got.error is not None:
             assert_clear(op, got.error)
+            if "to start at a multiple of" in str(got.error):  # a fake tensor has no address
+                seen["refused by us"] += 1
+                return
             assert faked.error is not None
             if isinstance(got.error, ValueError):
                 assert str(faked.error) == str(got.error)

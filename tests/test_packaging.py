@@ -19,7 +19,7 @@ import rich
 import torch
 
 import mhc_ops
-from mhc_ops import dispatch, store
+from mhc_ops import routes, store
 
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
@@ -33,7 +33,8 @@ RUN_EVERY_OP = """
 import sys
 import mhc_ops
 
-assert not {"tilelang", "tvm"} & sys.modules.keys(), "importing mhc_ops imported TileLang"
+taken = {"tilelang", "tvm", "tvm_ffi"} & sys.modules.keys()
+assert not taken, f"importing mhc_ops imported {taken}"
 
 import torch
 from mhc_ops.testing import OUTPUTS, as_outputs, assert_matches_oracle, make_inputs
@@ -107,7 +108,7 @@ def environment(wheel, tmp_path_factory):
 def test_wheel_holds_every_source_file(wheel):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
-    want = {"mhc_ops/py.typed", "mhc_ops/_host.cpp"}
+    want = {"mhc_ops/py.typed", "mhc_ops/native/host.cpp", "mhc_ops/native/launcher.c"}
     for package, folder in (("mhc_ops", "mhc_ops"), ("mhc_ops/csrc_tilelang", "csrc_tilelang")):
         for path in (ROOT / folder).rglob("*.py"):
             want.add(f"{package}/{path.relative_to(ROOT / folder).as_posix()}")
@@ -136,10 +137,14 @@ def test_wheel_from_the_sdist_is_the_same(source, wheel, tmp_path):
 
 LOAD_PACKAGED = """
 import sys
-from mhc_ops import dispatch, jit
-for key in dispatch.keys(256, "sm_80", 8192):
+from mhc_ops import jit, routes
+from mhc_ops.native import host, launcher
+for key in routes.keys(256, "sm_80", 8192):
     jit.compile_key(key)
-assert not {"tilelang", "tvm"} & sys.modules.keys(), "TileLang's Python was imported"
+assert "packaged" in launcher.get()._name
+assert host.load()
+taken = {"tilelang", "tvm", "tvm_ffi"} & sys.modules.keys()
+assert not taken, f"{taken} were imported"
 """
 
 
@@ -156,9 +161,11 @@ def test_a_wheel_with_kernels(source, wheel, tmp_path):
         sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target",
         str(site), str(made), cwd=tmp_path,
     )  # fmt: skip
-    names = {store.file_name(key) for key in dispatch.keys(256, "sm_80", 8192)}
+    names = {store.file_name(key) for key in routes.keys(256, "sm_80", 8192)}
     files = {path.name for path in (site / "mhc_ops" / "packaged").iterdir()}
-    assert files == {f"{name}{suffix}" for name in names for suffix in (".so", ".json")}
+    want = {f"{name}{suffix}" for name in names for suffix in (".cubin", ".json")}
+    want |= {f"{name}{suffix}" for name in ("host", "launcher") for suffix in (".so", ".json")}
+    assert files == want
     python(
         sys.executable, "-c", LOAD_PACKAGED, cwd=tmp_path, PYTHONPATH=str(site), PATH="/nowhere",
         MHC_OPS_DISABLE_JIT="1", TILELANG_CACHE_DIR=str(tmp_path / "cache"),
@@ -240,13 +247,14 @@ def test_kernel_sources_are_files(environment, tmp_path):
         assert (found.parent / kernel.name).read_text() == kernel.read_text()
 
 
-def test_the_native_library_is_built_from_the_wheel(environment, tmp_path):
-    """Its source is found; that it builds where there is a compiler is ``test_host.py``'s."""
+@pytest.mark.parametrize("name", ["host.cpp", "launcher.c"])
+def test_the_native_libraries_are_built_from_the_wheel(environment, tmp_path, name):
+    """Their sources are found; that they build is ``test_host.py``'s and ``test_launcher.py``'s."""
     interpreter, site = environment
-    find = "from mhc_ops import host; print(host.SOURCE)"
+    find = f"from mhc_ops.native import {name.split('.')[0]} as m; print(m.SOURCE)"
     found = Path(python(interpreter, "-c", find, cwd=tmp_path).strip())
-    assert found.resolve() == (site / "mhc_ops" / "_host.cpp").resolve()
-    assert found.read_text() == (ROOT / "mhc_ops" / "_host.cpp").read_text()
+    assert found.resolve() == (site / "mhc_ops" / "native" / name).resolve()
+    assert found.read_text() == (ROOT / "mhc_ops" / "native" / name).read_text()
 
 
 def test_command_line_from_the_wheel(environment, tmp_path):

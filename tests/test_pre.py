@@ -5,8 +5,8 @@ import torch
 
 import mhc_ops
 from helpers import EPSILONS, assert_equal, call, check_against_oracle, sizes
-from mhc_ops import dispatch
 from mhc_ops.testing import KINDS, assert_matches_oracle, make_inputs
+from other_routes import other_routes
 
 OP = "pre"
 
@@ -63,9 +63,8 @@ def test_streams_of_zero(device, norm):
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("hidden", [256, 2816, 4096, 5120, 7168])
 @pytest.mark.parametrize("tokens", [129, 300, 1111])
-def test_batch_invariance(monkeypatch, hidden, tokens, norm):
+def test_batch_invariance(hidden, tokens, norm):
     """Bit for bit a few tokens alone, and after post the boundary in one launch."""
-    monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
     inputs = make_inputs("fused_post_pre", tokens, hidden, device="cuda", norm=norm, seed=tokens)
     names = ("x", "residual", "post_layer_mix", "comb_res_mix")
     post = {name: inputs.pop(name) for name in names}
@@ -108,13 +107,12 @@ def test_no_memory_but_the_outputs():
 @pytest.mark.gpu
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("tokens", [129, 131, 143])
-def test_a_last_tile_without_tokens_for_every_warp(monkeypatch, tokens, norm):
+def test_a_last_tile_without_tokens_for_every_warp(tokens, norm):
     """9 tiles of one cluster, again and again: warps without tokens may not be left behind."""
-    monkeypatch.setenv("MHC_OPS_BATCH_INVARIANT", "1")
-    monkeypatch.setattr(dispatch, "CLUSTERS", 1)
     inputs = make_inputs(OP, tokens, 256, device="cuda", norm=norm)
-    want = call(OP, inputs)
-    assert_matches_oracle(OP, inputs, tuple(want.values()))
-    for _ in range(2000):
-        got = call(OP, inputs)
+    with other_routes(CLUSTERS=1):
+        want = call(OP, inputs)
+        assert_matches_oracle(OP, inputs, tuple(want.values()))
+        for _ in range(2000):
+            got = call(OP, inputs)
     assert_equal(got, want)

@@ -1,6 +1,5 @@
 """prewarm: what it refuses, what it compiles, and that nothing compiles after it."""
 
-import importlib
 import re
 import sys
 from types import SimpleNamespace
@@ -10,7 +9,9 @@ import torch
 
 import mhc_ops
 from helpers import NORMS, OPS
-from mhc_ops import dispatch, host, jit, nn, support
+from mhc_ops import jit, nn, routes, support
+from mhc_ops.native import host, launcher
+from mhc_ops.native.plan import plan
 from mhc_ops.testing import make_inputs
 
 
@@ -40,66 +41,44 @@ def test_unsupported_device(monkeypatch):
 
 
 def test_fewer_tokens_need_fewer_kernels():
-    few = set(dispatch.keys(4096, "sm_90a", 16))
-    assert few < set(dispatch.keys(4096, "sm_90a", 8192))
+    few = set(routes.keys(4096, "sm_90a", 16))
+    assert few < set(routes.keys(4096, "sm_90a", 8192))
 
 
-class Recorder:
-    """Runs the CUDA implementations without a GPU, on meta tensors; keeps the kernels they ask for.
-
-    What a kernel would do is left out: only which one it is counts.
-    """
-
-    def __init__(self, monkeypatch, arch):
-        self.keys = set()
-        self.cuda = {op: importlib.import_module(f"mhc_ops.ops.{op}")._cuda for op in OPS}
-        monkeypatch.setattr(support, "arch", lambda device: arch)
-        monkeypatch.setattr(support, "sm_count", lambda device: 132)
-        monkeypatch.setattr(support, "require", lambda op, device: None)
-        monkeypatch.setattr(jit, "launch", lambda key, *rest: self.keys.add(key))
-        monkeypatch.setattr(jit, "entry_point", lambda key, device: self.keys.add(key))
-        monkeypatch.setattr(host, "may_read_early", lambda fn: False)
-        monkeypatch.setattr(host, "remember", lambda *rest: None)
-
-    def take(self):
-        keys, self.keys = self.keys, set()
-        return keys
-
-    def calls(self, op, counts, hidden, norm):
-        """The kernels of calls with these token counts."""
-        inputs = make_inputs(op, 1, hidden, norm=norm, device="meta")
-        names = [n for n in ("x", "residual", "post_layer_mix", "comb_res_mix") if n in inputs]
-        for tokens in counts:
-            for name in names:
-                inputs[name] = inputs[name].new_empty((tokens, *inputs[name].shape[1:]))
-            self.cuda[op](**inputs)
-        return self.take()
+# Every count up to beyond the bounds of the table, and some large ones.
+EVERY = (*range(1, 180), 448, 449, 512, 2048, 8192)
 
 
-# Every count up to beyond the bounds of dispatch, and some large ones.
-EVERY = (*range(1, 140), 512, 2048, 8192)
+def reached(arch, hidden, max_tokens):
+    """The kernels of calls of every op at every token count, by their plans."""
+    return {
+        step.key
+        for op in OPS
+        for norm in NORMS[op]
+        for tokens in EVERY
+        if tokens <= max_tokens
+        for step in plan(op, hidden, arch, 132, norm).range(tokens).steps
+    }
 
 
 @pytest.mark.parametrize("max_tokens", [1, 8, 96, 97, 129, 8192])
-@pytest.mark.parametrize("hidden", [256, 4096, 8192])
+@pytest.mark.parametrize("hidden", [256, 4096, 5120, 8192])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_no_call_reaches_a_kernel_that_is_not_ready(monkeypatch, arch, hidden, max_tokens):
     """Every op at every token count asks for what was compiled and loaded, and for nothing else."""
-    recorder = Recorder(monkeypatch, arch)
-    prewarm = sys.modules["mhc_ops.prewarm"]
-    for op in OPS:
-        monkeypatch.setattr(prewarm, op, recorder.cuda[op])
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    prewarm._load(hidden, max_tokens, torch.device("meta"))
-    loaded = recorder.take()
-    compiled = set(dispatch.keys(hidden, arch, max_tokens))
-    assert loaded == compiled
-    counts = [tokens for tokens in EVERY if tokens <= max_tokens]
-    reached = set()
-    for op in OPS:
-        for norm in NORMS[op]:
-            reached |= recorder.calls(op, counts, hidden, norm)
-    assert reached == compiled
+    loaded, remembered = [], []
+    monkeypatch.setattr(support, "arch", lambda device: arch)
+    monkeypatch.setattr(support, "sm_count", lambda device: 132)
+    monkeypatch.setattr(jit, "load", lambda key, device: loaded.append(key))
+    monkeypatch.setattr(host, "load", lambda: True)
+    monkeypatch.setattr(host, "remember", lambda of, device: remembered.append(of))
+    sys.modules["mhc_ops.prewarm"]._load(hidden, max_tokens, torch.device("meta"))
+    assert len(set(loaded)) == len(loaded)
+    assert set(loaded) == set(routes.keys(hidden, arch, max_tokens))
+    assert set(loaded) == reached(arch, hidden, max_tokens)
+    assert {(of.recipe.op, of.norm) for of in remembered} == {
+        (op, norm) for op in OPS for norm in NORMS[op]
+    }
 
 
 def config(**changes):
@@ -139,7 +118,7 @@ class TestModels:
         monkeypatch.setattr(jit, "compile_key", compiled.append)
         monkeypatch.setattr(prewarm, "_load", lambda size, *rest: loaded.append((size, *rest)))
         report = mhc_ops.prewarm(of, max_tokens=64)
-        keys = {key for size in sizes for key in dispatch.keys(size, "sm_90a", 64)}
+        keys = {key for size in sizes for key in routes.keys(size, "sm_90a", 64)}
         assert set(compiled) == set(report.kernels) == keys
         assert loaded == [(size, 64, torch.device("meta")) for size in sizes]
 
@@ -175,14 +154,13 @@ class TestModels:
 def test_nothing_compiles_or_loads_afterwards(monkeypatch, max_tokens):
     hidden = 512
     report = mhc_ops.prewarm([hidden], max_tokens=max_tokens)
-    assert set(report.kernels) == set(
-        dispatch.keys(hidden, support.arch(report.device), max_tokens)
-    )
+    assert set(report.kernels) == set(routes.keys(hidden, support.arch(report.device), max_tokens))
 
-    def refuse(key, device):
-        raise AssertionError(f"{key} was not ready on {device}")
+    def refuse(*arguments):
+        raise AssertionError(f"{arguments}: not ready")
 
-    monkeypatch.setattr(jit, "_prepare", refuse)
+    monkeypatch.setattr(jit, "load", refuse)
+    monkeypatch.setattr(launcher, "load", refuse)
     for tokens in range(1, max_tokens + 1):
         for op in OPS:
             for norm in NORMS[op]:
@@ -192,15 +170,14 @@ def test_nothing_compiles_or_loads_afterwards(monkeypatch, max_tokens):
 
 
 @pytest.mark.gpu
-def test_calls_of_one_launch_are_native_afterwards():
+@pytest.mark.parametrize("op", OPS)
+def test_calls_take_the_short_way_afterwards(op):
     """Whatever their number of tokens, from the first one on."""
     hidden = 512
-    report = mhc_ops.prewarm([hidden], max_tokens=8)
-    if not dispatch.takes_one_launch(1, hidden, support.arch(report.device)):
-        pytest.skip("this GPU has no one-launch kernel")
+    report = mhc_ops.prewarm([hidden], max_tokens=300)
     before = host.calls()
-    for tokens in (1, 8, 33, 128):
-        for norm in (False, True):
-            inputs = make_inputs("fused_post_pre", tokens, hidden, norm=norm, device=report.device)
-            torch.ops.mhc.fused_post_pre.default(**inputs)
-    assert host.calls() - before == 8
+    for tokens in (1, 8, 33, 128, 129, 300):
+        for norm in NORMS[op]:
+            inputs = make_inputs(op, tokens, hidden, norm=norm, device=report.device)
+            getattr(torch.ops.mhc, op).default(**inputs)
+    assert host.calls() - before == 6 * len(NORMS[op])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers import OPS, STREAMS, assert_equal, call, clone, tensors
-from mhc_ops import host
+from mhc_ops.native import host
 from mhc_ops.testing import assert_matches_oracle, make_inputs
 
 HIDDEN = 256

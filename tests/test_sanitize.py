@@ -9,41 +9,18 @@ import pytest
 
 import sanitize
 import sanitizer_workload as workload
-from mhc_ops import dispatch
+from mhc_ops import routes
+from mhc_ops.formula import evaluate
+from other_routes import other_routes
 
-ARCH, SMS = "sm_90a", 132
+ARCH = "sm_90a"
 
 
 def kernels_of(case):
     """The keys that a case launches on an H100."""
-    keys = set()
-    size = (case.tokens, case.hidden)
-    one_launch = dispatch.takes_one_launch(*size, ARCH) and case.way != "classical"
-    if case.op == "pre" and dispatch.takes_pre(*size, ARCH, case.way == "invariant"):
-        return {dispatch.pre_key(case.hidden, ARCH, case.norm)}
-    if case.way == "invariant":
-        return {dispatch.persistent_key(case.hidden, ARCH, case.norm)}
-    if case.op == "fused_post_pre" and one_launch:
-        return {dispatch.fused_post_pre_key(case.hidden, ARCH, case.norm)}
-    if case.op == "expand_pre":
-        return {dispatch.expand_pre_key(case.hidden, ARCH, case.norm)}
-    if case.op.startswith("post_head"):
-        streams = case.op == "post_head_streams"
-        with workload.path(case.way):
-            one_round = dispatch.takes_one_round(*size)
-        key = dispatch.post_head_key if one_round else dispatch.post_head_persistent_key
-        return {key(case.hidden, ARCH, case.norm, streams)}
-    last = dispatch.head_key if "head" in case.op else dispatch.finish_key
-    if case.op != "post":
-        keys.add(last(case.hidden, ARCH, case.norm))
-    if case.op == "fused_post_pre" and dispatch.takes_post_projection(*size):
-        return keys | {dispatch.post_projection_plan(*size, ARCH, SMS).key}
-    if case.op in ("post", "fused_post_pre"):
-        keys.add(dispatch.post_key(case.hidden, ARCH))
-    if case.op != "post":
-        rows = dispatch.HC_MULT if "head" in case.op else dispatch.MIXES
-        keys.add(dispatch.projection_plan(*size, rows, ARCH, SMS).key)
-    return keys
+    with other_routes(**workload.WAYS[case.way]):
+        launches = routes.row(case.op, case.hidden, ARCH, case.tokens).launches
+    return {launch.key(case.hidden, ARCH, case.norm) for launch in launches}
 
 
 def test_every_kernel_is_reached_in_the_first_half():
@@ -51,20 +28,29 @@ def test_every_kernel_is_reached_in_the_first_half():
     reached = set().union(*(kernels_of(case) for case in cases[: len(cases) // 2]))
     assert reached == workload.keys(ARCH)
     assert {key.kernel for key in reached} == {
-        "post", "projection", "finish", "post_projection", "head", "fused_post_pre",
+        "post", "projection", "finish", "post_projection", "head", "fused_post_pre", "expand",
         "expand_pre", "post_head", "post_head_persistent", "fused_post_pre_persistent", "pre",
     }  # fmt: skip
 
 
+def test_the_kernels_that_loop_have_one_cluster_for_all_tokens():
+    for case in workload.cases():
+        if case.way == "looping":
+            with other_routes(**workload.WAYS[case.way]):
+                row = routes.row(case.op, case.hidden, ARCH, case.tokens)
+            values = {"tokens": case.tokens}
+            assert evaluate(row.launches[0].scalars["group_tokens"], values) >= case.tokens
+
+
 def test_the_path_of_other_gpus():
-    with workload.path("classical"):
-        assert not dispatch.takes_one_launch(1, 256, ARCH)
-    assert dispatch.takes_one_launch(1, 256, ARCH)
+    with other_routes(**workload.WAYS["classical"]):
+        assert not routes.in_clusters(256, ARCH)
+    assert routes.in_clusters(256, ARCH)
 
 
 @pytest.mark.parametrize("op", workload.OUTPUTS)
 def test_cases_run(op):
-    """On the CPU, in which the classical path is the only one."""
+    """On the CPU, where every way is the same."""
     for case in workload.cases()[:20]:
         if case.op == op:
             workload.run(case, "cpu")

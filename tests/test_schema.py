@@ -1,6 +1,5 @@
 """The schemas, and that everything registered for an op agrees with its schema."""
 
-import importlib
 import inspect
 
 import pytest
@@ -10,6 +9,7 @@ from expecttest import assert_expected_inline
 import mhc_ops
 from helpers import OPS, overload
 from mhc_ops import reference, testing
+from mhc_ops._arguments import NumberSpec, TensorSpec, recipe
 
 PARAMETER = inspect.Parameter
 
@@ -125,11 +125,20 @@ def test_every_op_of_the_namespace_is_tested():
     assert {name for name in registered if name.startswith("mhc::")} == {f"mhc::{op}" for op in OPS}
 
 
-@pytest.mark.parametrize("function", ["_fake", "_cuda", "_cpu"])
 @pytest.mark.parametrize("op", OPS)
-def test_implementations_have_the_signature_of_the_schema(op, function):
-    module = importlib.import_module(f"mhc_ops.ops.{op}")
-    assert parameters_of(getattr(module, function)) == parameters_of_schema(op)
+def test_a_recipe_has_the_arguments_and_outputs_of_the_schema(op):
+    """In their order, tensors as tensors and integers as integers."""
+    kinds = {"Tensor": TensorSpec, "Optional[Tensor]": TensorSpec}
+    of = recipe(op)
+    schema = overload(op)._schema
+    assert list(of.arguments) == [argument.name for argument in schema.arguments]
+    for argument in schema.arguments:
+        spec = of.arguments[argument.name]
+        assert isinstance(spec, kinds.get(str(argument.type), NumberSpec)), argument.name
+        if isinstance(spec, NumberSpec):
+            assert spec.integer == (str(argument.type) == "int"), argument.name
+    assert len(of.outputs) == len(schema.returns)
+    assert all(a.name in ("", b) for a, b in zip(schema.returns, of.outputs, strict=True))
 
 
 @pytest.mark.parametrize("op", OPS)

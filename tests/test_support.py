@@ -1,7 +1,6 @@
 """Whether the kernels can serve a device, why not, and what the CUDA ops say then."""
 
-import importlib
-import importlib.util
+import sys
 import types
 
 import pytest
@@ -10,19 +9,18 @@ import torch
 import mhc_ops
 from helpers import OPS
 from mhc_ops import support
+from mhc_ops._arguments import recipe
+from mhc_ops.native.serve import serve
 from mhc_ops.testing import make_inputs
 
 
 @pytest.fixture
 def machine(monkeypatch):
     """A machine with one H100 as far as ``support`` can see; set its attributes to change it."""
-    machine = types.SimpleNamespace(
-        available=True, capability=(9, 0), name="NVIDIA H100", count=1, tilelang=True
-    )
+    machine = types.SimpleNamespace(available=True, capability=(9, 0), name="NVIDIA H100", count=1)
     caches = [f for f in vars(support).values() if hasattr(f, "cache_clear")]
     for function in caches:
         function.cache_clear()
-    find_spec = importlib.util.find_spec
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: machine.available)
@@ -30,13 +28,6 @@ def machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: machine.count)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: machine.capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: machine.name)
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *args: (
-            None if name == "tilelang" and not machine.tilelang else find_spec(name, *args)
-        ),
-    )
     yield machine
     for function in caches:
         function.cache_clear()
@@ -82,9 +73,10 @@ def test_no_cuda_device(machine):
     assert mhc_ops.is_supported("cuda") == (False, "no CUDA device is available")
 
 
-def test_tilelang_missing(machine):
-    machine.tilelang = False
-    assert mhc_ops.is_supported("cuda") == (False, "tilelang is not installed")
+def test_kernels_built_ahead_need_no_tilelang(machine, monkeypatch):
+    """Whether a kernel can be had is said when one is asked for, not here."""
+    monkeypatch.setitem(sys.modules, "tilelang", None)
+    assert mhc_ops.is_supported("cuda") == (True, "TileLang kernels for sm_90a")
 
 
 def test_device_that_is_not_there(machine):
@@ -100,20 +92,19 @@ def test_capability_below_8(machine, capability):
 
 
 def test_the_ops_give_the_reason(machine):
-    machine.tilelang = False
+    machine.available = False
     with pytest.raises(RuntimeError) as error:
         support.require("post", torch.device("cuda", 0))
     assert str(error.value) == (
-        "mhc::post: the CUDA kernels cannot serve cuda:0: tilelang is not installed"
+        "mhc::post: the CUDA kernels cannot serve cuda:0: no CUDA device is available"
     )
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_asks_before_it_launches(op):
     """The CUDA implementation, called where there is no CUDA."""
-    implementation = importlib.import_module(f"mhc_ops.ops.{op}")._cuda
     with pytest.raises(RuntimeError) as error:
-        implementation(**make_inputs(op, 2, 256))
+        serve(op, recipe(op).bind((), make_inputs(op, 2, 256)))
     assert str(error.value) == (
         f"mhc::{op}: the CUDA kernels cannot serve cpu: device cpu is not a CUDA device"
     )

@@ -34,8 +34,8 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4RMSNorm,
 )
 
-from .. import config, dispatch
-from .._checks import ACTIVATION, LARGEST, MIX
+from .. import config, geometry
+from .._arguments import ACTIVATION, LARGEST, MIX
 from ..nn import (
     POST_MULT_VALUE,
     FoldedRMSNorm,
@@ -183,11 +183,11 @@ def _check_settings(decoder: DeepseekV4Model) -> None:
                 f"expected {name} to be finite and at least 0, got {getattr(config, name)}"
             )
     if any(parameter.device.type == "cuda" for parameter in decoder.parameters()):
-        if config.hc_mult != dispatch.HC_MULT:
-            raise ValueError(f"expected hc_mult {dispatch.HC_MULT} on CUDA, got {config.hc_mult}")
-        if config.hidden_size % dispatch.HIDDEN_MULTIPLE != 0:
+        if config.hc_mult != geometry.HC_MULT:
+            raise ValueError(f"expected hc_mult {geometry.HC_MULT} on CUDA, got {config.hc_mult}")
+        if config.hidden_size % geometry.HIDDEN_MULTIPLE != 0:
             raise ValueError(
-                f"expected a hidden_size that is a multiple of {dispatch.HIDDEN_MULTIPLE} on "
+                f"expected a hidden_size that is a multiple of {geometry.HIDDEN_MULTIPLE} on "
                 f"CUDA, got {config.hidden_size}"
             )
 

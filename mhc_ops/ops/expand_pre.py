@@ -2,162 +2,26 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import dispatch, jit, reference, support
-from .._checks import check_expand, check_mixing
-from .._library import register
-from .pre import launch_pre
-
-
-# checks: _checks.check_expand, then _checks.check_mixing
-def _check(
-    x: Tensor,
-    fn: Tensor,
-    hc_scale: Tensor,
-    hc_base: Tensor,
-    rms_eps: float,
-    hc_pre_eps: float,
-    hc_sinkhorn_eps: float,
-    hc_post_mult_value: float,
-    sinkhorn_repeat: int,
-    norm_weight: Tensor | None,
-    norm_eps: float | None,
-) -> int:
-    """Returns hc_mult."""
-    hc_mult, hidden = check_expand("expand_pre", x, fn)
-    check_mixing(
-        "expand_pre", x, hc_mult, hidden, fn, hc_scale, hc_base, rms_eps, hc_pre_eps,
-        hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps,
-    )  # fmt: skip
-    return hc_mult
-
-
-# fake
-def _empty_outputs(x: Tensor, hc_mult: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised (residual_out, post_mix, comb_mix, layer_input)."""
-    *leading, hidden = x.shape
-    return (
-        x.new_empty((*leading, hc_mult, hidden)),
-        x.new_empty((*leading, hc_mult, 1), dtype=torch.float32),
-        x.new_empty((*leading, hc_mult, hc_mult), dtype=torch.float32),
-        x.new_empty((*leading, hidden)),
-    )
-
-
-def _fake(
-    x: Tensor,
-    fn: Tensor,
-    hc_scale: Tensor,
-    hc_base: Tensor,
-    rms_eps: float,
-    hc_pre_eps: float,
-    hc_sinkhorn_eps: float,
-    hc_post_mult_value: float,
-    sinkhorn_repeat: int,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_eps: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hc_mult = _check(
-        x, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
-        sinkhorn_repeat, norm_weight, norm_eps,
-    )  # fmt: skip
-    return _empty_outputs(x, hc_mult)
-
-
-# CUDA
-def _cuda(
-    x: Tensor,
-    fn: Tensor,
-    hc_scale: Tensor,
-    hc_base: Tensor,
-    rms_eps: float,
-    hc_pre_eps: float,
-    hc_sinkhorn_eps: float,
-    hc_post_mult_value: float,
-    sinkhorn_repeat: int,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_eps: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hc_mult = _check(
-        x, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
-        sinkhorn_repeat, norm_weight, norm_eps,
-    )  # fmt: skip
-    support.require("expand_pre", x.device)
-    outputs = _empty_outputs(x, hc_mult)
-    if not x.numel():
-        return outputs
-    residual_out, post_mix, comb_mix, layer_input = outputs
-    hidden, arch = x.shape[-1], support.arch(x.device)
-    tokens = x.numel() // hidden
-    streams = residual_out.view(tokens, hc_mult, hidden)
-    if dispatch.takes_one_launch_end(hidden, arch):
-        jit.launch(
-            dispatch.expand_pre_key(hidden, arch, norm_weight is not None),
-            x.device,
-            x.reshape(tokens, hidden).contiguous(),
-            fn.contiguous(),
-            hc_scale.contiguous(),
-            hc_base.contiguous(),
-            *(() if norm_weight is None else (norm_weight.to(x.dtype),)),
-            streams,
-            post_mix.view(tokens, hc_mult),
-            comb_mix.view(tokens, hc_mult, hc_mult),
-            layer_input.view(tokens, hidden),
-            rms_eps,
-            hc_pre_eps,
-            hc_sinkhorn_eps,
-            hc_post_mult_value,
-            sinkhorn_repeat,
-            *(() if norm_weight is None else (norm_eps,)),
-            dispatch.expand_pre_group_tokens(tokens),
-        )
-    else:
-        residual_out.copy_(x.unsqueeze(-2).expand_as(residual_out))
-        launch_pre(
-            streams, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
-            hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps,
-            (post_mix, comb_mix, layer_input),
-        )  # fmt: skip
-    return outputs
+from .. import reference
+from .._arguments import streams_of
+from ._define import define
 
 
 # CPU
-def _cpu(
-    x: Tensor,
-    fn: Tensor,
-    hc_scale: Tensor,
-    hc_base: Tensor,
-    rms_eps: float,
-    hc_pre_eps: float,
-    hc_sinkhorn_eps: float,
-    hc_post_mult_value: float,
-    sinkhorn_repeat: int,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_eps: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hc_mult = _check(
-        x, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
-        sinkhorn_repeat, norm_weight, norm_eps,
-    )  # fmt: skip
-    residual_out = reference.expand(x, hc_mult)
-    return (
-        residual_out,
-        *reference.pre(
-            residual_out, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
-            hc_post_mult_value, sinkhorn_repeat, norm_weight=norm_weight, norm_eps=norm_eps,
-        ),
-    )  # fmt: skip
+def _cpu(x: Tensor, fn: Tensor, **mixing: Any) -> tuple[Tensor, ...]:
+    hc_mult = streams_of(fn.shape[0])
+    assert hc_mult is not None  # the check has seen to it
+    streams = reference.expand(x, hc_mult)
+    return streams, *reference.pre(streams, fn, **mixing)
 
 
-# autograd: forward only, registered for every op by _library.register
-register("expand_pre", fake=_fake, cuda=_cuda, cpu=_cpu)
+# checks, fake, CUDA and autograd follow from the recipe
+define("expand_pre", cpu=_cpu)
 
 
 # public function

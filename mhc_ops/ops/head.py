@@ -5,99 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dispatch, jit, reference, support
-from .._checks import check_head
-from .._library import register
-from .pre import launch_projection
+from .. import reference
+from ._define import define
 
-# checks: _checks.check_head
+# CPU: reference.head
 
 
-# fake
-def _fake(
-    residual: Tensor,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    rms_eps: float,
-    hc_eps: float,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_eps: float | None = None,
-) -> Tensor:
-    check_head("head", residual, fn, scale, base, rms_eps, hc_eps, norm_weight, norm_eps)
-    return residual.new_empty((*residual.shape[:-2], residual.shape[-1]))
-
-
-# CUDA
-def launch_head(
-    residual: Tensor,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    rms_eps: float,
-    hc_eps: float,
-    norm_weight: Tensor | None,
-    norm_eps: float | None,
-    out: Tensor,
-) -> None:
-    """``projection``, then ``head``, on checked arguments with at least one token."""
-    hidden = residual.shape[-1]
-    streams = residual.flatten(0, -3).contiguous()
-    jit.launch(
-        dispatch.head_key(hidden, support.arch(streams.device), norm_weight is not None),
-        streams.device,
-        streams,
-        launch_projection(streams, fn),
-        scale,
-        base.contiguous(),
-        *(() if norm_weight is None else (norm_weight.to(streams.dtype),)),
-        out.view(-1, hidden),
-        rms_eps,
-        hc_eps,
-        *(() if norm_weight is None else (norm_eps,)),
-    )
-
-
-def _cuda(
-    residual: Tensor,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    rms_eps: float,
-    hc_eps: float,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_eps: float | None = None,
-) -> Tensor:
-    check_head("head", residual, fn, scale, base, rms_eps, hc_eps, norm_weight, norm_eps)
-    support.require("head", residual.device)
-    out = residual.new_empty((*residual.shape[:-2], residual.shape[-1]))
-    if residual.numel():
-        launch_head(residual, fn, scale, base, rms_eps, hc_eps, norm_weight, norm_eps, out)
-    return out
-
-
-# CPU
-def _cpu(
-    residual: Tensor,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    rms_eps: float,
-    hc_eps: float,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_eps: float | None = None,
-) -> Tensor:
-    check_head("head", residual, fn, scale, base, rms_eps, hc_eps, norm_weight, norm_eps)
-    return reference.head(
-        residual, fn, scale, base, rms_eps, hc_eps, norm_weight=norm_weight, norm_eps=norm_eps
-    )
-
-
-# autograd: forward only, registered for every op by _library.register
-register("head", fake=_fake, cuda=_cuda, cpu=_cpu)
+# checks, fake, CUDA and autograd follow from the recipe
+define("head", cpu=reference.head)
 
 
 # public function

@@ -5,54 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dispatch, jit, reference, support
-from .._checks import check_post
-from .._library import register
-
-# checks: _checks.check_post
-
-
-# fake
-def _fake(x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor) -> Tensor:
-    check_post("post", x, residual, post_layer_mix, comb_res_mix)
-    return residual.new_empty(residual.shape)
-
-
-# CUDA
-def launch_post(
-    x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor
-) -> Tensor:
-    """One launch of the ``post`` kernel on checked arguments; returns the new streams."""
-    hc_mult, hidden = residual.shape[-2:]
-    residual_out = residual.new_empty(residual.shape)
-    tokens = residual.numel() // (hc_mult * hidden)
-    if tokens:
-        jit.launch(
-            dispatch.post_key(hidden, support.arch(residual.device)),
-            residual.device,
-            x.reshape(tokens, hidden).contiguous(),
-            residual.reshape(tokens, hc_mult, hidden).contiguous(),
-            post_layer_mix.reshape(tokens, hc_mult).contiguous(),
-            comb_res_mix.reshape(tokens, hc_mult, hc_mult).contiguous(),
-            residual_out.view(tokens, hc_mult, hidden),
-        )
-    return residual_out
-
-
-def _cuda(x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor) -> Tensor:
-    check_post("post", x, residual, post_layer_mix, comb_res_mix)
-    support.require("post", residual.device)
-    return launch_post(x, residual, post_layer_mix, comb_res_mix)
+from .. import reference
+from ._define import define
 
 
 # CPU
 def _cpu(x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor) -> Tensor:
-    check_post("post", x, residual, post_layer_mix, comb_res_mix)
     return reference.post(x, residual, post_layer_mix, comb_res_mix).contiguous()
 
 
-# autograd: forward only, registered for every op by _library.register
-register("post", fake=_fake, cuda=_cuda, cpu=_cpu)
+# checks, fake, CUDA and autograd follow from the recipe
+define("post", cpu=_cpu)
 
 
 # public function

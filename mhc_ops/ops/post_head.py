@@ -2,165 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import dispatch, jit, reference, support
-from .._checks import check_collapse, check_post
-from .._library import register
-from .head import launch_head
-from .post import launch_post
-
-
-# checks: _checks.check_post, then _checks.check_collapse
-def check_post_head(
-    op: str,
-    x: Tensor,
-    residual: Tensor,
-    post_layer_mix: Tensor,
-    comb_res_mix: Tensor,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    rms_eps: float,
-    hc_eps: float,
-    norm_weight: Tensor | None,
-    norm_eps: float | None,
-) -> None:
-    """The checks of ``op``, which is this one or ``post_head_streams``."""
-    check_collapse(
-        op, residual, *check_post(op, x, residual, post_layer_mix, comb_res_mix),
-        fn, scale, base, rms_eps, hc_eps, norm_weight, norm_eps,
-    )  # fmt: skip
-
-
-# fake
-def _fake(
-    x: Tensor,
-    residual: Tensor,
-    post_layer_mix: Tensor,
-    comb_res_mix: Tensor,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    rms_eps: float,
-    hc_eps: float,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_eps: float | None = None,
-) -> Tensor:
-    check_post_head(
-        "post_head", x, residual, post_layer_mix, comb_res_mix, fn, scale, base, rms_eps, hc_eps,
-        norm_weight, norm_eps,
-    )  # fmt: skip
-    return residual.new_empty((*residual.shape[:-2], residual.shape[-1]))
-
-
-# CUDA
-def launch_post_head(
-    x: Tensor,
-    residual: Tensor,
-    post_layer_mix: Tensor,
-    comb_res_mix: Tensor,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    rms_eps: float,
-    hc_eps: float,
-    norm_weight: Tensor | None,
-    norm_eps: float | None,
-    residual_out: Tensor | None,
-    out: Tensor,
-) -> None:
-    """One launch of a ``post_head`` kernel, which writes ``out``, and the streams where asked."""
-    hc_mult, hidden = residual.shape[-2:]
-    tokens = residual.numel() // (hc_mult * hidden)
-    streams = residual.reshape(tokens, hc_mult, hidden).contiguous()
-    one_round = dispatch.takes_one_round(tokens, hidden)
-    key = dispatch.post_head_key if one_round else dispatch.post_head_persistent_key
-    jit.launch(
-        key(
-            hidden, support.arch(residual.device), norm_weight is not None, residual_out is not None
-        ),
-        residual.device,
-        x.reshape(tokens, hidden).contiguous(),
-        streams,
-        post_layer_mix.reshape(tokens, hc_mult).contiguous(),
-        comb_res_mix.reshape(tokens, hc_mult, hc_mult).contiguous(),
-        fn.contiguous(),
-        scale.contiguous(),
-        base.contiguous(),
-        *(() if norm_weight is None else (norm_weight.to(residual.dtype),)),
-        streams if residual_out is None else residual_out.view(tokens, hc_mult, hidden),
-        out.view(tokens, hidden),
-        rms_eps,
-        hc_eps,
-        *(() if norm_weight is None else (norm_eps,)),
-        *dispatch.post_head_share(tokens, hidden),
-    )
-
-
-def _cuda(
-    x: Tensor,
-    residual: Tensor,
-    post_layer_mix: Tensor,
-    comb_res_mix: Tensor,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    rms_eps: float,
-    hc_eps: float,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_eps: float | None = None,
-) -> Tensor:
-    check_post_head(
-        "post_head", x, residual, post_layer_mix, comb_res_mix, fn, scale, base, rms_eps, hc_eps,
-        norm_weight, norm_eps,
-    )  # fmt: skip
-    support.require("post_head", residual.device)
-    hidden = residual.shape[-1]
-    out = residual.new_empty((*residual.shape[:-2], hidden))
-    if not residual.numel():
-        return out
-    if dispatch.takes_one_launch_end(hidden, support.arch(residual.device)):
-        launch_post_head(
-            x, residual, post_layer_mix, comb_res_mix, fn, scale, base, rms_eps, hc_eps,
-            norm_weight, norm_eps, None, out,
-        )  # fmt: skip
-    else:
-        streams = launch_post(x, residual, post_layer_mix, comb_res_mix)
-        launch_head(streams, fn, scale, base, rms_eps, hc_eps, norm_weight, norm_eps, out)
-    return out
+from .. import reference
+from ._define import define
 
 
 # CPU
 def _cpu(
-    x: Tensor,
-    residual: Tensor,
-    post_layer_mix: Tensor,
-    comb_res_mix: Tensor,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    rms_eps: float,
-    hc_eps: float,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_eps: float | None = None,
+    x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor, **collapse: Any
 ) -> Tensor:
-    check_post_head(
-        "post_head", x, residual, post_layer_mix, comb_res_mix, fn, scale, base, rms_eps, hc_eps,
-        norm_weight, norm_eps,
-    )  # fmt: skip
-    return reference.head(
-        reference.post(x, residual, post_layer_mix, comb_res_mix), fn, scale, base, rms_eps, hc_eps,
-        norm_weight=norm_weight, norm_eps=norm_eps,
-    )  # fmt: skip
+    streams = reference.post(x, residual, post_layer_mix, comb_res_mix)
+    return reference.head(streams, **collapse)
 
 
-# autograd: forward only, registered for every op by _library.register
-register("post_head", fake=_fake, cuda=_cuda, cpu=_cpu)
+# checks, fake, CUDA and autograd follow from the recipe
+define("post_head", cpu=_cpu)
 
 
 # public function

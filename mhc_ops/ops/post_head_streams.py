@@ -2,108 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import dispatch, reference, support
-from .._library import register
-from .head import launch_head
-from .post import launch_post
-from .post_head import check_post_head, launch_post_head
-
-# checks: post_head.check_post_head
-
-
-# fake
-def _fake(
-    x: Tensor,
-    residual: Tensor,
-    post_layer_mix: Tensor,
-    comb_res_mix: Tensor,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    rms_eps: float,
-    hc_eps: float,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_eps: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    check_post_head(
-        "post_head_streams", x, residual, post_layer_mix, comb_res_mix, fn, scale, base, rms_eps,
-        hc_eps, norm_weight, norm_eps,
-    )  # fmt: skip
-    return (
-        residual.new_empty(residual.shape),
-        residual.new_empty((*residual.shape[:-2], residual.shape[-1])),
-    )
-
-
-# CUDA
-def _cuda(
-    x: Tensor,
-    residual: Tensor,
-    post_layer_mix: Tensor,
-    comb_res_mix: Tensor,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    rms_eps: float,
-    hc_eps: float,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_eps: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    check_post_head(
-        "post_head_streams", x, residual, post_layer_mix, comb_res_mix, fn, scale, base, rms_eps,
-        hc_eps, norm_weight, norm_eps,
-    )  # fmt: skip
-    support.require("post_head_streams", residual.device)
-    hidden = residual.shape[-1]
-    out = residual.new_empty((*residual.shape[:-2], hidden))
-    if not residual.numel():
-        return residual.new_empty(residual.shape), out
-    if dispatch.takes_one_launch_end(hidden, support.arch(residual.device)):
-        residual_out = residual.new_empty(residual.shape)
-        launch_post_head(
-            x, residual, post_layer_mix, comb_res_mix, fn, scale, base, rms_eps, hc_eps,
-            norm_weight, norm_eps, residual_out, out,
-        )  # fmt: skip
-    else:
-        residual_out = launch_post(x, residual, post_layer_mix, comb_res_mix)
-        launch_head(residual_out, fn, scale, base, rms_eps, hc_eps, norm_weight, norm_eps, out)
-    return residual_out, out
+from .. import reference
+from ._define import define
 
 
 # CPU
 def _cpu(
-    x: Tensor,
-    residual: Tensor,
-    post_layer_mix: Tensor,
-    comb_res_mix: Tensor,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    rms_eps: float,
-    hc_eps: float,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_eps: float | None = None,
+    x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor, **collapse: Any
 ) -> tuple[Tensor, Tensor]:
-    check_post_head(
-        "post_head_streams", x, residual, post_layer_mix, comb_res_mix, fn, scale, base, rms_eps,
-        hc_eps, norm_weight, norm_eps,
-    )  # fmt: skip
-    residual_out = reference.post(x, residual, post_layer_mix, comb_res_mix).contiguous()
-    return residual_out, reference.head(
-        residual_out, fn, scale, base, rms_eps, hc_eps, norm_weight=norm_weight, norm_eps=norm_eps
-    )
+    streams = reference.post(x, residual, post_layer_mix, comb_res_mix).contiguous()
+    return streams, reference.head(streams, **collapse)
 
 
-# autograd: forward only, registered for every op by _library.register
-register("post_head_streams", fake=_fake, cuda=_cuda, cpu=_cpu)
+# checks, fake, CUDA and autograd follow from the recipe
+define("post_head_streams", cpu=_cpu)
 
 
 # public function

@@ -13,14 +13,14 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .lowering import Lowered
+from mhc_ops.compiler import Argument, Lowered
 
 INCLUDE = Path(__file__).parent / "include"
 RUNTIME = Path(__file__).parent / "runtime"
@@ -28,6 +28,8 @@ DEVICE_FUNCTIONS = re.compile(
     r"^// mhc device functions: begin$.*?^// mhc device functions: end$", re.DOTALL | re.MULTILINE
 )
 KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(.*?\) (\w+)\((.*?)\) \{')
+
+DEPENDENCY = "cudaGridDependencySynchronize()"
 
 FLAGS = (
     "-std=c++20", "-g", "-fno-strict-aliasing", "-Wno-unknown-pragmas",
@@ -119,7 +121,7 @@ def _build(source: str, mode: tuple[str, ...], folder: Path) -> Path:
 
 
 class Kernel:
-    """A lowered kernel that can be called with CPU tensors, as TileLang's JITKernel with CUDA ones.
+    """A lowered kernel that can be launched on CPU tensors.
 
     Args:
         lowered: what to run.
@@ -127,6 +129,11 @@ class Kernel:
         sanitize_threads: run every CUDA thread as an OS thread under ThreadSanitizer.
         resident: CTAs that run side by side, rounded up to whole clusters.
         early: parameters that may be read before the previous kernel has finished.
+        waits: whether memory is closed until the threads wait for the previous kernel; where that
+            call stands in the source if it is left out.
+
+    Attributes:
+        lowered, early: as above.
     """
 
     def __init__(
@@ -137,12 +144,14 @@ class Kernel:
         sanitize_threads: bool = False,
         resident: int = 1,
         early: Collection[str] = (),
+        waits: bool | None = None,
     ) -> None:
-        self._lowered = lowered
+        self.lowered = lowered
+        self.early = early
         self._folder = folder
         self._sanitize_threads = sanitize_threads
         self._resident = resident
-        self.early = early
+        self._waits = DEPENDENCY in lowered.source if waits is None else waits
         flags = THREAD_FLAGS if sanitize_threads else FIBER_FLAGS
         self._program = _build(lowered.source, flags, folder)
         self._signature = [
@@ -150,39 +159,39 @@ class Kernel:
             for word in _kernel(lowered.source).group(2).split(",")
         ]
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, grid: Sequence[int], values: Mapping[str, Any]) -> None:
         """Run the kernel.
 
         Args:
-            args: the arguments of the TileLang program in its order: contiguous CPU tensors and
-                numbers. Tensors that the kernel writes are changed in place.
+            grid: CTAs along x, y and z; the last ones may be left out.
+            values: by name what the CUDA signature asks for, contiguous CPU tensors and numbers;
+                sizes and other arguments of the program have to fit where they are given, and what
+                it does not know is left out. Tensors that the kernel writes are changed in place.
 
         Raises:
-            ValueError: arguments that do not fit the program, a grid that is empty or not of whole
+            ValueError: values that do not fit the program, a grid that is empty or not of whole
                 clusters, or more CUDA threads side by side than ThreadSanitizer can hold.
             EmulationError: the kernel failed.
         """
-        values = self._bind(args)
-        grid = self._lowered.dim3("blockIdx", values)
-        block = self._lowered.dim3("threadIdx", values)
+        bound = self._bind(values)
         if 0 in grid:
             raise ValueError(f"expected a grid with CTAs, got {grid}")
-        cluster = self._lowered.cluster
+        cluster = self.lowered.cluster
         if grid[0] % cluster:
             raise ValueError(f"expected a grid of whole clusters of {cluster} CTAs, got {grid}")
         resident = min(-(-self._resident // cluster) * cluster, math.prod(grid))
-        threads = resident * math.prod(block)
+        threads = resident * math.prod(self.lowered.block)
         if self._sanitize_threads and threads > MAX_OS_THREADS:
             raise ValueError(
                 f"expected at most {MAX_OS_THREADS} OS threads, got {threads}: lower the kernel "
                 "with fewer threads or a smaller cluster"
             )
         # global memory is closed to one cluster at a time, which ends before the next begins
-        waits = self._lowered.waits and not self._sanitize_threads and resident == cluster
+        waits = self._waits and not self._sanitize_threads and resident == cluster
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             words, written = [], []
             for name, is_pointer, is_const in self._signature:
-                value = values[name]
+                value = bound[name]
                 if not is_pointer:
                     words.append(f"{name}:{value.hex() if isinstance(value, float) else value}")
                     continue
@@ -194,9 +203,9 @@ class Kernel:
                 words.append(f"{name}{kind}{file}")
             command = [
                 str(self._program),
-                "grid={},{},{}".format(*grid),
-                "block={},{},{}".format(*block),
-                f"shared={self._lowered.dynamic_shared}",
+                "grid={},{},{}".format(*grid, *(1,) * (3 - len(grid))),
+                "block={},{},{}".format(*self.lowered.block),
+                f"shared={self.lowered.shared}",
                 f"cluster={cluster}",
                 f"resident={resident}",
                 f"pdl={waits:d}",
@@ -208,31 +217,36 @@ class Kernel:
                 data = torch.frombuffer(bytearray(file.read_bytes()), dtype=tensor.dtype)
                 tensor.copy_(data.view(tensor.shape))
 
-    def _bind(self, args: tuple[Any, ...]) -> dict[str, Any]:
-        """Arguments and dynamic sizes by name."""
-        parameters = self._lowered.parameters
-        if len(args) != len(parameters):
-            raise ValueError(f"expected {len(parameters)} arguments, got {len(args)}")
-        values: dict[str, Any] = {}
-        for parameter, value in zip(parameters, args, strict=True):
-            if parameter.name in values:
-                raise ValueError(f"two parameters or sizes are called {parameter.name}")
-            if parameter.shape is None:
-                kind = float if parameter.dtype.startswith("float") else int
-                values[parameter.name] = kind(value)
-                continue
-            expected = parameter.shape
-            if not isinstance(value, Tensor) or str(value.dtype) != f"torch.{parameter.dtype}":
-                raise ValueError(f"{parameter.name}: expected {parameter.dtype}, got {value}")
-            if not value.is_contiguous() or value.dim() != len(expected):
-                raise ValueError(f"{parameter.name}: expected contiguous {expected}")
-            for size, got in zip(expected, value.shape, strict=True):
-                if values.setdefault(size, got) != got if isinstance(size, str) else size != got:
-                    raise ValueError(
-                        f"{parameter.name}: expected shape {expected}, got {tuple(value.shape)}"
-                    )
-            values[parameter.name] = value
-        return values
+    def _bind(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What the program asks for, as it asks for it, and the sizes of its tensors."""
+        arguments = {argument.name: argument for argument in self.lowered.arguments}
+        sizes = {size for a in arguments.values() for size in a.shape or () if type(size) is str}
+        if sizes & arguments.keys():
+            raise ValueError(f"arguments and sizes are both called {sizes & arguments.keys()}")
+        bound: dict[str, Any] = {name: int(values[name]) for name in sizes & values.keys()}
+        for name in arguments.keys() & values.keys():
+            bound[name] = self._take(arguments[name], values[name], bound)
+        missing = [name for name, _, _ in self._signature if name not in bound]
+        if missing:
+            raise ValueError(f"expected values of {missing} too")
+        return bound
+
+    @staticmethod
+    def _take(argument: Argument, value: Any, sizes: dict[str, Any]) -> Any:
+        """A value that fits the argument; sizes that its shape tells are added to the others."""
+        if argument.shape is None:
+            return (float if argument.dtype.startswith("float") else int)(value)
+        if not isinstance(value, Tensor) or str(value.dtype) != f"torch.{argument.dtype}":
+            raise ValueError(f"{argument.name}: expected {argument.dtype}, got {value}")
+        expected = argument.shape
+        if not value.is_contiguous() or value.dim() != len(expected):
+            raise ValueError(f"{argument.name}: expected contiguous {expected}")
+        for size, got in zip(expected, value.shape, strict=True):
+            if sizes.setdefault(size, got) != got if isinstance(size, str) else size != got:
+                raise ValueError(
+                    f"{argument.name}: expected shape {expected}, got {tuple(value.shape)}"
+                )
+        return value
 
     def _execute(self, command: list[str]) -> None:
         result = self._process(command)

@@ -1,0 +1,108 @@
+"""A boundary of this revision against another's, in one process, replays taking turns.
+
+    python benchmarks/compare.py --beside CHECKOUT --tokens 1 128 --hidden 4096 [-o RECORDS]
+
+Both chains are those of ``python -m mhc_ops bench``, captured once each; a time is the median over
+the replays. Exit status: 1 where a row is slower by more than ``--allowed`` per cent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import beside
+import records
+from mhc_ops import bench
+
+REPLAYS = 21
+
+
+class Chain:
+    """A captured chain of one revision.
+
+    Args:
+        module: its ``bench``.
+        case: of that module.
+    """
+
+    def __init__(self, module: Any, case: Any) -> None:
+        self.length = module.chain_length(case.tokens)
+        # kept: the graph reads what the chain holds
+        self._run = module.make_chain(case, "cuda", length=self.length)
+        self._graph, self.outputs = module._capture(self._run)
+
+    def us(self) -> float:
+        """Microseconds a boundary, of one replay."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        self._graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3 / self.length
+
+
+@torch.no_grad()
+def compare(theirs: Any, tokens: int, hidden: int, path: str) -> tuple[float, float, bool]:
+    """(this revision's microseconds, the other's, whether the bits are the same)."""
+    ours, other = (Chain(module, module.Case(tokens, hidden, path)) for module in (bench, theirs))
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(REPLAYS):
+        for chain, samples in zip((ours, other), times, strict=True):
+            samples.append(chain.us())
+    same = all(torch.equal(a, b) for a, b in zip(ours.outputs, other.outputs, strict=True))
+    return median(times[0]), median(times[1]), same
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--beside", type=Path, required=True, help="checkout of the other revision")
+    parser.add_argument("--beside-commit", default="beside", help="its name in the records")
+    parser.add_argument("--tokens", type=int, nargs="+", required=True)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[4096, 7168])
+    parser.add_argument("--paths", nargs="+", choices=("fused", "unfused"), default=["fused"])
+    parser.add_argument("--allowed", type=float, default=1.0, help="per cent")
+    records.add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    beside.load(arguments.beside)
+    theirs = importlib.import_module(f"{beside.NAME}.bench")
+    slower = 0
+    for path in arguments.paths:
+        for hidden in arguments.hidden:
+            for tokens in arguments.tokens:
+                us, us_beside, same = compare(theirs, tokens, hidden, path)
+                change = 100 * (us / us_beside - 1)
+                slower += change > arguments.allowed
+                outcome = (
+                    f"{us:.2f} us, {arguments.beside_commit} {us_beside:.2f}: {change:+.1f} %, "
+                    f"{'the same bits' if same else 'OTHER BITS'}"
+                )
+                print(f"{path} {hidden} {tokens:6}  {outcome}", flush=True)
+                records.append(
+                    records.make_record(
+                        f"{path} boundary in a graph chain, H = {hidden}, {tokens} tokens",
+                        outcome,
+                        commit=arguments.commit,
+                        command=records.command_line(argv),
+                        us=round(us, 3),
+                        us_beside=round(us_beside, 3),
+                        beside=arguments.beside_commit,
+                        same_bits=same,
+                    ),
+                    arguments.output,
+                )
+    return 1 if slower else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

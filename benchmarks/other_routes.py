@@ -1,0 +1,34 @@
+"""Other routes for a while: kernels are to run at sizes that the table never gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+from mhc_ops import geometry, routes
+from mhc_ops.native import host, plan
+
+
+@contextmanager
+def other_routes(**constants: Any) -> Iterator[None]:
+    """While it lasts, the table is made from these constants.
+
+    Args:
+        constants: constants of ``mhc_ops.routes`` or ``mhc_ops.geometry``, such as ``CLUSTERS=1``.
+    """
+    with ExitStack() as stack:
+        for name, value in constants.items():
+            module = routes if hasattr(routes, name) else geometry
+            stack.enter_context(mock.patch.object(module, name, value))
+        try:
+            _forget()
+            yield
+        finally:
+            _forget()
+
+
+def _forget() -> None:
+    plan.plan.cache_clear()
+    host.forget()

@@ -1,0 +1,224 @@
+"""Integer formulas of named sizes, such as ``ceildiv(tokens, group_tokens) * 16``.
+
+The table of routes states scalars as formulas, a kernel's manifest its grid. Python evaluates them
+with :func:`evaluate`; the native library is given their :func:`code`. Every size is at least 0 and
+every divisor above 0, so Python and C++ round a quotient alike.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+Value: TypeAlias = "Formula | int"
+
+# What native/host.cpp evaluates, each by its position in the enumeration Step there.
+STEPS = ("constant", "tokens", "+", "-", "*", "//", "%", "min", "max", "at_most", "select")
+
+_FUNCTIONS: dict[str, Callable[..., int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "//": operator.floordiv,
+    "%": operator.mod,
+    "min": min,
+    "max": max,
+    "at_most": lambda a, b: int(a <= b),
+    "select": lambda condition, a, b: a if condition else b,
+}
+_CALLED = {name: function for name, function in _FUNCTIONS.items() if name.isidentifier()}
+_INFIX = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.FloorDiv: "//", ast.Mod: "%"}
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A number, a name, or a function of formulas.
+
+    Attributes:
+        function: a key of the functions above; ``constant`` or ``name`` for a leaf.
+        parts: what the function is given.
+        leaf: the number or the name.
+    """
+
+    function: str
+    parts: tuple[Formula, ...] = ()
+    leaf: int | str = 0
+
+    def __add__(self, other: Value) -> Formula:
+        return apply("+", self, other)
+
+    def __sub__(self, other: Value) -> Formula:
+        return apply("-", self, other)
+
+    def __mul__(self, other: Value) -> Formula:
+        return apply("*", self, other)
+
+    def __rmul__(self, other: Value) -> Formula:
+        return apply("*", other, self)
+
+    def __floordiv__(self, other: Value) -> Formula:
+        return apply("//", self, other)
+
+    def __rfloordiv__(self, other: Value) -> Formula:
+        return apply("//", other, self)
+
+    def __mod__(self, other: Value) -> Formula:
+        return apply("%", self, other)
+
+    @functools.cached_property
+    def function_of_names(self) -> Callable[[Mapping[str, int]], int]:
+        """The formula as a function of the sizes of its names."""
+        return eval(f"lambda names: {self._python()}", dict(_CALLED))
+
+    def _python(self) -> str:
+        if self.function == "name":
+            return f"names[{self.leaf!r}]"
+        if not self.parts:
+            return repr(self.leaf)
+        parts = [part._python() for part in self.parts]
+        if self.function in _INFIX.values():
+            return f"({parts[0]} {self.function} {parts[1]})"
+        return f"{self.function}({', '.join(parts)})"
+
+    def __str__(self) -> str:
+        if not self.parts:
+            return str(self.leaf)
+        if self.function in _INFIX.values():
+            return f"({self.parts[0]} {self.function} {self.parts[1]})"
+        return f"{self.function}({', '.join(map(str, self.parts))})"
+
+
+def constant(number: Value) -> Formula:
+    """The formula of a number; a formula is left as it is."""
+    return number if isinstance(number, Formula) else Formula("constant", leaf=number)
+
+
+def name(text: str) -> Formula:
+    """The size of this name."""
+    return Formula("name", leaf=text)
+
+
+def apply(function: str, *parts: Value) -> Formula:
+    """A function of formulas and numbers; its value where all of them are numbers."""
+    formulas = tuple(map(constant, parts))
+    if all(part.function == "constant" for part in formulas):
+        return constant(_FUNCTIONS[function](*(part.leaf for part in formulas)))
+    return Formula(function, formulas)
+
+
+def ceildiv(a: Value, b: Value) -> Formula:
+    """a / b, rounded up."""
+    return (constant(a) + b - 1) // b
+
+
+def minimum(a: Value, b: Value) -> Formula:
+    """The smaller of two."""
+    return apply("min", a, b)
+
+
+def maximum(a: Value, b: Value) -> Formula:
+    """The larger of two."""
+    return apply("max", a, b)
+
+
+def at_most(a: Value, b: Value) -> Formula:
+    """1 where a <= b, else 0."""
+    return apply("at_most", a, b)
+
+
+def select(condition: Value, a: Value, b: Value) -> Formula:
+    """a where the condition is not 0, else b."""
+    return apply("select", condition, a, b)
+
+
+def given(formula: Formula, values: Mapping[str, Value]) -> Formula:
+    """A formula with some of its names replaced.
+
+    Args:
+        formula: the formula.
+        values: name to what takes its place.
+    """
+    if formula.function == "name":
+        return constant(values.get(str(formula.leaf), formula))
+    if not formula.parts:
+        return formula
+    return apply(formula.function, *(given(part, values) for part in formula.parts))
+
+
+def evaluate(formula: Formula, values: Mapping[str, int]) -> int:
+    """The number that a formula stands for.
+
+    Args:
+        formula: the formula.
+        values: the size of every name in it.
+
+    Raises:
+        ValueError: it has another name as well.
+    """
+    try:
+        return formula.function_of_names(values)
+    except KeyError:
+        raise ValueError(
+            f"expected the size of every name in {formula}, got {dict(values)}"
+        ) from None
+
+
+def code(formula: Formula) -> list[int]:
+    """A formula of ``tokens`` as the native library evaluates it: steps of a stack machine.
+
+    Args:
+        formula: the formula.
+
+    Returns:
+        The number of each step, and after that of a constant its value.
+
+    Raises:
+        ValueError: the formula has another name than ``tokens``.
+    """
+    if formula.function == "constant":
+        return [STEPS.index("constant"), int(formula.leaf)]
+    if formula.function == "name":
+        if formula.leaf != "tokens":
+            raise ValueError(f"expected a formula of tokens alone, got one of {formula}")
+        return [STEPS.index("tokens")]
+    steps = [step for part in formula.parts for step in code(part)]
+    return [*steps, STEPS.index(formula.function)]
+
+
+def depth(formula: Formula) -> int:
+    """How many numbers the stack machine holds at once."""
+    return max([1, *(i + depth(part) for i, part in enumerate(formula.parts))])
+
+
+def parse(text: str) -> Formula:
+    """A formula from its text, which ``str`` gives.
+
+    Args:
+        text: integers, names, ``+ - * // %`` and min, max, at_most and select.
+
+    Raises:
+        ValueError: it is no such formula.
+    """
+    try:
+        return _from_tree(ast.parse(text, mode="eval").body)
+    except (SyntaxError, TypeError, KeyError, ZeroDivisionError) as error:
+        raise ValueError(f"expected a formula, got {text!r}") from error
+
+
+def _from_tree(node: ast.expr) -> Formula:
+    match node:
+        case ast.Constant(value=int(number)) if not isinstance(number, bool):
+            return constant(number)
+        case ast.Name(id=text):
+            return name(text)
+        case ast.BinOp(left=left, op=infix, right=right):
+            return apply(_INFIX[type(infix)], _from_tree(left), _from_tree(right))
+        case ast.Call(func=ast.Name(id=function), args=parts, keywords=[]):
+            if function not in _FUNCTIONS or len(parts) != (3 if function == "select" else 2):
+                raise KeyError(function)
+            return apply(function, *map(_from_tree, parts))
+    raise KeyError(type(node).__name__)

@@ -1,0 +1,98 @@
+"""The native libraries as files: built ahead with the kernels, from the cache, or built.
+
+There are two: the launcher, in C (``launcher.c``), which every kernel needs, and the short way of
+eager calls, in C++ (``host.cpp``), without which calls only take longer on the host.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .. import config, store
+
+logger = logging.getLogger("mhc_ops")
+
+BUILD_SECONDS = 600  # the longer one takes 13 s on two busy cores
+
+
+def compile(name: str, command: Sequence[str]) -> bytes:
+    """Run a compiler.
+
+    Args:
+        name: of the library, for the log.
+        command: its command line, to which ``-o`` and the output are appended.
+
+    Returns:
+        The library.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it cannot be built.
+    """
+    start = time.perf_counter()
+    logger.info("building %s", name)
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / f"{name}.so"
+        subprocess.run(
+            [*command, "-o", str(output)],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=BUILD_SECONDS,
+        )
+        content = output.read_bytes()
+    logger.info("built %s in %.1f s", name, time.perf_counter() - start)
+    return content
+
+
+def build(folder: Path, name: str, built_with: Mapping[str, str], command: Sequence[str]) -> None:
+    """Build a library into a folder.
+
+    Args:
+        folder: where to put it.
+        name: its stem.
+        built_with: what it depends on.
+        command: as of :func:`compile`.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it cannot be built or written.
+    """
+    store.save(folder, name, store.LIBRARY, built_with, compile(name, command))
+
+
+def obtain(name: str, built_with: Mapping[str, str], command: Sequence[str]) -> Path:
+    """A library: built ahead, from the cache, or built.
+
+    Args:
+        name: its stem.
+        built_with: what it depends on.
+        command: as of :func:`compile`.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it cannot be built or written.
+        RuntimeError: others can write to the folder of it.
+    """
+    ahead = store.find(config.kernels_folder(), name, store.LIBRARY, built_with)
+    if ahead is not None:
+        return ahead.path
+    folder = config.own_cache_folder() / f"{name}-{store.digest(built_with)}"
+    config.require_trusted(folder)
+    if store.find(folder, name, store.LIBRARY, built_with) is None:
+        with store.lock(folder, name):
+            # another process may have built it while this one waited
+            if store.find(folder, name, store.LIBRARY, built_with) is None:
+                build(folder, name, built_with, command)
+    return folder / f"{name}{store.LIBRARY}"
+
+
+def reason(error: Exception) -> str:
+    """What went wrong in a build: in the compiler's words, where it has said something."""
+    said: str = getattr(error, "stderr", None) or str(error)
+    return said.strip()
