@@ -14,6 +14,15 @@ LINEAR = 2.0**-12  # where the second powers that rescale_linearly drops add up 
 ALL = tuple(range(HC_MULT))
 
 
+def multiply(a, b):
+    """a * b, rounded, where the product becomes part of a sum.
+
+    Of a * b + c * d, nvcc rounds one product and adds the other one unrounded. Which one it rounds
+    depends on what stands around the sum, and so would the bits of a token.
+    """
+    return T.call_extern("float32", "__fmul_rn", a, b)
+
+
 @T.macro
 def softmax_row(logit, hc_sinkhorn_eps, out):
     """out[0] = softmax over 4 aligned lanes of logit[0], plus eps."""
@@ -49,7 +58,7 @@ def rescale(c, outer, inner, hc_sinkhorn_eps, others, scales, furthest):
     """scale /= sum + eps, sum = scale * (c . others); ``furthest``: the largest |sum + eps - 1|."""
     for i in T.unroll(HC_MULT):
         total = T.alloc_var("float32", init=0.0)
-        total = c[i * outer] * others[0]
+        total = multiply(c[i * outer], others[0])
         for j in T.unroll(HC_MULT - 1):
             total = total + c[i * outer + (j + 1) * inner] * others[j + 1]
         total = scales[i] * total + hc_sinkhorn_eps
@@ -64,7 +73,7 @@ def rescale_near(c, outer, inner, hc_sinkhorn_eps, others, scales, furthest):
         total = T.alloc_var("float32", init=0.0)
         rest = T.alloc_var("float32", init=0.0)
         square = T.alloc_var("float32", init=0.0)
-        total = c[i * outer] * others[0]
+        total = multiply(c[i * outer], others[0])
         for j in T.unroll(HC_MULT - 1):
             total = total + c[i * outer + (j + 1) * inner] * others[j + 1]
         rest = (1.0 - hc_sinkhorn_eps) - scales[i] * total
@@ -97,14 +106,14 @@ def rescale_linearly(c, hc_sinkhorn_eps, rounds, rows, columns):
     ignored[0] = 0.0
     for i in ALL:
         for j in ALL:
-            product[i * HC_MULT + j] = c[i * HC_MULT + j] * (rows[i] * columns[j])
+            product[i * HC_MULT + j] = multiply(c[i * HC_MULT + j], rows[i] * columns[j])
         rest[i] = 1.0 - hc_sinkhorn_eps
         for j in ALL:
             rest[i] = rest[i] - product[i * HC_MULT + j]
         total[i] = rest[i]
     for i in ALL:
         for j in ALL[: i + 1]:
-            gram[symmetric(i, j)] = product[i * HC_MULT] * product[j * HC_MULT]
+            gram[symmetric(i, j)] = multiply(product[i * HC_MULT], product[j * HC_MULT])
             for k in ALL[1:]:
                 gram[symmetric(i, j)] = (
                     gram[symmetric(i, j)] + product[i * HC_MULT + k] * product[j * HC_MULT + k]

@@ -15,6 +15,7 @@ token the same bits in any batch. What was measured for each bound: ``benchmarks
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from . import geometry
@@ -28,6 +29,7 @@ ONE_ROUND_TOKENS = 128  # the most that the clusters of fused_post_pre take at o
 FEW_CLUSTERS_TOKENS = 48  # up to which few clusters are faster: the next kernel's fit beside them
 MORE_CLUSTERS = 5
 MORE_GROUP_TOKENS = 16  # two token tiles: more clusters only where groups would be larger
+HEAD_SPLITS = 64  # of K in head: the same for any token count, and so are the bits of a token
 POST_HEAD_LEAST_GROUP = 4  # fewer tokens of a cluster have fn read more often for little
 POST_HEAD_ONE_CTA_TOKENS = 24  # tokens of a cluster up to which its CTAs have an SM each
 
@@ -139,12 +141,18 @@ def _pre_groups(group: Formula, tile: int) -> dict[str, Formula]:
     }
 
 
-def _projection(hidden: int, rows: int, tile: ProjectionTile, **renamed: str) -> Launch:
-    """``projection``: one wave of CTAs where K can be cut that far."""
+def _projection(
+    hidden: int, rows: int, tile: ProjectionTile, splits: int | None, renamed: Mapping[str, str]
+) -> Launch:
+    """``projection``, with K cut into so many splits, or as many as make one wave of CTAs.
+
+    Sums of other splits are other bits, so a given number gives a token the same in any batch.
+    """
     blocks = geometry.HC_MULT * hidden // geometry.PROJECTION_BLOCK
     warps = geometry.PROJECTION_WARPS
     ctas = ceildiv(TOKENS, tile.token_tiles * geometry.MMA_TOKENS)
-    wanted = maximum(1, SMS * tile.ctas_per_sm // ctas)
+    wave = maximum(1, SMS * tile.ctas_per_sm // ctas)
+    wanted = wave if splits is None else constant(splits)
     blocks_per_split = ceildiv(blocks, warps * wanted) * warps
     return Launch(
         "projection",
@@ -159,12 +167,19 @@ def _projection(hidden: int, rows: int, tile: ProjectionTile, **renamed: str) ->
     )
 
 
-def _projected(hidden: int, rows: int, last: str, **renamed: str) -> Rows:
+def _projected(
+    hidden: int,
+    rows: int,
+    last: str,
+    *,
+    splits: int | None = None,
+    renamed: Mapping[str, str] = MappingProxyType({}),
+) -> Rows:
     """``projection``, then the kernel that makes the outputs from it."""
     found = []
     for tile in PROJECTION_TILES:
-        first = _projection(hidden, rows, tile, **renamed)
-        names = renamed if last == "finish" else HEAD_NAMES | renamed
+        first = _projection(hidden, rows, tile, splits, renamed)
+        names = {**(HEAD_NAMES if last == "head" else {}), **renamed}
         scalars = {"splits": first.scalars["splits"]}
         found.append(Row(tile.max_tokens, (first, Launch(last, scalars, renamed=names))))
     return tuple(found)
@@ -199,8 +214,8 @@ def _on_a_grid(hidden: int) -> dict[str, Rows]:
         "post_projection", {"splits": constant(slices), "tiles": tiles}, norm=False
     )
     finish = Launch("finish", {"splits": constant(slices)}, renamed=NEW_STREAMS)
-    pre = _projected(hidden, mixes, "finish", **NEW_STREAMS)
-    head = _projected(hidden, streams, "head", **NEW_STREAMS)
+    pre = _projected(hidden, mixes, "finish", renamed=NEW_STREAMS)
+    head = _projected(hidden, streams, "head", renamed=NEW_STREAMS)
     return {
         "post": (Row(None, (_POST,)),),
         "pre": _projected(hidden, mixes, "finish"),
@@ -258,7 +273,7 @@ def _in_clusters(hidden: int) -> dict[str, Rows]:
             Row(ONE_ROUND_TOKENS, (Launch("fused_post_pre", {"group_tokens": more}),)),
             Row(None, (Launch("fused_post_pre_persistent", every),)),
         ),
-        "head": _projected(hidden, geometry.HC_MULT, "head"),
+        "head": _projected(hidden, geometry.HC_MULT, "head", splits=HEAD_SPLITS),
         "expand_pre": (
             Row(
                 None,

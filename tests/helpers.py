@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhc_ops import routes
+from mhc_ops import config, routes
 from mhc_ops.testing import (
     OUTPUTS,
     as_outputs,
@@ -21,6 +21,12 @@ from mhc_ops.testing import (
 OPS = tuple(OUTPUTS)
 STREAMS = {op: "x" if op == "expand_pre" else "residual" for op in OPS}  # the largest input
 NORMS = {op: (False,) if op == "post" else (False, True) for op in OPS}
+
+
+# Kernels of a size that nobody has built ahead.
+needs_jit = pytest.mark.skipif(
+    config.switch("MHC_OPS_DISABLE_JIT"), reason="compiles, which MHC_OPS_DISABLE_JIT forbids"
+)
 
 
 def overload(op: str) -> Any:

@@ -160,8 +160,6 @@ def test_a_gradient_of_the_weights_takes_no_memory_for_every_token():
 # ------------------------------------------------------------------------ GPUs with clusters of 16
 
 GPU_HIDDEN = (2816, 4096, 5120, 7168)
-# head launches the projection, which is cut into more parts where there are few tokens
-GPU_OPS = tuple(op for op in OPS if op != "head")
 MANY = 1111
 
 
@@ -174,7 +172,7 @@ def clusters():
 @pytest.mark.gpu
 @pytest.mark.usefixtures("clusters")
 @pytest.mark.parametrize("hidden", GPU_HIDDEN)
-@pytest.mark.parametrize(("op", "norm"), [(op, norm) for op in GPU_OPS for norm in NORMS[op]])
+@pytest.mark.parametrize(("op", "norm"), [(op, norm) for op in OPS for norm in NORMS[op]])
 def test_any_batch_on_a_gpu(op, norm, hidden):
     """On both sides of every bound of the table: other kernels, clusters, groups and tiles."""
     inputs = make_inputs(op, MANY, hidden, device="cuda", norm=norm, kind="large_logits")
@@ -190,7 +188,7 @@ def test_any_batch_on_a_gpu(op, norm, hidden):
 @pytest.mark.usefixtures("clusters")
 @pytest.mark.parametrize("hidden", GPU_HIDDEN)
 @pytest.mark.parametrize("repeats", [9, 64], ids=["4599_tokens", "32704_tokens"])
-@pytest.mark.parametrize("op", ["fused_post_pre", "post_head_streams"])
+@pytest.mark.parametrize("op", ["fused_post_pre", "head", "post_head_streams"])
 def test_many_tokens_on_a_gpu(op, repeats, hidden):
     """The same tokens again and again: every one of them has the bits of the first time."""
     inputs = make_inputs(op, 511, hidden, device="cuda", norm=True, kind="large_logits")
@@ -208,7 +206,7 @@ def test_many_tokens_on_a_gpu(op, repeats, hidden):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("clusters")
-@pytest.mark.parametrize("op", ["fused_post_pre", "pre", "expand_pre"])
+@pytest.mark.parametrize("op", ["fused_post_pre", "pre", "head", "expand_pre"])
 def test_as_many_tokens_as_are_promised_on_a_gpu(op):
     """32,768 tokens, and the first, some and the last of them by themselves."""
     inputs = make_inputs(op, 32768, 5120, device="cuda", norm=True)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("tilelang", reason="needs TileLang, which lowers the kernels")
+
 from emulated import IN_CLUSTERS, lower_key
 from mhc_ops import routes
 from mhc_ops.routes import Key

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mhc_ops
-from helpers import OPS, assert_equal, call, clone, sizes, tensors
+from helpers import OPS, assert_equal, call, clone, needs_jit, sizes, tensors
 from mhc_ops import jit
 from mhc_ops.native import host
 from mhc_ops.testing import make_inputs
@@ -142,6 +142,7 @@ def test_capture_of_a_kernel_that_is_not_loaded_is_refused(op, monkeypatch):
         call(op, inputs)
 
 
+@needs_jit
 def test_prewarm_is_enough_for_a_capture():
     """A hidden size that nothing else uses: first call inside the capture, after prewarm."""
     hidden = 1280

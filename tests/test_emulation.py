@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("tilelang", reason="needs TileLang, which lowers the kernels")
+
 import tilelang
 import tilelang.language as T
 import torch

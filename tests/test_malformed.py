@@ -254,9 +254,6 @@ def test_malformed_calls(op):
             faked = outcome(op, fake_args, fakes)
         if got.error is not None:
             assert_clear(op, got.error)
-            if "to start at a multiple of" in str(got.error):  # a fake tensor has no address
-                seen["refused by us"] += 1
-                return
             assert faked.error is not None
             if isinstance(got.error, ValueError):
                 assert str(faked.error) == str(got.error)

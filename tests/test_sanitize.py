@@ -9,6 +9,7 @@ import pytest
 
 import sanitize
 import sanitizer_workload as workload
+from helpers import needs_jit
 from mhc_ops import routes
 from mhc_ops.formula import evaluate
 from other_routes import other_routes
@@ -64,6 +65,7 @@ def test_a_wrong_result(monkeypatch):
 
 
 @pytest.mark.gpu
+@needs_jit
 def test_kernels_on_the_gpu(capsys):
     """The workload itself, as the tools run it."""
     assert workload.main([]) == 0

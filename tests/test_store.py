@@ -20,7 +20,7 @@ ROOT = Path(mhc_ops.__file__).parents[1]
 KEY = routes.Key("post", "sm_90a", 256)
 NAME = "post-sm_90a-256"
 FACTS = {"machine": "x86_64", "sources": "abc"}
-IMPORT_SECONDS = 0.1  # of mhc_ops beyond torch's own; 0.01 to 0.02 when it was measured
+IMPORT_SECONDS = 0.25  # of mhc_ops beyond torch's own; 0.02 to 0.05 when it was measured
 FIRST_CALL_SECONDS = 0.3  # from the import of mhc_ops to the end of the first call
 
 

@@ -42,7 +42,8 @@ def post(x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tens
 
     Raises:
         ValueError: an argument of a wrong dtype, shape, device or memory layout (the last
-            dimension must be contiguous and start at a multiple of 16 bytes).
+            dimension must be contiguous and, on CUDA, the first element lie at an address that is
+            a multiple of 16).
         RuntimeError: the CUDA kernels cannot serve the device, or a backward is asked for.
 
     Example:
