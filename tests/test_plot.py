@@ -13,8 +13,8 @@ from mhc_ops.__main__ import main
 pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[1]
-RECORDS = ROOT / "benchmarks/results/nvidia_h100.jsonl"
-BASELINE = ROOT / "benchmarks/baselines/h100_sglang_0.5.23.json"
+RECORDS = ROOT / "benchmarks/results/nvidia_h200.jsonl"
+BASELINE = ROOT / "benchmarks/baselines/h200_sglang_0.5.23.json"
 
 
 def test_readme_shows_the_figure_of_the_records():

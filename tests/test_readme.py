@@ -87,7 +87,7 @@ def test_files_that_are_named_exist():
     documents = README + (ROOT / "CONTRIBUTING.md").read_text()
     named = set(re.findall(r"[\w./-]+/[\w./-]+\.(?:py|json|md)\b", documents))
     named |= set(re.findall(r"\]\((?!http)([^)]+)\)", documents))
-    assert "benchmarks/baselines/h100_sglang_0.5.23.json" in named
+    assert "benchmarks/baselines/h200_sglang_0.5.23.json" in named
     for name in named:
         assert (ROOT / name).exists(), name
 
