@@ -2,10 +2,14 @@
 
 import ast
 import importlib
+import importlib.metadata
 import inspect
 import logging
 import os
+import subprocess
 import sys
+import tomllib
+import types
 import zipfile
 from pathlib import Path
 
@@ -15,11 +19,15 @@ import torch
 from call_counts import CallCounts
 
 from helpers import assert_equal
-from mhc_ops.integrations import sglang, vllm
+from mhc_ops import compiler, formula, jit, ops, routes, store, support
+from mhc_ops.integrations import _fallback, sglang, vllm
 from mhc_ops.testing import as_outputs, make_inputs
+
+ROOT = Path(__file__).parents[1]
 
 ADAPTERS = {"sglang": sglang, "vllm": vllm}
 ENGINES = tuple(ADAPTERS)
+ARCH = "cpu"
 WHEELS = os.environ.get("ENGINE_WHEELS")  # a folder, see CONTRIBUTING.md
 
 # by engine: op to (module, name)
@@ -38,6 +46,36 @@ FUNCTIONS = {
 def forget(engine):
     for name in [name for name in sys.modules if name.partition(".")[0] == engine]:
         del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
+def _undecided(monkeypatch):
+    monkeypatch.setattr(_fallback, "_decided", {})
+    monkeypatch.setattr(_fallback, "_told", set())
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """The CPU counts as a device that the kernels serve, under ``ARCH``."""
+    stock_support, stock_arch, stock_obtainable = support.is_supported, support.arch, jit.obtainable
+
+    def is_supported(device=None):
+        on_cpu = device is not None and torch.device(device).type == "cpu"
+        return (True, "CPU") if on_cpu else stock_support(device)
+
+    def cuda_device(device=None):
+        return torch.device(device)
+
+    def arch(device):
+        return ARCH if device.type == "cpu" else stock_arch(device)
+
+    def obtainable(hidden, arch):
+        return (True, "CPU") if arch == ARCH else stock_obtainable(hidden, arch)
+
+    monkeypatch.setattr(support, "is_supported", is_supported)
+    monkeypatch.setattr(support, "cuda_device", cuda_device)
+    monkeypatch.setattr(support, "arch", arch)
+    monkeypatch.setattr(jit, "obtainable", obtainable)
 
 
 @pytest.fixture
@@ -72,7 +110,7 @@ ALL_OURS = dict.fromkeys(ALL_STOCK, False)
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("op", ALL_STOCK)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_functions_run_the_ops(engine, op, norm, device, stand_in):
+def test_functions_run_the_ops(engine, op, norm, device, stand_in, served):
     """Called as the engines call them: by position, the splits too."""
     adapter = stand_in(engine)
     adapter.install()
@@ -88,10 +126,10 @@ def test_functions_run_the_ops(engine, op, norm, device, stand_in):
     assert_equal(as_outputs(op, got), as_outputs(op, want))
 
 
-def test_norm_eps_alone_means_nothing_to_vllm(stand_in):
+def test_norm_eps_alone_means_nothing_to_vllm(stand_in, served):
     """Its default is a number: the op must not take it for half of a norm."""
     stand_in("vllm").install()
-    inputs = make_inputs("pre", 2, 64)
+    inputs = make_inputs("pre", 2, 256)
     got = function("vllm", "pre")(**inputs, norm_weight=None, norm_eps=1e-5)
     assert_equal(as_outputs("pre", got), as_outputs("pre", torch.ops.mhc.pre(**inputs)))
 
@@ -200,20 +238,501 @@ def test_rocm_is_refused(engine, stand_in, monkeypatch):
     assert stock(engine) == ALL_STOCK
 
 
-class TestPlugin:
-    def test_installs(self, stand_in):
-        stand_in("vllm")
-        vllm.plugin()
-        vllm.plugin()  # several processes, and several times in one
-        assert stock("vllm") == ALL_OURS
+class TestFallback:
+    """What the ops do not serve runs the engine's own function, and is told once."""
 
-    def test_leaves_a_vllm_that_does_not_fit(self, stand_in, caplog):
-        stand_in("vllm", {"mhc_post_tilelang": "x"})
+    @pytest.fixture
+    def answers(self, stand_in, caplog):
+        """Call a function of an engine twice: what came back, the calls of ops, the lines told."""
+
+        def call(engine, op, inputs):
+            stand_in(engine).install()
+            with CallCounts() as calls, caplog.at_level(logging.WARNING, logger="mhc_ops"):
+                got = [function(engine, op)(**inputs) for _ in range(2)]
+            return got, sum(calls.counts.values()), [r.getMessage() for r in caplog.records]
+
+        return call
+
+    @staticmethod
+    def inputs(engine, op, **sizes):
+        """By the engine's own names, without a norm."""
+        values = make_inputs(op, 3, 256, **sizes).values()
+        parameters = inspect.signature(ADAPTERS[engine].REPLACEMENTS[list(ALL_STOCK).index(op)][2])
+        return dict(zip(parameters.parameters, values, strict=False))
+
+    @pytest.mark.parametrize("op", ALL_STOCK)
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_another_device(self, engine, op, answers):
+        got, ran, told = answers(engine, op, self.inputs(engine, op))
+        assert got == [names(engine)[op]] * 2
+        assert ran == 0
+        assert told == ["the engine's own mHC functions run: device cpu is not a CUDA device"]
+
+    def test_a_reason_is_told_once_for_all_functions(self, stand_in, caplog):
+        stand_in("vllm").install()
         with caplog.at_level(logging.WARNING, logger="mhc_ops"):
-            vllm.plugin()
-        assert stock("vllm") == ALL_STOCK
+            for op in ALL_STOCK:
+                function("vllm", op)(**self.inputs("vllm", op))
+        assert len(caplog.records) == 1
+
+    MISFITS = types.MappingProxyType({
+        "hc_mult": (
+            lambda inputs: {"residual": inputs["residual"][:, :2].contiguous()},
+            "expected hc_mult 4, got 2",
+        ),
+        "hidden size": (
+            lambda inputs: {"residual": inputs["residual"][..., :100].contiguous()},
+            "expected a hidden size that is a multiple of 256, got 100",
+        ),
+        "dtype of the streams": (
+            lambda inputs: {"residual": inputs["residual"].half()},
+            "expected streams of torch.bfloat16, got torch.float16",
+        ),
+        "another dtype": (
+            lambda inputs: {"fn": inputs["fn"].bfloat16()},
+            "mhc::pre: expected fn of dtype torch.float32, got torch.bfloat16",
+        ),
+        "layout": (
+            lambda inputs: {"fn": inputs["fn"].T.contiguous().T},
+            "mhc::pre: expected fn with a contiguous last dimension, got strides (1, 24)",
+        ),
+        "number": (
+            lambda inputs: {"sinkhorn_repeat": 0},
+            "mhc::pre: expected sinkhorn_repeat from 1 to 10000, got 0",
+        ),
+        "dimensions": (
+            lambda inputs: {"residual": inputs["residual"][0]},
+            "mhc::pre: expected residual of shape (..., hc_mult, hidden), got (4, 256)",
+        ),
+        "no streams": (lambda inputs: {"residual": None}, None),
+        "one dimension": (lambda inputs: {"residual": inputs["residual"][0, 0]}, None),
+    })  # fmt: skip
+
+    @pytest.mark.parametrize("misfit", MISFITS)
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_arguments(self, engine, misfit, answers, served):
+        change, reason = self.MISFITS[misfit]
+        inputs = self.inputs(engine, "pre")
+        got, _, told = answers(engine, "pre", inputs | change(inputs))
+        assert got == [names(engine)["pre"]] * 2
+        assert told == ([] if reason is None else [f"the engine's own mHC functions run: {reason}"])
+        with CallCounts() as calls:  # what does fit is not held to account for it
+            function(engine, "pre")(**inputs)
+        assert dict(calls.counts) == {"pre": 1}
+
+    def test_half_a_norm(self, answers, served):
+        inputs = self.inputs("sglang", "pre") | {"norm_eps": 1e-6}
+        got, _, told = answers("sglang", "pre", inputs)
+        assert got == ["mhc_pre"] * 2
+        assert len(told) == 1
+
+    @pytest.mark.gpu
+    def test_an_address(self, answers):
+        inputs = {
+            name: value.cuda() if isinstance(value, torch.Tensor) else value
+            for name, value in self.inputs("vllm", "post").items()
+        }
+        x = inputs["x"]
+        inputs["x"] = x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+        got, _, (told,) = answers("vllm", "post", inputs)
+        assert got == ["mhc_post_tilelang"] * 2
+        assert "expected x to start at a multiple of 16 bytes" in told
+
+    def test_numbers_make_no_other_reason(self, stand_in, served, caplog):
+        """A line for every token count would fill the log."""
+        stand_in("vllm").install()
+        with caplog.at_level(logging.WARNING, logger="mhc_ops"):
+            for tokens in (1, 2, 3):
+                inputs = make_inputs("post", tokens, 256)
+                inputs["x"] = inputs["x"][:, None]
+                function("vllm", "post")(**inputs)
+        assert len(caplog.records) == 1
+
+    def test_kernels_that_cannot_be_had(self, answers, served, monkeypatch):
+        asked = []
+
+        def obtainable(hidden, arch):
+            asked.append((hidden, arch))
+            return False, "no TileLang"
+
+        monkeypatch.setattr(jit, "obtainable", obtainable)
+        got, ran, told = answers("vllm", "post", self.inputs("vllm", "post"))
+        assert got == ["mhc_post_tilelang"] * 2
+        assert ran == 0
+        assert told == ["the engine's own mHC functions run: no TileLang"]
+        assert asked == [(256, ARCH)]
+
+    def test_a_check_that_fails(self, answers, served, monkeypatch):
+        def obtainable(hidden, arch):
+            raise OSError("no such thing")
+
+        monkeypatch.setattr(jit, "obtainable", obtainable)
+        got, _, told = answers("vllm", "post", self.inputs("vllm", "post"))
+        assert got == ["mhc_post_tilelang"] * 2
+        assert told == ["the engine's own mHC functions run: OSError: no such thing"]
+
+    @pytest.mark.parametrize("capturing", [False, True])
+    def test_a_kernel_that_cannot_be_had_after_all(self, answers, served, monkeypatch, capturing):
+        """It is not tried again, unless what is in its way is a capture."""
+        tried = []
+
+        def post(*args):
+            tried.append(args)
+            raise jit.KernelUnavailable("nvcc said no")
+
+        monkeypatch.setattr(ops, "post", post)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        got, _, told = answers("vllm", "post", self.inputs("vllm", "post"))
+        assert got == ["mhc_post_tilelang"] * 2
+        assert told == ["the engine's own mHC functions run: nvcc said no"]
+        assert len(tried) == (2 if capturing else 1)
+
+    @pytest.mark.gpu
+    def test_a_compile_that_fails(self, answers, monkeypatch):
+        """The error comes through the dispatcher as what it is."""
+
+        def compile_key(key):
+            raise RuntimeError("nvcc said no")
+
+        monkeypatch.setattr(jit, "compile_key", compile_key)
+        inputs = make_inputs("post", 3, 1280, device="cuda")
+        got, _, (told,) = answers("vllm", "post", inputs)
+        assert got == ["mhc_post_tilelang"] * 2
+        assert told == "the engine's own mHC functions run: nvcc said no"
+
+    def test_other_errors_get_out(self, stand_in, served, monkeypatch):
+        def post(*args):
+            raise torch.OutOfMemoryError("no memory")
+
+        monkeypatch.setattr(ops, "post", post)
+        stand_in("vllm").install()
+        with pytest.raises(torch.OutOfMemoryError):
+            function("vllm", "post")(**self.inputs("vllm", "post"))
+
+    def test_who_still_holds_ours_after_uninstall(self, stand_in):
+        adapter = stand_in("sglang")
+        adapter.install()
+        held = function("sglang", "post")
+        adapter.uninstall()
+        assert held(**self.inputs("sglang", "post")) == "mhc_post"
+
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_compiled(self, stand_in, served, fresh_dynamo, dynamic):
+        """Decided while it is traced, without a break."""
+        stand_in("vllm").install()
+        post = function("vllm", "post")
+        compiled = torch.compile(
+            lambda *inputs: post(*inputs), fullgraph=True, backend="eager", dynamic=dynamic
+        )
+        inputs = make_inputs("post", 3, 256)
+        assert_equal({"out": compiled(*inputs.values())}, {"out": ops.post(**inputs)})
+        two = make_inputs("post", 3, 256, hc_mult=2)
+        assert compiled(*two.values()) == "mhc_post_tilelang"
+
+
+class TestHidden:
+    """``install(hidden=...)`` looks before it replaces anything."""
+
+    @pytest.fixture
+    def device(self, monkeypatch):
+        """Set what there is: whether a device is supported, and kernels can be had."""
+
+        def make(supported, obtainable):
+            monkeypatch.setattr(support, "is_supported", lambda device: supported)
+            monkeypatch.setattr(support, "cuda_device", lambda device: torch.device("cuda", 0))
+            monkeypatch.setattr(support, "arch", lambda device: "sm_90a")
+            monkeypatch.setattr(jit, "obtainable", lambda hidden, arch: obtainable)
+
+        return make
+
+    @pytest.mark.parametrize(
+        ("hidden", "supported", "obtainable", "reason"),
+        [
+            (100, True, True, "expected a hidden size that is a multiple of 256, got 100"),
+            (0, True, True, "expected a hidden size that is a multiple of 256, got 0"),
+            (4096, False, True, "no device"),
+            (4096, True, False, "no kernels"),
+        ],
+    )
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_refused(self, engine, hidden, supported, obtainable, reason, device, stand_in):
+        device((supported, "no device"), (obtainable, "no kernels"))
+        adapter = stand_in(engine)
+        with pytest.raises(RuntimeError) as caught:
+            adapter.install(hidden=hidden)
+        assert str(caught.value) == (
+            f"mhc_ops.integrations.{engine}: expected kernels for hidden size {hidden}: {reason}"
+        )
+        assert stock(engine) == ALL_STOCK
+
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_served(self, engine, device, stand_in):
+        device((True, ""), (True, ""))
+        stand_in(engine).install(hidden=4096)
+        assert stock(engine) == ALL_OURS
+
+
+def test_a_model_of_transformers_is_refused_too(monkeypatch):
+    """Its settings and device are looked at before any module, so these are all that is needed."""
+    pytest.importorskip("transformers")
+    from mhc_ops.integrations import transformers
+
+    gpu = types.SimpleNamespace(device=torch.device("cuda", 0))
+    config = types.SimpleNamespace(
+        hc_mult=4, hidden_size=4096, hc_sinkhorn_iters=20, hc_eps=1e-6, rms_norm_eps=1e-6
+    )
+    decoder = types.SimpleNamespace(
+        config=config,
+        parameters=lambda: iter([gpu]),
+        embed_tokens=types.SimpleNamespace(weight=torch.zeros(1, dtype=torch.bfloat16)),
+    )
+    monkeypatch.setattr(support, "is_supported", lambda device: (False, "too old"))
+    with pytest.raises(RuntimeError) as caught:
+        transformers._check_settings(decoder)
+    assert str(caught.value) == "expected kernels for hidden size 4096 on cuda:0: too old"
+
+
+class TestObtainable:
+    @pytest.fixture(autouse=True)
+    def _nothing(self, monkeypatch, tmp_path):
+        """No kernels, no TileLang that can be imported, no nvcc."""
+        monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
+        monkeypatch.setenv("MHC_OPS_KERNELS", str(tmp_path / "ahead"))
+        for name in ("MHC_OPS_DISABLE_JIT", "MHC_OPS_TRUST_CACHE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(jit, "_compiled", {})
+        monkeypatch.setitem(sys.modules, "tilelang", None)
+        monkeypatch.setattr(jit, "_nvcc_is_there", lambda: False)
+        self.first = "kernel post for hidden size 256 on sm_90a is neither built ahead nor cached: "
+
+    @staticmethod
+    def tilelang(monkeypatch, version):
+        def installed(package):
+            assert package == "tilelang"
+            if version is None:
+                raise importlib.metadata.PackageNotFoundError(package)
+            return version
+
+        monkeypatch.setattr(importlib.metadata, "version", installed)
+
+    @staticmethod
+    def kernel(key):
+        return compiler.Compiled(
+            cubin=b"machine code",
+            symbol=key.kernel,
+            parameters=(("x", "pointer"),),
+            grid=(formula.name("tokens"), formula.constant(1)),
+            block=128,
+            cluster=1,
+            shared=0,
+            pdl=True,
+            compiled_with={},
+        )
+
+    @pytest.mark.parametrize("installed", [None, "0.1.12"])
+    def test_without_its_tilelang(self, monkeypatch, installed):
+        self.tilelang(monkeypatch, installed)
+        assert jit.obtainable(256, "sm_90a") == (
+            False,
+            f"{self.first}expected TileLang {compiler.TILELANG} to compile it, "
+            f"got {installed or 'none'}",
+        )
+
+    def test_without_nvcc(self, monkeypatch):
+        self.tilelang(monkeypatch, compiler.TILELANG)
+        assert jit.obtainable(256, "sm_90a") == (
+            False,
+            f"{self.first}expected nvcc to compile it, got none",
+        )
+
+    def test_with_a_compiler(self, monkeypatch):
+        self.tilelang(monkeypatch, compiler.TILELANG)
+        monkeypatch.setattr(jit, "_nvcc_is_there", lambda: True)
+        assert jit.obtainable(256, "sm_90a")[0]
+
+    def test_without_jit(self, monkeypatch):
+        monkeypatch.setenv("MHC_OPS_DISABLE_JIT", "1")
+        assert jit.obtainable(256, "sm_90a") == (False, f"{self.first}MHC_OPS_DISABLE_JIT is set")
+
+    def test_a_misspelt_switch(self, monkeypatch):
+        monkeypatch.setenv("MHC_OPS_DISABLE_JIT", "maybe")
+        assert jit.obtainable(256, "sm_90a") == (
+            False,
+            "MHC_OPS_DISABLE_JIT: expected 0 or 1, got 'maybe'",
+        )
+
+    def test_a_folder_that_others_can_write(self, tmp_path):
+        (tmp_path / "ahead").mkdir()
+        (tmp_path / "ahead").chmod(0o777)
+        served, reason = jit.obtainable(256, "sm_90a")
+        assert not served
+        assert "can be written by others" in reason
+
+    def test_built_ahead_or_cached(self, monkeypatch, tmp_path):
+        """All of them: one that is missing is one too few, unless this process has it already."""
+        self.tilelang(monkeypatch, None)
+        *keys, last = routes.keys(256, "sm_90a", 8192)
+        folders = (tmp_path / "ahead", store.cached_folder())
+        for i, key in enumerate(keys):
+            store.save_kernel(folders[i % 2], key, self.kernel(key))
+        assert compiler.describe(last) in jit.obtainable(256, "sm_90a")[1]
+        jit._compiled[last] = self.kernel(last)
+        assert jit.obtainable(256, "sm_90a") == (True, "built ahead or cached")
+        assert not jit.obtainable(512, "sm_90a")[0]
+
+    def test_a_kernel_that_cannot_be_had(self, monkeypatch):
+        """The ops say which error it is; its words stay those of the cause."""
+
+        def compile_key(key):
+            raise RuntimeError("mhc: no") from OSError("full")
+
+        monkeypatch.setattr(jit, "compile_key", compile_key)
+        with pytest.raises(jit.KernelUnavailable, match="mhc: no") as caught:
+            jit.load(routes.Key("post", "sm_90a", 256), torch.device("cuda", 0))
+        assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize("home", [None, "CUDA_HOME", "CUDA_PATH"])
+def test_nvcc_is_found_where_tilelang_looks(home, monkeypatch, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch(mode=0o755)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    if home is None:
+        monkeypatch.setenv("PATH", str(nvcc.parent))
+    else:
+        monkeypatch.setenv("PATH", "/nowhere")
+        monkeypatch.setenv(home, str(tmp_path))
+    assert jit._nvcc_is_there()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_install_that_fails_in_the_middle(engine, error, stand_in, monkeypatch):
+    adapter = stand_in(engine)
+    before = {op: function(engine, op) for op in ALL_STOCK}
+
+    class Stubborn(types.ModuleType):
+        """A module in which nothing but its own function may be bound."""
+
+        def __setattr__(self, name, value):
+            if value is not before["pre"]:
+                raise error
+            super().__setattr__(name, value)
+
+    # It comes behind the module that defines the function, where ours is bound by then.
+    stubborn = Stubborn(f"{engine}.stubborn")
+    vars(stubborn)["held"] = before["pre"]
+    monkeypatch.setitem(sys.modules, stubborn.__name__, stubborn)
+    with pytest.raises(error):
+        adapter.install()
+    assert {op: function(engine, op) for op in ALL_STOCK} == before
+    assert stubborn.held is before["pre"]
+
+
+class Odd(BaseException):
+    pass
+
+
+class TestPlugin:
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_installs(self, engine, stand_in):
+        stand_in(engine)
+        ADAPTERS[engine].plugin()
+        ADAPTERS[engine].plugin()  # several processes, and several times in one
+        assert stock(engine) == ALL_OURS
+
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_leaves_an_engine_that_does_not_fit(self, engine, stand_in, caplog):
+        stand_in(engine, {names(engine)["post"]: "x"})
+        with caplog.at_level(logging.WARNING, logger="mhc_ops"):
+            ADAPTERS[engine].plugin()
+        assert stock(engine) == ALL_STOCK
         (record,) = caplog.records
-        assert record.getMessage().startswith("vLLM keeps its own mHC functions: mhc_ops.integr")
+        assert f"keeps its own mHC functions: RuntimeError: mhc_ops.integrations.{engine}: " in (
+            record.getMessage()
+        )
+
+    @pytest.mark.parametrize("error", [RuntimeError, OSError, KeyError, GeneratorExit, Odd])
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_lets_no_exception_out(self, engine, error, monkeypatch, caplog):
+        def install():
+            raise error("whatever")
+
+        monkeypatch.setattr(ADAPTERS[engine], "install", install)
+        with caplog.at_level(logging.WARNING, logger="mhc_ops"):
+            ADAPTERS[engine].plugin()
+        (record,) = caplog.records
+        assert f"{error.__name__}: " in record.getMessage()
+
+    @pytest.mark.parametrize("request_to_end", [KeyboardInterrupt, SystemExit])
+    def test_lets_a_process_end(self, request_to_end, monkeypatch):
+        def install():
+            raise request_to_end
+
+        monkeypatch.setattr(vllm, "install", install)
+        with pytest.raises(request_to_end):
+            vllm.plugin()
+
+    PROCESS = """
+import sys
+from importlib.metadata import entry_points
+
+(found,) = entry_points(group=sys.argv[1], name="mhc_ops")
+plugin = found.load()
+plugin()
+import torch
+print("cuda", torch.cuda.is_initialized())
+if len(sys.argv) == 4:
+    import importlib
+    function = getattr(importlib.import_module(sys.argv[2]), sys.argv[3])
+    print("ours", hasattr(function, "__wrapped__"))
+    streams = torch.zeros(1, 4, 256, dtype=torch.bfloat16)
+    print(function(streams[0, :1], streams, None, None))
+"""
+    GROUPS = types.MappingProxyType({
+        "sglang": "sglang.srt.plugins", "vllm": "vllm.general_plugins",
+    })  # fmt: skip
+
+    def run(self, tmp_path, *arguments):
+        """A fresh process that finds the package's entry points as the engines do."""
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        metadata = tmp_path / "mhc_ops-0.0.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text("Name: mhc-ops\nVersion: 0.0.0\n")
+        lines = [
+            line
+            for group, points in project["entry-points"].items()
+            for line in (f"[{group}]", *(f"{name} = {where}" for name, where in points.items()))
+        ]
+        (metadata / "entry_points.txt").write_text("\n".join(lines))
+        environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+        return subprocess.run(
+            [sys.executable, "-c", self.PROCESS, *arguments],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_in_a_fresh_process(self, engine, tmp_path):
+        engines.write(engine, tmp_path)
+        module, name = FUNCTIONS[engine]["post"]
+        done = self.run(tmp_path, self.GROUPS[engine], module, name)
+        assert done.stdout.split("\n")[:3] == ["cuda False", "ours True", name]
+        assert done.stderr == (
+            "the engine's own mHC functions run: device cpu is not a CUDA device\n"
+        )
+
+    @pytest.mark.parametrize("raised", ["ImportError('x')", "BaseException('x')", "OSError('x')"])
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_an_engine_that_fails_in_a_fresh_process(self, engine, raised, tmp_path):
+        engines.write(engine, tmp_path)
+        module, _ = FUNCTIONS[engine]["post"]
+        (tmp_path / f"{module.replace('.', '/')}.py").write_text(f"raise {raised}")
+        done = self.run(tmp_path, self.GROUPS[engine])
+        assert done.stdout == "cuda False\n"
+        (line,) = done.stderr.splitlines()
+        assert "keeps its own mHC functions: " in line
 
 
 @pytest.mark.parametrize("engine", ENGINES)

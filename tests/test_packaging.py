@@ -219,12 +219,13 @@ def test_metadata(wheel):
     assert 'transformers<6,>=5.17; extra == "transformers"' in fields.get_all("Requires-Dist")
 
 
-def test_entry_point_of_vllm(environment, tmp_path):
-    """It is found as vLLM finds it, and loads; without vLLM it changes nothing and says so."""
+@pytest.mark.parametrize("group", ["vllm.general_plugins", "sglang.srt.plugins"])
+def test_entry_points_of_the_engines(environment, tmp_path, group):
+    """Each is found as the engine finds it, and loads; without the engine it changes nothing."""
     interpreter, _ = environment
     load = (
         "from importlib.metadata import entry_points\n"
-        "(found,) = entry_points(group='vllm.general_plugins')\n"
+        f"(found,) = entry_points(group={group!r})\n"
         "found.load()()\n"
         "print(found.name)"
     )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+
+logger = logging.getLogger("mhc_ops")
 
 
 class Replacement(NamedTuple):
@@ -26,7 +29,13 @@ class Replacement(NamedTuple):
     function: Callable[..., Any]
 
 
-_stock: dict[Callable[..., Any], Callable[..., Any]] = {}  # ours to the engine's own
+# Ours to the engine's own; kept after uninstall for whoever still holds one of ours.
+_stock: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def stock(ours: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The engine's own function that one of ours was put in place of; None without an install."""
+    return _stock.get(ours)
 
 
 def _parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
@@ -85,11 +94,18 @@ def install(engine: str, tested: str, replacements: Sequence[Replacement]) -> No
             f"got ROCm {torch.version.hip}"
         )
     found = [(_find(engine, tested, wanted), wanted.function) for wanted in replacements]
-    for stock, ours in found:
-        if stock is not ours:
-            _stock[ours] = stock
-            for module, attribute in _bound(engine, stock):
-                setattr(module, attribute, ours)
+    done: list[tuple[ModuleType, str, Callable[..., Any]]] = []
+    try:
+        for stock, ours in found:
+            if stock is not ours:
+                _stock[ours] = stock
+                for module, attribute in _bound(engine, stock):
+                    done.append((module, attribute, stock))
+                    setattr(module, attribute, ours)
+    except BaseException:
+        for module, attribute, stock in done:
+            setattr(module, attribute, stock)
+        raise
 
 
 def uninstall(engine: str, replacements: Sequence[Replacement]) -> None:
@@ -101,6 +117,24 @@ def uninstall(engine: str, replacements: Sequence[Replacement]) -> None:
     """
     for _, _, ours in replacements:
         if ours in _stock:
-            stock = _stock.pop(ours)
             for module, attribute in _bound(engine, ours):
-                setattr(module, attribute, stock)
+                setattr(module, attribute, _stock[ours])
+
+
+def guarded(engine: str, install: Callable[[], None]) -> None:
+    """Call an adapter's install from a plugin, which the engine may call without any guard.
+
+    Whatever goes wrong is logged; only a request to end the process gets out.
+
+    Args:
+        engine: its name, for the log.
+        install: of its adapter.
+    """
+    try:
+        install()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        logger.warning(
+            "%s keeps its own mHC functions: %s: %s", engine, type(error).__name__, error
+        )

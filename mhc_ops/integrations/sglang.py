@@ -5,13 +5,19 @@
 decides which of its paths runs: its switches for other implementations of a step (FlashInfer's,
 DeepGEMM's) come before these functions.
 
-SGLang runs the model in processes of its own, which it spawns. Call ``install()`` at the top level
-of the script that starts the engine, not under ``if __name__ == "__main__"``: a spawned process
-imports that script too. In a process that is forked nothing has to be done.
+SGLang runs the model in processes of its own. Where mhc-ops is installed beside it, the entry
+point ``mhc_ops`` of the group ``sglang.srt.plugins`` calls :func:`plugin` in each of them.
+``SGLANG_PLUGINS``, a list of names, says which plugins SGLang loads; all when it is not set.
+Without the entry point call ``install()`` at the top level of the script that starts the engine,
+not under ``if __name__ == "__main__"``: a spawned process imports that script too.
 
-The device is not looked at here, so that CUDA is not initialised before SGLang does it; a call on
-a GPU that the kernels cannot serve raises. ``layer_input`` comes from torch's allocator, not from
-SGLang's pool of symmetric memory: an all-reduce that writes into it takes NCCL's usual way.
+A call that the ops do not serve runs SGLang's own function, and the log says why, once: another
+device, ``hc_mult``, hidden size or dtype, a layout or an address that the kernels do not read,
+kernels that are neither there nor can be compiled. The device is first looked at by a call, so
+that CUDA is not initialised before SGLang does it.
+
+``layer_input`` comes from torch's allocator, not from SGLang's pool of symmetric memory: an
+all-reduce that writes into it takes NCCL's usual way.
 
 Tested against the signatures of SGLang 0.5.23.
 """
@@ -23,11 +29,12 @@ import sys
 from torch import Tensor
 
 from .. import ops
-from . import _rebind
+from . import _fallback, _rebind
 
 TESTED = "0.5.23"
 
 
+@_fallback.falls_back("residual")
 def mhc_post(x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor) -> Tensor:
     """:func:`mhc_ops.post` as SGLang calls it.
 
@@ -40,6 +47,7 @@ def mhc_post(x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: 
     return ops.post(x, residual, post_layer_mix, comb_res_mix)
 
 
+@_fallback.falls_back("residual")
 def mhc_pre(
     residual: Tensor,
     fn: Tensor,
@@ -72,6 +80,7 @@ def mhc_pre(
     )  # fmt: skip
 
 
+@_fallback.falls_back("residual")
 def mhc_fused_post_pre(
     x: Tensor,
     residual: Tensor,
@@ -108,6 +117,7 @@ def mhc_fused_post_pre(
     )  # fmt: skip
 
 
+@_fallback.falls_back("x")
 def fused_hc_head(
     x: Tensor, hc_fn: Tensor, hc_scale: Tensor, hc_base: Tensor, norm_eps: float, hc_eps: float
 ) -> Tensor:
@@ -135,17 +145,25 @@ REPLACEMENTS = (
 def _forget_cached() -> None:
     """SGLang's model keeps functions that it looked up once."""
     model = sys.modules.get("sglang.srt.models.deepseek_v4")
-    if model is not None:
-        model.get_mhc_ops.cache_clear()
+    forget = getattr(getattr(model, "get_mhc_ops", None), "cache_clear", None)
+    if forget is not None:
+        forget()
 
 
-def install() -> None:
+def install(*, hidden: int | None = None) -> None:
     """Make SGLang's mHC functions run the ops, in this process; again is harmless.
+
+    Args:
+        hidden: of the model. Where it is given, the current CUDA device is looked at now, and
+            whether its kernels can be had; otherwise each is at the first call.
 
     Raises:
         RuntimeError: SGLang is not installed, one of its functions is missing or has another
-            signature, or torch is built for ROCm. Nothing is replaced then.
+            signature, torch is built for ROCm, or there are no kernels for ``hidden``. Nothing is
+            replaced then.
     """
+    if hidden is not None:
+        _fallback.require("sglang", hidden)
     _rebind.install("sglang", TESTED, REPLACEMENTS)
     _forget_cached()
 
@@ -154,3 +172,12 @@ def uninstall() -> None:
     """Put SGLang's own functions back; without :func:`install` before it, do nothing."""
     _rebind.uninstall("sglang", REPLACEMENTS)
     _forget_cached()
+
+
+def plugin() -> None:
+    """What SGLang's entry point calls: :func:`install`, or a warning that says why not.
+
+    It runs in every process of SGLang, whatever the model: where the ops do not fit, SGLang has to
+    start as it would without them.
+    """
+    _rebind.guarded("SGLang", install)

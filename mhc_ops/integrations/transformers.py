@@ -44,6 +44,7 @@ from ..nn import (
     StreamState,
     wire,
 )
+from . import _fallback
 
 
 def _view(path: str) -> Any:
@@ -182,13 +183,20 @@ def _check_settings(decoder: DeepseekV4Model) -> None:
             raise ValueError(
                 f"expected {name} to be finite and at least 0, got {getattr(config, name)}"
             )
-    if any(parameter.device.type == "cuda" for parameter in decoder.parameters()):
+    devices = {parameter.device for parameter in decoder.parameters()}
+    cuda = next((device for device in devices if device.type == "cuda"), None)
+    if cuda is not None:
         if config.hc_mult != geometry.HC_MULT:
             raise ValueError(f"expected hc_mult {geometry.HC_MULT} on CUDA, got {config.hc_mult}")
         if config.hidden_size % geometry.HIDDEN_MULTIPLE != 0:
             raise ValueError(
                 f"expected a hidden_size that is a multiple of {geometry.HIDDEN_MULTIPLE} on "
                 f"CUDA, got {config.hidden_size}"
+            )
+        reason = _fallback.no_kernels(config.hidden_size, cuda)
+        if reason is not None:
+            raise RuntimeError(
+                f"expected kernels for hidden size {config.hidden_size} on {cuda}: {reason}"
             )
 
 
@@ -230,7 +238,9 @@ def apply(model: torch.nn.Module) -> None:
     Raises:
         TypeError: another model.
         ValueError: a dtype or a setting that the ops cannot serve, gradient checkpointing, or
-            modules that something else has already replaced. The model is left untouched.
+            modules that something else has already replaced.
+        RuntimeError: the model stands on a GPU that the kernels cannot serve, or they cannot be
+            had. The model is left untouched, here and above.
     """
     decoder = _decoder(model)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):

@@ -9,26 +9,25 @@ Where mhc-ops is installed beside vLLM, the entry point ``mhc_ops`` of the group
 ``vllm.general_plugins`` calls :func:`plugin` in each of vLLM's processes. ``VLLM_PLUGINS``, a list
 of names, says which plugins vLLM loads; all when it is not set.
 
-The device is not looked at here, so that CUDA is not initialised before vLLM does it; a call on a
-GPU that the kernels cannot serve raises.
+A call that the ops do not serve runs vLLM's own function, and the log says why, once: another
+device, ``hc_mult``, hidden size or dtype, a layout or an address that the kernels do not read,
+kernels that are neither there nor can be compiled. The device is first looked at by a call, so
+that CUDA is not initialised before vLLM does it.
 
 Tested against the signatures of vLLM 0.33.0.
 """
 
 from __future__ import annotations
 
-import logging
-
 from torch import Tensor
 
 from .. import ops
-from . import _rebind
-
-logger = logging.getLogger("mhc_ops")
+from . import _fallback, _rebind
 
 TESTED = "0.33.0"
 
 
+@_fallback.falls_back("residual")
 def mhc_post_tilelang(
     x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor
 ) -> Tensor:
@@ -43,6 +42,7 @@ def mhc_post_tilelang(
     return ops.post(x, residual, post_layer_mix, comb_res_mix)
 
 
+@_fallback.falls_back("residual")
 def mhc_pre_tilelang(
     residual: Tensor,
     fn: Tensor,
@@ -75,6 +75,7 @@ def mhc_pre_tilelang(
     )  # fmt: skip
 
 
+@_fallback.falls_back("residual")
 def mhc_fused_post_pre_tilelang(
     x: Tensor,
     residual: Tensor,
@@ -111,6 +112,7 @@ def mhc_fused_post_pre_tilelang(
     )  # fmt: skip
 
 
+@_fallback.falls_back("hs_flat")
 def hc_head_fused_kernel_tilelang(
     hs_flat: Tensor, fn: Tensor, hc_scale: Tensor, hc_base: Tensor, rms_eps: float, hc_eps: float
 ) -> Tensor:
@@ -137,13 +139,20 @@ REPLACEMENTS = tuple(
 )
 
 
-def install() -> None:
+def install(*, hidden: int | None = None) -> None:
     """Make vLLM's mHC functions run the ops, in this process; again is harmless.
+
+    Args:
+        hidden: of the model. Where it is given, the current CUDA device is looked at now, and
+            whether its kernels can be had; otherwise each is at the first call.
 
     Raises:
         RuntimeError: vLLM is not installed, one of its functions is missing or has another
-            signature, or torch is built for ROCm. Nothing is replaced then.
+            signature, torch is built for ROCm, or there are no kernels for ``hidden``. Nothing is
+            replaced then.
     """
+    if hidden is not None:
+        _fallback.require("vllm", hidden)
     _rebind.install("vllm", TESTED, REPLACEMENTS)
 
 
@@ -158,7 +167,4 @@ def plugin() -> None:
     It runs in every process of vLLM, whatever the model: where the ops do not fit, vLLM has to
     start as it would without them.
     """
-    try:
-        install()
-    except RuntimeError as error:
-        logger.warning("vLLM keeps its own mHC functions: %s", error)
+    _rebind.guarded("vLLM", install)
