@@ -1,6 +1,7 @@
 # make demo   the demonstration
 # make test   lint, types and the whole test suite
 # make docs   the API pages, in build/docs
+# make wheel  a wheel with kernels, in dist, which needs torch alone where it is installed
 # All do all set-up in .venv first; nothing has to be installed but make and Python 3.11 or newer.
 
 VENV := .venv
@@ -18,7 +19,11 @@ PYTEST_ARGS ?=
 # What users import. prewarm the function hides prewarm the module.
 DOCUMENTED := mhc_ops mhc_ops.nn mhc_ops.integrations.transformers mhc_ops.testing mhc_ops.config
 
-.PHONY: demo test docs lint setup clean
+# What a wheel carries: kernels of these architectures and hidden sizes.
+WHEEL_ARCHS ?= sm_90a,sm_100a,sm_120a
+WHEEL_HIDDEN ?= 4096,5120,7168
+
+.PHONY: demo test docs wheel lint setup clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m mhc_ops demo
@@ -30,6 +35,11 @@ test: lint
 
 docs: $(INSTALLED)
 	$(BIN)/pdoc --docformat google --math --output-directory build/docs $(DOCUMENTED) '!mhc_ops.prewarm'
+
+# no build isolation: kernels are compiled by what .venv holds
+wheel: $(INSTALLED)
+	MHC_OPS_AOT_ARCHS=$(WHEEL_ARCHS) MHC_OPS_AOT_HIDDEN=$(WHEEL_HIDDEN) \
+		$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -4,7 +4,8 @@ With ``MHC_OPS_AOT_ARCHS=sm_90a,sm_100a`` set, kernels for these architectures a
 wheel, for the hidden sizes of ``MHC_OPS_AOT_HIDDEN`` (those of ``python -m mhc_ops build`` without
 it). That needs torch and TileLang, so ``--no-build-isolation``, nvcc and a C++ compiler.
 
-Everything else stands in pyproject.toml, which has no way to map one package to another folder.
+Everything else stands in pyproject.toml, which has no way to map one package to another folder, nor
+to let the dependencies depend on what is built.
 """
 
 import os
@@ -20,6 +21,10 @@ from setuptools.errors import SetupError
 
 ARCHS = os.environ.get("MHC_OPS_AOT_ARCHS")
 HIDDEN = os.environ.get("MHC_OPS_AOT_HIDDEN")
+
+# Why each of them, and why these ranges: CONTRIBUTING.md. A wheel that carries kernels needs torch
+# alone, so it can be installed beside an engine that pins another TileLang.
+DEPENDENCIES = ["torch>=2.11,<2.15", *(() if ARCHS else ("tilelang==0.1.15",))]
 
 
 class BuildWithKernels(build_py):
@@ -67,6 +72,7 @@ class WheelWithKernels(bdist_wheel):
 
 setup(
     packages=[*find_packages(include=["mhc_ops", "mhc_ops.*"]), "mhc_ops.csrc_tilelang"],
+    install_requires=DEPENDENCIES,
     package_dir={"mhc_ops.csrc_tilelang": "csrc_tilelang"},
     package_data={"mhc_ops": ["py.typed"], "mhc_ops.native": ["host.cpp", "launcher.c"]},
     cmdclass={

@@ -46,8 +46,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
     chosen = parser.parse_args(argv)
-    module = importlib.import_module(f"mhc_ops.{COMMANDS[chosen.command][0]}")
-    status: int = module.main(chosen.arguments)
+    try:
+        module = importlib.import_module(f"mhc_ops.{COMMANDS[chosen.command][0]}")
+        status: int = module.main(chosen.arguments)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "rich":
+            raise
+        print(
+            f"python -m mhc_ops {chosen.command}: expected rich, which draws the tables, got none; "
+            "pip install 'rich>=13,<16'",
+            file=sys.stderr,
+        )
+        return 2
     return status
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -63,8 +65,24 @@ def check_sizes(caller: str, hidden: Sequence[int], max_tokens: int) -> None:
         raise ValueError(f"{caller}: expected max_tokens of at least 1, got {max_tokens}")
 
 
-def progress_bar(shown: bool) -> Progress:
-    """A bar on standard error, for :func:`side_by_side`; rich is imported for it alone."""
+class _NoBar(AbstractContextManager["_NoBar"]):
+    """What stands for a progress bar where none is shown."""
+
+    def __exit__(self, *raised: object) -> None:
+        """Close nothing."""
+
+    def add_task(self, description: str, *, total: int) -> int:
+        """Show nothing of a task."""
+        return 0
+
+    def advance(self, task: int) -> None:
+        """Show nothing of a step."""
+
+
+def progress_bar(shown: bool) -> Progress | _NoBar:
+    """Make a bar on standard error, for :func:`side_by_side`; of nothing where there is no rich."""
+    if not shown or importlib.util.find_spec("rich") is None:
+        return _NoBar()
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -74,12 +92,11 @@ def progress_bar(shown: bool) -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         console=Console(stderr=True),
-        disable=not shown,
     )
 
 
 def side_by_side(
-    bar: Progress,
+    bar: Progress | _NoBar,
     text: str,
     work: Callable[[routes.Key], object],
     keys: Iterable[routes.Key],
@@ -87,7 +104,7 @@ def side_by_side(
     """Do a piece of work for every key, in as many threads as there are processors."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         running = [pool.submit(work, key) for key in keys]
-        task = bar.add_task(text, total=len(running))
+        task: Any = bar.add_task(text, total=len(running))
         try:
             for done in as_completed(running):
                 done.result()
@@ -182,7 +199,7 @@ def prewarm(
     keys = [key for size in hidden for key in routes.keys(size, arch, max_tokens)]
     with progress_bar(progress) as bar:
         side_by_side(bar, f"compiling for {arch}", jit.compile_key, keys)
-        loading = bar.add_task(f"loading on {target}", total=len(hidden))
+        loading: Any = bar.add_task(f"loading on {target}", total=len(hidden))
         for size in hidden:
             _load(size, max_tokens, target)
             bar.advance(loading)

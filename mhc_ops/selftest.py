@@ -227,6 +227,8 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    if not arguments.json:
+        import rich.table  # noqa: F401  (before the checks, which take a while)
     start = time.perf_counter()
     checks = run(gpu=not arguments.cpu)
     result, sentence = judge(checks)

@@ -239,3 +239,33 @@ def test_run_as_a_module():
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["versions"]["mhc_ops"] == __version__
+
+
+@pytest.mark.parametrize("command", ["info", "selftest", "demo"])
+def test_without_rich(command, monkeypatch, capsys):
+    """It draws tables, and nothing else: a command that draws one says what is missing."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "mhc_ops.demo", raising=False)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert __main__.main([command]) == 2
+    assert capsys.readouterr().err == (
+        f"python -m mhc_ops {command}: expected rich, which draws the tables, got none; "
+        "pip install 'rich>=13,<16'\n"
+    )
+
+
+def test_what_needs_no_rich(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert __main__.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["versions"]["torch"] == torch.__version__
+
+
+def test_no_bar_without_rich(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    done = []
+    prewarm = sys.modules["mhc_ops.prewarm"]  # whose function hides it
+    with prewarm.progress_bar(True) as bar:
+        prewarm.side_by_side(bar, "working", done.append, [1, 2, 3])
+        bar.advance(bar.add_task("more", total=1))
+    assert sorted(done) == [1, 2, 3]
