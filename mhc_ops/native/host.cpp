@@ -1,10 +1,10 @@
 // The short way of an eager call: what a call of any op costs on the host when everything is as
 // nearly every call brings it.
 //
-// The long way (mhc_ops/native/serve.py) spends 40 to 110 us of a slow host on checks, allocations
-// and views. Here stand two boxed kernels in front of each op. They take a call only where a plan
-// says what it must be like and the kernels it needs are loaded; any other call goes on to the
-// Python kernels, untouched, which serve it or say what is wrong.
+// The long way (mhc_ops/native/serve.py) takes several times as long, for its checks, allocations
+// and ctypes. Here stand two boxed kernels in front of each op. They take a call only where a plan
+// says what the call must be like and the kernels of the plan are loaded; any other call goes on to
+// the Python kernels, untouched, which serve the call or say what is wrong.
 //
 // BackendSelect lies right above the kernels of the backends and below everything else (autograd,
 // dispatch modes, fake tensors, functionalization, functorch), so what reaches it is a plain call

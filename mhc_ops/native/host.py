@@ -221,8 +221,8 @@ def _formula(value: Formula) -> list[int]:
     return [len(code), *code]
 
 
-def _dtype(spec: TensorSpec) -> int:
-    return int(spec.dtypes[0] == MIX)
+def _dtype(dtype: torch.dtype) -> int:
+    return int(dtype == MIX)
 
 
 def _argument(of: Plan, name: str) -> list[int]:
@@ -232,7 +232,7 @@ def _argument(of: Plan, name: str) -> list[int]:
     if isinstance(spec, TensorSpec):
         tail = of.sizes.tail(spec)
         flags = (spec.per_token, spec.rows, spec.may_drop_last)
-        return [_TENSOR, _dtype(spec), *map(int, flags), len(tail), *tail]
+        return [_TENSOR, _dtype(spec.dtypes[0]), *map(int, flags), len(tail), *tail]
     if spec.integer:
         return [_INT, int(spec.least), int(spec.most)]
     return [_FLOAT, int(spec.least == 0)]
@@ -268,7 +268,7 @@ def _step(of: Plan, served: Range, step: Step, kernel: launcher.Kernel) -> list[
 
 def _range(of: Plan, served: Range, kernels: Sequence[launcher.Kernel | None]) -> list[int]:
     memory = [
-        [_dtype(needed.spec), *_list([_formula(size) for size in needed.shape])]
+        [_dtype(needed.dtype), *_list([_formula(size) for size in needed.shape])]
         for needed in served.memory.values()
     ]
     steps = [
@@ -291,7 +291,8 @@ def words(of: Plan, kernels: Sequence[Sequence[launcher.Kernel | None]]) -> list
     """
     arguments = [_argument(of, name) for name in of.recipe.arguments]
     outputs = [
-        [_dtype(spec), len(spec.tail), *of.sizes.tail(spec)] for spec in of.recipe.outputs.values()
+        [_dtype(spec.dtypes[0]), len(spec.tail), *of.sizes.tail(spec)]
+        for spec in of.recipe.outputs.values()
     ]
     ranges = [_range(of, r, loaded) for r, loaded in zip(of.ranges, kernels, strict=True)]
     return [*_list(arguments), *_list(outputs), *_list(ranges)]

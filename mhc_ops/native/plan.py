@@ -10,8 +10,10 @@ import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
+
 from .. import formula, geometry, routes
-from .._arguments import ACTIVATION, MIX, Recipe, Sizes, TensorSpec, recipe
+from .._arguments import ACTIVATION, MIX, Recipe, Sizes, recipe
 from ..formula import Formula
 from ..routes import Key
 
@@ -20,11 +22,11 @@ class Memory(NamedTuple):
     """Memory that one call needs between its launches.
 
     Attributes:
-        spec: its dtype.
+        dtype: what it holds.
         shape: its sizes, as formulas of the token count.
     """
 
-    spec: TensorSpec
+    dtype: torch.dtype
     shape: tuple[Formula, ...]
 
 
@@ -88,9 +90,9 @@ def _memory(of: Recipe, steps: tuple[Step, ...], hidden: int) -> dict[str, Memor
     for step in steps:
         if "splits" in step.scalars:
             shape = (step.scalars["splits"], tokens, width)
-            needed["partials"] = Memory(TensorSpec((MIX,), ()), shape)
+            needed["partials"] = Memory(MIX, shape)
         if "residual_out" in step.renamed.values() and "residual_out" not in of.outputs:
-            needed["residual_out"] = Memory(TensorSpec((ACTIVATION,), ()), (tokens, n, columns))
+            needed["residual_out"] = Memory(ACTIVATION, (tokens, n, columns))
     return needed
 
 

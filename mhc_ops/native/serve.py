@@ -68,7 +68,7 @@ def _launch_all(
     memory = {
         name: torch.empty(
             [evaluate(size, {"tokens": tokens}) for size in needed.shape],
-            dtype=needed.spec.dtypes[0],
+            dtype=needed.dtype,
             device=device,
         )
         for name, needed in served.memory.items()
