@@ -38,7 +38,38 @@ SIGNATURES = {
             "mhc_post_tilelang": _POST,
             "mhc_pre_tilelang": f"residual, {_FIXED}, n_splits=1, {_VLLM_NORM}",
             "mhc_fused_post_pre_tilelang": f"{_POST}, {_FIXED}, n_splits=1, tile_n=1, {_VLLM_NORM}",
+            "mhc_pre_broadcast_tilelang": (
+                f"residual, {_FIXED}, n_splits=1, {_VLLM_NORM}, fn_broadcast=None"
+            ),
             "hc_head_fused_kernel_tilelang": "hs_flat, fn, hc_scale, hc_base, rms_eps, hc_eps",
+        }
+    },
+}
+
+# What the engines' models define, by class; "" is the module itself. The adapters wait for these.
+LATE = {
+    "sglang": {
+        "sglang/srt/models/deepseek_v4.py": {
+            "": {"hc_head_torch": "x, hc_fn, hc_scale, hc_base, *, norm_eps, hc_eps"},
+            "DeepseekV4DecoderLayerBase": {
+                "hc_pre": "self, x, hc_fn, hc_scale, hc_base, norm=None, forward_batch=None"
+            },
+        },
+        "sglang/srt/models/deepseek_v4_mhc.py": {"": {"post": "cfg, x, residual, post_mix, comb"}},
+        "sglang/srt/models/deepseek_v4_nextn.py": {
+            "DeepseekV4ModelNextN": {"hc_head": "self, x, hc_fn, hc_scale, hc_base"}
+        },
+        "sglang/srt/models/glm5_next.py": {
+            "Glm5NextDecoderLayer": {
+                "hc_ffn_post_pre": (
+                    "self, hidden_states, residual, h_res, h_post, out_norm_weight, out_norm_eps"
+                )
+            }
+        },
+    },
+    "vllm": {
+        "vllm/models/deepseek_v4/nvidia/model.py": {
+            "DeepseekV4Model": {"finalize_mhc_broadcast_weights": "self"}
         }
     },
 }
@@ -72,6 +103,10 @@ class Engine:
 """,
     },
     "vllm": {
+        "vllm/platforms.py": """
+class current_platform:
+    dispatch_key = "CPU"
+""",
         "vllm/models/by_name.py": """
 from vllm.model_executor.kernels.mhc.tilelang import mhc_post_tilelang as last_step
 """,
@@ -105,6 +140,16 @@ def write(engine: str, folder: Path, changes: dict[str, str | None] | None = Non
         changes: function to other parameters, or to None for a module without it.
     """
     files = dict(_MODELS[engine])
+    for path, classes in LATE[engine].items():
+        for owner, functions in classes.items():
+            indent = "    " if owner else ""
+            files[path] = files.get(path, "") + (f"\n\nclass {owner}:\n" if owner else "\n\n")
+            for name, parameters in (functions | (changes or {})).items():
+                if name in functions and parameters is not None:
+                    files[path] += (
+                        f"{indent}def {name}({parameters}):\n{indent}    return {name!r}\n"
+                    )
+            files[path] += f"{indent}kept = True\n"
     for path, functions in SIGNATURES[engine].items():
         files[path] = "".join(
             f"def {name}({parameters}):\n    return {name!r}\n\n\n"

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 
 ADAPTERS = {"sglang": sglang, "vllm": vllm}
 ENGINES = tuple(ADAPTERS)
-ARCH = "cpu"
+ARCH = "meta"
 WHEELS = os.environ.get("ENGINE_WHEELS")  # a folder, see CONTRIBUTING.md
 
 # by engine: op to (module, name)
@@ -35,7 +35,7 @@ FUNCTIONS = {
     engine: dict(
         zip(
             ("post", "pre", "fused_post_pre", "head"),
-            ((r.module, r.name) for r in adapter.REPLACEMENTS),
+            ((r.module, r.name) for r in adapter.REPLACEMENTS[:4]),
             strict=True,
         )
     )
@@ -56,21 +56,21 @@ def _undecided(monkeypatch):
 
 @pytest.fixture
 def served(monkeypatch):
-    """The CPU counts as a device that the kernels serve, under ``ARCH``."""
+    """Meta tensors count as on a device that the kernels serve, under ``ARCH``."""
     stock_support, stock_arch, stock_obtainable = support.is_supported, support.arch, jit.obtainable
 
     def is_supported(device=None):
-        on_cpu = device is not None and torch.device(device).type == "cpu"
-        return (True, "CPU") if on_cpu else stock_support(device)
+        on_meta = device is not None and torch.device(device).type == "meta"
+        return (True, "meta") if on_meta else stock_support(device)
 
     def cuda_device(device=None):
         return torch.device(device)
 
     def arch(device):
-        return ARCH if device.type == "cpu" else stock_arch(device)
+        return ARCH if device.type == "meta" else stock_arch(device)
 
     def obtainable(hidden, arch):
-        return (True, "CPU") if arch == ARCH else stock_obtainable(hidden, arch)
+        return (True, "meta") if arch == ARCH else stock_obtainable(hidden, arch)
 
     monkeypatch.setattr(support, "is_supported", is_supported)
     monkeypatch.setattr(support, "cuda_device", cuda_device)
@@ -263,16 +263,16 @@ class TestFallback:
     @pytest.mark.parametrize("op", ALL_STOCK)
     @pytest.mark.parametrize("engine", ENGINES)
     def test_another_device(self, engine, op, answers):
-        got, ran, told = answers(engine, op, self.inputs(engine, op))
+        got, ran, told = answers(engine, op, self.inputs(engine, op, device="meta"))
         assert got == [names(engine)[op]] * 2
         assert ran == 0
-        assert told == ["the engine's own mHC functions run: device cpu is not a CUDA device"]
+        assert told == ["the engine's own mHC functions run: device meta is not a CUDA device"]
 
     def test_a_reason_is_told_once_for_all_functions(self, stand_in, caplog):
         stand_in("vllm").install()
         with caplog.at_level(logging.WARNING, logger="mhc_ops"):
             for op in ALL_STOCK:
-                function("vllm", op)(**self.inputs("vllm", op))
+                function("vllm", op)(**self.inputs("vllm", op, device="meta"))
         assert len(caplog.records) == 1
 
     MISFITS = types.MappingProxyType({
@@ -356,7 +356,7 @@ class TestFallback:
             return False, "no TileLang"
 
         monkeypatch.setattr(jit, "obtainable", obtainable)
-        got, ran, told = answers("vllm", "post", self.inputs("vllm", "post"))
+        got, ran, told = answers("vllm", "post", self.inputs("vllm", "post", device="meta"))
         assert got == ["mhc_post_tilelang"] * 2
         assert ran == 0
         assert told == ["the engine's own mHC functions run: no TileLang"]
@@ -367,7 +367,7 @@ class TestFallback:
             raise OSError("no such thing")
 
         monkeypatch.setattr(jit, "obtainable", obtainable)
-        got, _, told = answers("vllm", "post", self.inputs("vllm", "post"))
+        got, _, told = answers("vllm", "post", self.inputs("vllm", "post", device="meta"))
         assert got == ["mhc_post_tilelang"] * 2
         assert told == ["the engine's own mHC functions run: OSError: no such thing"]
 
@@ -414,7 +414,7 @@ class TestFallback:
         adapter.install()
         held = function("sglang", "post")
         adapter.uninstall()
-        assert held(**self.inputs("sglang", "post")) == "mhc_post"
+        assert held(**self.inputs("sglang", "post", device="meta")) == "mhc_post"
 
     @pytest.mark.parametrize("dynamic", [False, True])
     def test_compiled(self, stand_in, served, fresh_dynamo, dynamic):
@@ -428,6 +428,153 @@ class TestFallback:
         assert_equal({"out": compiled(*inputs.values())}, {"out": ops.post(**inputs)})
         two = make_inputs("post", 3, 256, hc_mult=2)
         assert compiled(*two.values()) == "mhc_post_tilelang"
+
+
+class TestLate:
+    """Functions of modules that are the engine's to import."""
+
+    LATE = tuple((e, r) for e, a in ADAPTERS.items() for r in a.REPLACEMENTS if r.late)
+
+    @staticmethod
+    def bound(replacement):
+        owner = importlib.import_module(replacement.module)
+        for name in replacement.name.split("."):
+            owner = getattr(owner, name)
+        return owner
+
+    @pytest.mark.parametrize("first", ["model", "install"])
+    @pytest.mark.parametrize(
+        ("engine", "late"), LATE, ids=lambda value: getattr(value, "name", value)
+    )
+    def test_whether_the_model_was_imported_before_or_after(self, engine, late, first, stand_in):
+        adapter = stand_in(engine)
+        if first == "model":
+            own = self.bound(late)
+        adapter.install()
+        if first == "install":
+            assert late.module not in sys.modules
+        assert self.bound(late) is late.function
+        adapter.install()
+        assert self.bound(late) is late.function
+        adapter.uninstall()
+        assert self.bound(late).__module__ == late.module
+        if first == "model":
+            assert self.bound(late) is own
+
+    @pytest.mark.parametrize(
+        ("engine", "late"), LATE, ids=lambda value: getattr(value, "name", value)
+    )
+    @pytest.mark.parametrize("change", ["self, other", None])
+    def test_one_that_does_not_fit_costs_itself_alone(self, engine, late, change, stand_in, caplog):
+        name = late.name.split(".")[-1]
+        adapter = stand_in(engine, {name: change})
+        adapter.install()
+        module = importlib.import_module(late.module)
+        assert stock(engine) == ALL_OURS
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert line.startswith(f"{engine} keeps its own {late.name}: ")
+        assert "tested with" in line
+        if change is not None:
+            assert self.bound(late).__module__ == module.__name__
+        adapter.uninstall()
+
+    def test_a_module_that_fails_is_the_engines_matter(self, stand_in, tmp_path):
+        stand_in("sglang").install()
+        (tmp_path / "sglang/srt/models/glm5_next.py").write_text("raise OSError('torn')")
+        for _ in range(2):
+            with pytest.raises(OSError, match="torn"):
+                importlib.import_module("sglang.srt.models.glm5_next")
+
+    def test_a_module_that_is_not_there(self, stand_in, tmp_path):
+        stand_in("sglang").install()
+        (tmp_path / "sglang/srt/models/glm5_next.py").unlink()
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("sglang.srt.models.glm5_next")
+
+    def test_modules_are_found_and_loaded_as_without(self, stand_in):
+        stand_in("sglang").install()
+        module = importlib.import_module("sglang.srt.models.deepseek_v4_nextn")
+        assert type(module.__spec__.loader) is type(engines_loader())
+        assert "class DeepseekV4ModelNextN" in inspect.getsource(module)
+
+    def test_uninstall_waits_for_no_module(self, stand_in):
+        before = list(sys.meta_path)
+        adapter = stand_in("sglang")
+        adapter.install()
+        adapter.uninstall()
+        assert sys.meta_path == before
+        importlib.import_module("sglang.srt.models.deepseek_v4_nextn")
+        assert all(self.bound(r).__module__ == r.module for _, r in self.LATE if _ == "sglang")
+
+
+def engines_loader():
+    return engines.__spec__.loader
+
+
+class TestFirstCall:
+    """The first call of a model loads every kernel of its hidden size."""
+
+    @pytest.fixture
+    def warmed(self, monkeypatch):
+        calls = []
+        monkeypatch.setattr(
+            _fallback, "prewarm", lambda hidden, **named: calls.append((hidden, named["device"]))
+        )
+        return calls
+
+    def test_once_for_all_functions(self, stand_in, served, monkeypatch):
+        loaded = []
+        monkeypatch.setattr(_fallback, "load_kernels", lambda *place: loaded.append(place))
+        stand_in("vllm").install()
+        for _ in range(2):
+            for op in ALL_STOCK:
+                inputs = make_inputs(op, 3, 256, device="meta")
+                function("vllm", op)(*inputs.values())
+        assert loaded == [(256, torch.device("meta"))]
+
+    def test_not_on_a_cpu(self, warmed):
+        _fallback.load_kernels(256, torch.device("cpu"))
+        assert warmed == []
+
+    @pytest.mark.parametrize("capturing", [False, True])
+    def test_not_in_a_capture(self, warmed, monkeypatch, capturing):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        device = torch.device("cuda", 0)
+        _fallback.load_kernels(256, device)
+        assert warmed == ([] if capturing else [([256], device)])
+
+    def test_kernels_that_do_not_compile(self, stand_in, served, monkeypatch, caplog):
+        def load_kernels(hidden, device):
+            raise RuntimeError("nvcc said no")
+
+        monkeypatch.setattr(_fallback, "load_kernels", load_kernels)
+        stand_in("vllm").install()
+        inputs = make_inputs("post", 3, 256, device="meta")
+        assert function("vllm", "post")(**inputs) == "mhc_post_tilelang"
+        assert [record.getMessage() for record in caplog.records] == [
+            "the engine's own mHC functions run: nvcc said no"
+        ]
+
+    @pytest.mark.gpu
+    def test_loads_them(self, stand_in):
+        stand_in("vllm").install()
+        inputs = make_inputs("post", 3, 4096, device="cuda")
+        function("vllm", "post")(**inputs)
+        device = torch.device("cuda", torch.cuda.current_device())
+        for key in routes.keys(4096, support.arch(device), sys.maxsize):
+            assert jit.loaded_already(key, device) is not None
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_fp32_norm_weight_is_rounded_as_the_engines_do(engine, device, stand_in):
+    stand_in(engine).install()
+    inputs = make_inputs(
+        "fused_post_pre", 3, 4096 if device == "cuda" else 256, norm=True, device=device
+    )
+    want = ops.fused_post_pre(**inputs)
+    weight = inputs.pop("norm_weight").float()
+    got = function(engine, "fused_post_pre")(**inputs, norm_weight=weight)
+    assert_equal(as_outputs("fused_post_pre", got), as_outputs("fused_post_pre", want))
 
 
 class TestHidden:
@@ -688,7 +835,7 @@ if len(sys.argv) == 4:
     import importlib
     function = getattr(importlib.import_module(sys.argv[2]), sys.argv[3])
     print("ours", hasattr(function, "__wrapped__"))
-    streams = torch.zeros(1, 4, 256, dtype=torch.bfloat16)
+    streams = torch.zeros(1, 4, 256, dtype=torch.bfloat16, device="meta")
     print(function(streams[0, :1], streams, None, None))
 """
     GROUPS = types.MappingProxyType({
@@ -720,7 +867,7 @@ if len(sys.argv) == 4:
         done = self.run(tmp_path, self.GROUPS[engine], module, name)
         assert done.stdout.split("\n")[:3] == ["cuda False", "ours True", name]
         assert done.stderr == (
-            "the engine's own mHC functions run: device cpu is not a CUDA device\n"
+            "the engine's own mHC functions run: device meta is not a CUDA device\n"
         )
 
     @pytest.mark.parametrize("raised", ["ImportError('x')", "BaseException('x')", "OSError('x')"])
@@ -769,8 +916,13 @@ def test_stand_ins_have_the_signatures_of_the_wheels(engine):
 def test_adapters_have_the_signatures_of_the_stand_ins(engine):
     for replacement in ADAPTERS[engine].REPLACEMENTS:
         path = replacement.module.replace(".", "/") + ".py"
+        *owner, name = replacement.name.split(".")
+        if replacement.late:
+            parameters = engines.LATE[engine][path]["".join(owner)][name]
+        else:
+            parameters = engines.SIGNATURES[engine][path][name]
         namespace = {}
-        exec(f"def f({engines.SIGNATURES[engine][path][replacement.name]}): pass", namespace)
+        exec(f"def f({parameters}): pass", namespace)
         want = inspect.signature(namespace["f"]).parameters
         got = inspect.signature(replacement.function).parameters
         assert [(p.name, p.kind, p.default) for p in got.values()] == [

@@ -12,21 +12,36 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import _imports
+
 logger = logging.getLogger("mhc_ops")
 
 
 class Replacement(NamedTuple):
-    """A function of an engine, and what takes its place.
+    """Name a function or method of an engine, and what takes its place.
 
     Attributes:
         module: full name of the module that defines it.
-        name: its name there.
+        name: its name there; a method is ``Class.method``.
         function: takes its place; has the signature that is expected of it.
+        late: the module is the engine's to import, such as that of a model. The replacement is
+            made when the engine has imported the module, and a module that is not what is
+            expected costs this one replacement alone.
     """
 
     module: str
     name: str
     function: Callable[..., Any]
+    late: bool = False
+
+
+class _Found(NamedTuple):
+    """A function of an engine where it is defined, and the one that takes its place."""
+
+    owner: Any  # a module or a class
+    attribute: str
+    stock: Callable[..., Any]
+    ours: Callable[..., Any]
 
 
 # Ours to the engine's own; kept after uninstall for whoever still holds one of ours.
@@ -34,12 +49,12 @@ _stock: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 def stock(ours: Callable[..., Any]) -> Callable[..., Any] | None:
-    """The engine's own function that one of ours was put in place of; None without an install."""
+    """Return the engine's own function that one of ours replaced; None without an install."""
     return _stock.get(ours)
 
 
 def _parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
-    """Name, kind and default of every parameter; annotations do not matter to a caller."""
+    """List name, kind and default of every parameter; annotations do not matter to a caller."""
     return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
 
@@ -49,31 +64,66 @@ def _text(function: Callable[..., Any]) -> str:
     return str(inspect.Signature(bare))
 
 
-def _find(engine: str, tested: str, wanted: Replacement) -> Callable[..., Any]:
-    """The engine's function, once it is known to be called as ours is."""
+def _find(engine: str, tested: str, wanted: Replacement) -> _Found:
+    """Find the engine's function, and see to it that callers call it as they call ours."""
     asked = f"mhc_ops.integrations.{engine}: expected {wanted.module}.{wanted.name}"
     hint = f"; tested with {engine} {tested}"
     try:
-        module = importlib.import_module(wanted.module)
+        owner: Any = importlib.import_module(wanted.module)
     except ImportError as error:
         raise RuntimeError(f"{asked}, got an import error: {error}{hint}") from error
-    found = getattr(module, wanted.name, None)
+    *outer, attribute = wanted.name.split(".")
+    for name in outer:
+        owner = getattr(owner, name, None)
+    found = None if owner is None else vars(owner).get(attribute)
     if found is None:
         raise RuntimeError(f"{asked}, got a module without it{hint}")
     if not inspect.isfunction(found):
         raise RuntimeError(f"{asked} to be a function, got {type(found).__name__}{hint}")
     if _parameters(found) != _parameters(wanted.function):
         raise RuntimeError(f"{asked}{_text(wanted.function)}, got {_text(found)}{hint}")
-    return found
+    return _Found(owner, attribute, found, wanted.function)
 
 
-def _bound(engine: str, function: Callable[..., Any]) -> Iterator[tuple[ModuleType, str]]:
-    """Where the engine's modules bind a function: model code imports them by name."""
+def _bound(engine: str, function: Callable[..., Any]) -> Iterator[tuple[Any, str]]:
+    """List where the engine's modules bind a function: model code imports functions by name."""
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == engine and isinstance(module, ModuleType):
             for attribute, value in list(vars(module).items()):
                 if value is function:
                     yield module, attribute
+
+
+def _places(engine: str, found: _Found) -> Iterator[tuple[Any, str]]:
+    if isinstance(found.owner, ModuleType):
+        yield from _bound(engine, found.stock)
+    else:
+        yield found.owner, found.attribute
+
+
+def _replace(engine: str, found: Sequence[_Found]) -> None:
+    """Bind ours wherever the engine binds its own: all of them or none."""
+    done: list[tuple[Any, str, Callable[..., Any]]] = []
+    try:
+        for one in found:
+            if one.stock is not one.ours:
+                _stock[one.ours] = one.stock
+                for owner, attribute in _places(engine, one):
+                    done.append((owner, attribute, one.stock))
+                    setattr(owner, attribute, one.ours)
+    except BaseException:
+        for owner, attribute, own in done:
+            setattr(owner, attribute, own)
+        raise
+
+
+def _replace_late(engine: str, tested: str, wanted: Sequence[Replacement]) -> None:
+    """Replace functions of a module that the engine has imported; log those that do not fit."""
+    for one in wanted:
+        try:
+            _replace(engine, [_find(engine, tested, one)])
+        except Exception as error:  # whatever it is, the engine can do without this one
+            logger.warning("%s keeps its own %s: %s", engine, one.name, error)
 
 
 def install(engine: str, tested: str, replacements: Sequence[Replacement]) -> None:
@@ -85,27 +135,19 @@ def install(engine: str, tested: str, replacements: Sequence[Replacement]) -> No
         replacements: what to replace; one that is in place already is left there.
 
     Raises:
-        RuntimeError: the engine is not installed, a function is missing or has another signature,
-            or torch is built for ROCm. Nothing is replaced then.
+        RuntimeError: the engine is not installed, a function that is not ``late`` is missing or has
+            another signature, or torch is built for ROCm. Nothing is replaced then.
     """
     if torch.version.hip is not None:
         raise RuntimeError(
             f"mhc_ops.integrations.{engine}: expected a torch built for CUDA, "
             f"got ROCm {torch.version.hip}"
         )
-    found = [(_find(engine, tested, wanted), wanted.function) for wanted in replacements]
-    done: list[tuple[ModuleType, str, Callable[..., Any]]] = []
-    try:
-        for stock, ours in found:
-            if stock is not ours:
-                _stock[ours] = stock
-                for module, attribute in _bound(engine, stock):
-                    done.append((module, attribute, stock))
-                    setattr(module, attribute, ours)
-    except BaseException:
-        for module, attribute, stock in done:
-            setattr(module, attribute, stock)
-        raise
+    _replace(engine, [_find(engine, tested, wanted) for wanted in replacements if not wanted.late])
+    late = [wanted for wanted in replacements if wanted.late]
+    for module in dict.fromkeys(wanted.module for wanted in late):
+        here = [wanted for wanted in late if wanted.module == module]
+        _imports.after(module, lambda here=here: _replace_late(engine, tested, here))  # type: ignore[misc]
 
 
 def uninstall(engine: str, replacements: Sequence[Replacement]) -> None:
@@ -115,10 +157,19 @@ def uninstall(engine: str, replacements: Sequence[Replacement]) -> None:
         engine: name of its top-level package.
         replacements: those that were installed; one that is not in place is left alone.
     """
-    for _, _, ours in replacements:
-        if ours in _stock:
-            for module, attribute in _bound(engine, ours):
-                setattr(module, attribute, _stock[ours])
+    for module, name, ours, late in replacements:
+        if late:
+            _imports.forget(module)
+        if ours not in _stock:
+            continue
+        *outer, attribute = name.split(".")
+        if not outer:
+            for owner, bound in _bound(engine, ours):
+                setattr(owner, bound, _stock[ours])
+        elif module in sys.modules:
+            owner = getattr(sys.modules[module], outer[0], None)
+            if owner is not None and vars(owner).get(attribute) is ours:
+                setattr(owner, attribute, _stock[ours])
 
 
 def guarded(engine: str, install: Callable[[], None]) -> None:

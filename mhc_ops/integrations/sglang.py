@@ -1,9 +1,16 @@
-"""SGLang's DeepSeek-V4 on the mHC ops: :func:`install` and :func:`uninstall`.
+"""SGLang's models with hyper-connections on the mHC ops: :func:`install` and :func:`uninstall`.
 
-:func:`install` rebinds ``mhc_post``, ``mhc_pre`` and ``mhc_fused_post_pre`` of
-``sglang.kernels.ops.layernorm.mhc`` and ``fused_hc_head`` of ``mhc_head`` beside it. SGLang still
-decides which of its paths runs: its switches for other implementations of a step (FlashInfer's,
-DeepGEMM's) come before these functions.
+:func:`install` rebinds, in modules of ``sglang``:
+
+* ``mhc_pre``, ``mhc_post`` and ``mhc_fused_post_pre`` of ``kernels.ops.layernorm.mhc``, which
+  DeepSeek-V4 and GLM-5.3 call, and ``fused_hc_head`` of ``mhc_head`` beside it;
+* of DeepSeek-V4, whatever SGLang's switches for other implementations say (FlashInfer's,
+  DeepGEMM's): ``DeepseekV4DecoderLayerBase.hc_pre``, ``deepseek_v4_mhc.post``, and the heads
+  ``hc_head_torch`` (DSpark) and ``DeepseekV4ModelNextN.hc_head``;
+* of GLM-5.3, ``Glm5NextDecoderLayer.hc_ffn_post_pre``, for any number of tokens.
+
+SGLang keeps its own: the copy of the embedding into the streams, GLM-5.3's mean over the streams,
+and of DeepSeek-V4.1, whose pre step is another one, all but the post step of more than 64 tokens.
 
 SGLang runs the model in processes of its own. Where mhc-ops is installed beside it, the entry
 point ``mhc_ops`` of the group ``sglang.srt.plugins`` calls :func:`plugin` in each of them.
@@ -14,17 +21,19 @@ not under ``if __name__ == "__main__"``: a spawned process imports that script t
 A call that the ops do not serve runs SGLang's own function, and the log says why, once: another
 device, ``hc_mult``, hidden size or dtype, a layout or an address that the kernels do not read,
 kernels that are neither there nor can be compiled. The device is first looked at by a call, so
-that CUDA is not initialised before SGLang does it.
+that CUDA is not initialised before SGLang does it. The first call loads every kernel of the
+hidden size; SGLang makes that call when it has loaded the weights of DeepSeek-V4.
 
 ``layer_input`` comes from torch's allocator, not from SGLang's pool of symmetric memory: an
 all-reduce that writes into it takes NCCL's usual way.
 
-Tested against the signatures of SGLang 0.5.23.
+Tested with SGLang 0.5.23.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import Tensor
 
@@ -76,7 +85,7 @@ def mhc_pre(
     """
     return ops.pre(
         residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
-        sinkhorn_repeat, norm_weight=norm_weight, norm_eps=norm_eps,
+        sinkhorn_repeat, norm_weight=_fallback.bf16(norm_weight), norm_eps=norm_eps,
     )  # fmt: skip
 
 
@@ -113,7 +122,7 @@ def mhc_fused_post_pre(
     return ops.fused_post_pre(
         x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, rms_eps, hc_pre_eps,
         hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat,
-        norm_weight=norm_weight, norm_eps=norm_eps,
+        norm_weight=_fallback.bf16(norm_weight), norm_eps=norm_eps,
     )  # fmt: skip
 
 
@@ -133,13 +142,157 @@ def fused_hc_head(
     return ops.head(x, hc_fn, hc_scale, hc_base, norm_eps, hc_eps)
 
 
+# -------------------------------------------------------------------- DeepSeek-V4, by its modules
+
+_POST_MULT_VALUE = 2.0  # of every model; SGLang has it as a constant, too
+
+
+@_fallback.falls_back("x")
+def hc_head_torch(
+    x: Tensor,
+    hc_fn: Tensor,
+    hc_scale: Tensor,
+    hc_base: Tensor,
+    *,
+    norm_eps: float,
+    hc_eps: float,
+) -> Tensor:
+    """:func:`mhc_ops.head` as DSpark calls it.
+
+    Args:
+        x, hc_fn, hc_scale, hc_base, norm_eps, hc_eps: as of :func:`fused_hc_head`.
+
+    Returns:
+        The last hidden state, not normed.
+    """
+    return ops.head(x, hc_fn, hc_scale, hc_base, norm_eps, hc_eps)
+
+
+@_fallback.falls_back("x")
+def nextn_hc_head(self: Any, x: Tensor, hc_fn: Tensor, hc_scale: Tensor, hc_base: Tensor) -> Tensor:
+    """:func:`mhc_ops.head` as a method of ``DeepseekV4ModelNextN``.
+
+    Args:
+        self: the model, which has ``rms_norm_eps`` and ``hc_eps``.
+        x, hc_fn, hc_scale, hc_base: as of :func:`fused_hc_head`.
+
+    Returns:
+        The last hidden state, not normed.
+    """
+    return ops.head(x, hc_fn, hc_scale, hc_base, self.rms_norm_eps, self.hc_eps)
+
+
+@_fallback.falls_back("x")
+def layer_hc_pre(
+    self: Any,
+    x: Tensor,
+    hc_fn: Tensor,
+    hc_scale: Tensor,
+    hc_base: Tensor,
+    norm: Any = None,
+    forward_batch: Any = None,
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """:func:`mhc_ops.pre` as a method of ``DeepseekV4DecoderLayerBase``.
+
+    Args:
+        self: the layer, which has ``rms_norm_eps``, ``hc_eps`` and ``hc_sinkhorn_iters``.
+        x: the streams [T, n, H].
+        hc_fn, hc_scale, hc_base: as of :func:`mhc_pre`.
+        norm: RMSNorm of the sublayer that follows, or None.
+        forward_batch: SGLang's batch, of which the ops need nothing.
+
+    Returns:
+        (layer_input, post_mix [T, n], comb_mix, whether layer_input is normed).
+    """
+    weight, eps = (None, None) if norm is None else (norm.weight.data, norm.variance_epsilon)
+    post_mix, comb_mix, layer_input = ops.pre(
+        x, hc_fn, hc_scale, hc_base, self.rms_norm_eps, self.hc_eps, self.hc_eps,
+        _POST_MULT_VALUE, self.hc_sinkhorn_iters,
+        norm_weight=_fallback.bf16(weight), norm_eps=eps,
+    )  # fmt: skip
+    return layer_input, post_mix.squeeze(-1), comb_mix, norm is not None
+
+
+@_fallback.falls_back("residual")
+def post(cfg: Any, x: Tensor, residual: Tensor, post_mix: Tensor, comb: Tensor) -> Tensor:
+    """:func:`mhc_ops.post` as DeepSeek-V4's layers call it.
+
+    Args:
+        cfg: SGLang's configuration of the hyper-connection.
+        x, residual, post_mix, comb: x, residual, post_layer_mix and comb_res_mix there.
+
+    Returns:
+        The new streams.
+    """
+    if cfg.pre_from_prev:  # DeepSeek-V4.1, for which SGLang has kernels by token count
+        raise _fallback.NotServed
+    return ops.post(x, residual, post_mix, comb)
+
+
+@_fallback.falls_back("hidden_states", flat="residual")
+def glm_hc_ffn_post_pre(
+    self: Any,
+    hidden_states: Tensor,
+    residual: Tensor,
+    h_res: Tensor,
+    h_post: Tensor,
+    out_norm_weight: Tensor | None,
+    out_norm_eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, bool] | None:
+    """:func:`mhc_ops.fused_post_pre` as a method of ``Glm5NextDecoderLayer``.
+
+    Args:
+        self: the layer, which has ``hc_ffn_fn``, ``hc_ffn_scale``, ``hc_ffn_base`` and ``config``.
+        hidden_states: the attention's output [T, H].
+        residual: the streams [T, n*H].
+        h_res: comb_res_mix [T, n*n].
+        h_post: post_layer_mix [T, n].
+        out_norm_weight, out_norm_eps: norm_weight and norm_eps.
+
+    Returns:
+        (layer_input, residual_out, comb_mix, post_mix, whether layer_input is normed), each as
+        SGLang keeps it; SGLang's own function returns None where it does not fuse.
+    """
+    config = self.config
+    tokens, n = hidden_states.shape[0], config.hc_mult
+    residual_out, post_mix, comb_mix, layer_input = ops.fused_post_pre(
+        hidden_states, residual.view(tokens, n, -1), h_post.view(tokens, n),
+        h_res.view(tokens, n, n), self.hc_ffn_fn, self.hc_ffn_scale, self.hc_ffn_base,
+        config.rms_norm_eps, config.hc_eps, config.hc_eps, _POST_MULT_VALUE,
+        config.hc_sinkhorn_iters,
+        norm_weight=_fallback.bf16(out_norm_weight), norm_eps=out_norm_eps,
+    )  # fmt: skip
+    return (
+        layer_input,
+        residual_out.flatten(1),
+        comb_mix.flatten(1),
+        post_mix.flatten(1),
+        out_norm_weight is not None,
+    )
+
+
+# ------------------------------------------------------------------------------------ the adapter
+
 _MHC = "sglang.kernels.ops.layernorm.mhc"
+_MODELS = "sglang.srt.models"
 REPLACEMENTS = (
     _rebind.Replacement(_MHC, "mhc_post", mhc_post),
     _rebind.Replacement(_MHC, "mhc_pre", mhc_pre),
     _rebind.Replacement(_MHC, "mhc_fused_post_pre", mhc_fused_post_pre),
     _rebind.Replacement(f"{_MHC}_head", "fused_hc_head", fused_hc_head),
-)
+    _rebind.Replacement(f"{_MODELS}.deepseek_v4", "hc_head_torch", hc_head_torch, late=True),
+    _rebind.Replacement(
+        f"{_MODELS}.deepseek_v4", "DeepseekV4DecoderLayerBase.hc_pre", layer_hc_pre, late=True
+    ),
+    _rebind.Replacement(f"{_MODELS}.deepseek_v4_mhc", "post", post, late=True),
+    _rebind.Replacement(
+        f"{_MODELS}.deepseek_v4_nextn", "DeepseekV4ModelNextN.hc_head", nextn_hc_head, late=True
+    ),
+    _rebind.Replacement(
+        f"{_MODELS}.glm5_next", "Glm5NextDecoderLayer.hc_ffn_post_pre", glm_hc_ffn_post_pre,
+        late=True,
+    ),
+)  # fmt: skip
 
 
 def _forget_cached() -> None:

@@ -1,9 +1,12 @@
-"""vLLM's DeepSeek-V4 on the mHC ops: :func:`install`, :func:`uninstall` and a plugin.
+"""vLLM's models with hyper-connections on the mHC ops: :func:`install`, :func:`uninstall`.
 
 :func:`install` rebinds ``mhc_post_tilelang``, ``mhc_pre_tilelang``,
-``mhc_fused_post_pre_tilelang`` and ``hc_head_fused_kernel_tilelang`` of
-``vllm.model_executor.kernels.mhc.tilelang``, which the models for NVIDIA GPUs call. vLLM's custom
-ops ``torch.ops.vllm.*`` and its first ``pre`` on the embedding stay its own.
+``mhc_pre_broadcast_tilelang``, ``mhc_fused_post_pre_tilelang`` and
+``hc_head_fused_kernel_tilelang`` of ``vllm.model_executor.kernels.mhc.tilelang``, which
+DeepSeek-V4, its MTP layers and DSpark call on NVIDIA GPUs, and makes vLLM's custom ops of the
+same names (``torch.ops.vllm.mhc_pre_tilelang`` and so on), which GLM-5.3 calls, run them too.
+vLLM keeps its own: GLM-5.3's copy of the embedding and mean over the streams, and all of
+DeepSeek-V4.1 but its post step.
 
 Where mhc-ops is installed beside vLLM, the entry point ``mhc_ops`` of the group
 ``vllm.general_plugins`` calls :func:`plugin` in each of vLLM's processes. ``VLLM_PLUGINS``, a list
@@ -12,13 +15,18 @@ of names, says which plugins vLLM loads; all when it is not set.
 A call that the ops do not serve runs vLLM's own function, and the log says why, once: another
 device, ``hc_mult``, hidden size or dtype, a layout or an address that the kernels do not read,
 kernels that are neither there nor can be compiled. The device is first looked at by a call, so
-that CUDA is not initialised before vLLM does it.
+that CUDA is not initialised before vLLM does it. DeepSeek-V4 loads every kernel of its hidden size
+when it has loaded its weights; any other model does so at its first call.
 
-Tested against the signatures of vLLM 0.33.0.
+Tested with vLLM 0.33.0.
 """
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from .. import ops
@@ -71,7 +79,45 @@ def mhc_pre_tilelang(
     return ops.pre(
         residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
         sinkhorn_repeat,
-        norm_weight=norm_weight, norm_eps=None if norm_weight is None else norm_eps,
+        norm_weight=_fallback.bf16(norm_weight),
+        norm_eps=None if norm_weight is None else norm_eps,
+    )  # fmt: skip
+
+
+@_fallback.falls_back("residual", flat="fn")
+def mhc_pre_broadcast_tilelang(
+    residual: Tensor,
+    fn: Tensor,
+    hc_scale: Tensor,
+    hc_base: Tensor,
+    rms_eps: float,
+    hc_pre_eps: float,
+    hc_sinkhorn_eps: float,
+    hc_post_mult_value: float,
+    sinkhorn_repeat: int,
+    n_splits: int = 1,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    fn_broadcast: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`mhc_ops.expand_pre` as the first layer of vLLM's DeepSeek-V4 calls it.
+
+    Args:
+        residual: the embedding, x there.
+        fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
+            sinkhorn_repeat, norm_weight: as there.
+        n_splits: how vLLM's kernels cut the projection; the ops cut it themselves.
+        norm_eps: as there; without ``norm_weight`` it means nothing.
+        fn_broadcast: fn summed over the streams, which the op does not need.
+
+    Returns:
+        (residual_out, post_mix, comb_mix, layer_input).
+    """
+    return ops.expand_pre(
+        residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
+        sinkhorn_repeat,
+        norm_weight=_fallback.bf16(norm_weight),
+        norm_eps=None if norm_weight is None else norm_eps,
     )  # fmt: skip
 
 
@@ -108,7 +154,8 @@ def mhc_fused_post_pre_tilelang(
     return ops.fused_post_pre(
         x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, rms_eps, hc_pre_eps,
         hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat,
-        norm_weight=norm_weight, norm_eps=None if norm_weight is None else norm_eps,
+        norm_weight=_fallback.bf16(norm_weight),
+        norm_eps=None if norm_weight is None else norm_eps,
     )  # fmt: skip
 
 
@@ -128,15 +175,59 @@ def hc_head_fused_kernel_tilelang(
     return ops.head(hs_flat, fn, hc_scale, hc_base, rms_eps, hc_eps)
 
 
-REPLACEMENTS = tuple(
-    _rebind.Replacement("vllm.model_executor.kernels.mhc.tilelang", function.__name__, function)
-    for function in (
-        mhc_post_tilelang,
-        mhc_pre_tilelang,
-        mhc_fused_post_pre_tilelang,
-        hc_head_fused_kernel_tilelang,
-    )
+def finalize_mhc_broadcast_weights(self: Any) -> None:
+    """Do what ``DeepseekV4Model`` does when its weights are loaded, then load the kernels.
+
+    Args:
+        self: the model, which has ``config``.
+    """
+    stock = _rebind.stock(finalize_mhc_broadcast_weights)
+    assert stock is not None  # nobody else calls this function
+    stock(self)
+    parameter = next(self.parameters(), None)
+    if parameter is not None:
+        _fallback.warm(self.config.hc_mult, self.config.hidden_size, parameter.device)
+
+
+_TILELANG = "vllm.model_executor.kernels.mhc.tilelang"
+# Each has a custom op of its name, but for the one of the first layer.
+_CUSTOM_OPS = (
+    mhc_post_tilelang,
+    mhc_pre_tilelang,
+    mhc_fused_post_pre_tilelang,
+    hc_head_fused_kernel_tilelang,
 )
+REPLACEMENTS = (
+    *(_rebind.Replacement(_TILELANG, function.__name__, function) for function in _CUSTOM_OPS),
+    _rebind.Replacement(_TILELANG, "mhc_pre_broadcast_tilelang", mhc_pre_broadcast_tilelang),
+    _rebind.Replacement(
+        "vllm.models.deepseek_v4.nvidia.model",
+        "DeepseekV4Model.finalize_mhc_broadcast_weights",
+        finalize_mhc_broadcast_weights,
+        late=True,
+    ),
+)
+
+# It lives as long as the custom ops run the functions above.
+_library: torch.library.Library | None = None
+
+
+def _override_custom_ops() -> None:
+    global _library
+    if _library is not None:
+        return
+    from vllm.platforms import current_platform
+
+    library = torch.library.Library("vllm", "IMPL")
+    with warnings.catch_warnings():
+        # The dispatcher warns of every kernel that takes the place of another.
+        warnings.simplefilter("ignore")
+        for function in _CUSTOM_OPS:
+            if hasattr(torch.ops.vllm, function.__name__):
+                library.impl(
+                    function.__name__, function, current_platform.dispatch_key, allow_override=True
+                )
+    _library = library
 
 
 def install(*, hidden: int | None = None) -> None:
@@ -154,10 +245,15 @@ def install(*, hidden: int | None = None) -> None:
     if hidden is not None:
         _fallback.require("vllm", hidden)
     _rebind.install("vllm", TESTED, REPLACEMENTS)
+    _override_custom_ops()
 
 
 def uninstall() -> None:
     """Put vLLM's own functions back; without :func:`install` before it, do nothing."""
+    global _library
+    if _library is not None:
+        _library._destroy()
+        _library = None
     _rebind.uninstall("vllm", REPLACEMENTS)
 
 
