@@ -2,6 +2,7 @@
 # make test   lint, types and the whole test suite
 # make docs   the API pages, in build/docs
 # make wheel  a wheel with kernels, in dist, which needs torch alone where it is installed
+# make test-engines   that wheel inside SGLang and vLLM: 14 GB of packages in build/engines
 # All do all set-up in .venv first; nothing has to be installed but make and Python 3.11 or newer.
 
 VENV := .venv
@@ -23,7 +24,7 @@ DOCUMENTED := mhc_ops mhc_ops.nn mhc_ops.integrations.transformers mhc_ops.testi
 WHEEL_ARCHS ?= sm_90a,sm_100a,sm_120a
 WHEEL_HIDDEN ?= 4096,5120,7168
 
-.PHONY: demo test docs wheel lint setup clean
+.PHONY: demo test test-engines docs wheel lint setup clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m mhc_ops demo
@@ -40,6 +41,11 @@ docs: $(INSTALLED)
 wheel: $(INSTALLED)
 	MHC_OPS_AOT_ARCHS=$(WHEEL_ARCHS) MHC_OPS_AOT_HIDDEN=$(WHEEL_HIDDEN) \
 		$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+# The engines' environments hold their own torch, so none of them is .venv.
+test-engines: wheel
+	$(BIN)/python tests/real_engines/environment.py --folder build/engines \
+		--wheel "$$(ls -t dist/mhc_ops-*-none-*.whl | head -1)"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

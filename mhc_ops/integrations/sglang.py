@@ -254,9 +254,9 @@ def glm_hc_ffn_post_pre(
         SGLang keeps it; SGLang's own function returns None where it does not fuse.
     """
     config = self.config
-    tokens, n = hidden_states.shape[0], config.hc_mult
+    (tokens, hidden), n = hidden_states.shape, config.hc_mult
     residual_out, post_mix, comb_mix, layer_input = ops.fused_post_pre(
-        hidden_states, residual.view(tokens, n, -1), h_post.view(tokens, n),
+        hidden_states, residual.view(tokens, n, hidden), h_post.view(tokens, n),
         h_res.view(tokens, n, n), self.hc_ffn_fn, self.hc_ffn_scale, self.hc_ffn_base,
         config.rms_norm_eps, config.hc_eps, config.hc_eps, _POST_MULT_VALUE,
         config.hc_sinkhorn_iters,

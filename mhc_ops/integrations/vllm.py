@@ -184,9 +184,12 @@ def finalize_mhc_broadcast_weights(self: Any) -> None:
     stock = _rebind.stock(finalize_mhc_broadcast_weights)
     assert stock is not None  # nobody else calls this function
     stock(self)
-    parameter = next(self.parameters(), None)
-    if parameter is not None:
-        _fallback.warm(self.config.hc_mult, self.config.hidden_size, parameter.device)
+    try:
+        sizes = self.config.hc_mult, self.config.hidden_size
+        device = next(self.parameters()).device
+    except (AttributeError, StopIteration):
+        return  # whatever model this is, its first call decides
+    _fallback.warm(*sizes, device)
 
 
 _TILELANG = "vllm.model_executor.kernels.mhc.tilelang"
