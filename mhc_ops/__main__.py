@@ -18,7 +18,7 @@ COMMANDS = {
         "compile kernels ahead of time, for machines without a compiler",
     ),
     "selftest": ("selftest", "whether this machine gives right answers, and how fast"),
-    "bench": ("bench", "time one boundary on the GPU and record it"),
+    "bench": ("bench", "how fast one boundary is on this machine's GPU"),
     "demo": ("demo", "a small DeepSeek-V4 model, stock against mhc-ops, on the CPU or a GPU"),
 }
 

@@ -497,7 +497,7 @@ def time_boundaries(report: Report, device: str) -> None:
         for tokens in BENCH_TOKENS
         for route in ("fused", "unfused", "eager")
     ]
-    records = list(bench.run(cases, device=device, command="python -m mhc_ops demo"))
+    records = list(bench.run(cases, device=device))
     report.console.print(bench.make_table(records))
 
 

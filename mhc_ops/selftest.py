@@ -125,8 +125,8 @@ def _graph(device: torch.device) -> str:
 
 
 def _gpu_time(tokens: int, device: torch.device) -> str:
-    timing = bench.time_case(bench.Case(tokens, GPU_HIDDEN, "fused"), device)
-    return f"{timing.us_median:.2f} us a boundary, in a chain of {timing.chain} in a CUDA graph"
+    times = bench.time_case(bench.Case(tokens, GPU_HIDDEN, "fused"), device)
+    return f"{times.us_median:.2f} us a boundary, in a chain of {times.chain} in a CUDA graph"
 
 
 def _cpu_checks() -> Iterator[tuple[str, Callable[[], str]]]:
