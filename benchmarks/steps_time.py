@@ -35,13 +35,15 @@ def step_bytes(step: str, tokens: int, hidden: int) -> int:
     return 10 * hidden * tokens + 16 * geometry.MIXES * hidden
 
 
-def make_chain(step: str, tokens: int, hidden: int, length: int) -> Callable[[], Tensor]:
+def make_chain(
+    step: str, tokens: int, hidden: int, device: torch.device | str, length: int
+) -> Callable[[], Tensor]:
     """Random inputs, and the chain that runs over them; it returns the last result."""
     n = geometry.HC_MULT
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device="cuda")
+        return torch.randn(shape, generator=generator, device=device)
 
     if step == "post":
         x, streams = normal(tokens, hidden).bfloat16(), normal(tokens, n, hidden).bfloat16()
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for step in arguments.steps:
             length = timing.chain_length(tokens)
             times = timing.time_chain(
-                make_chain(step, tokens, hidden, length),
+                make_chain(step, tokens, hidden, "cuda", length),
                 length,
                 harness.require_finite(f"{step}, {tokens} tokens, hidden {hidden}"),
             )
