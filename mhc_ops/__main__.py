@@ -11,7 +11,7 @@ from . import __version__
 
 # command: (module with main(argv) -> exit status, what it does)
 COMMANDS = {
-    "info": ("info", "versions, devices and whether they are supported, cache folder, switches"),
+    "info": ("info", "what a bug report needs: versions, GPUs, compilers, switches, kernels"),
     "prewarm": ("prewarm", "compile and load the kernels of the given hidden sizes"),
     "build": (
         "build",

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import bench, info, routes, support
+from . import bench, config, info, routes, support
 from .prewarm import prewarm
 from .testing import (
     KINDS,
@@ -223,10 +223,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object in place of a table")
     arguments = parser.parse_args(argv)
     try:
-        facts = info.collect()
+        for name in config.DEFAULTS:
+            config.switch(name)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    facts = info.collect()
     if not arguments.json:
         import rich.table  # noqa: F401  (before the checks, which take a while)
     start = time.perf_counter()
