@@ -4,9 +4,9 @@
 
 ``logits``: teacher-forced with the KV cache, 64 steps after prompts of two lengths, three random
 models. Stock in bf16 and mhc-ops (unfused and fused) are compared with stock in float32, whose
-choices of experts and of compressed entries all take (``mhc_ops/demo.py`` says why). The mean error
-of mhc-ops is at most 1.05 times stock's own, and its top token is float32's wherever float32's
-margin exceeds stock's largest error.
+choices of experts and of compressed entries all take (``mhc_ops/demo/models.py`` says why). The
+mean error of mhc-ops is at most 1.05 times stock's own, and its top token is float32's wherever
+float32's margin exceeds stock's largest error.
 
 ``generate``: greedy and sampled continuations to their end.
 
@@ -33,7 +33,8 @@ from torch import Tensor
 import harness
 import mhc_ops
 import records
-from mhc_ops import demo, geometry, support, timing
+from mhc_ops import geometry, support, timing
+from mhc_ops.demo import models as demo
 
 PARTS = ("logits", "generate", "times")
 NAMES = ("stock", *demo.PATHS)
