@@ -85,15 +85,22 @@ def outcomes_of(compared: Sequence[Comparison]) -> list[Outcome]:
 def summarise(
     report: Report, compared: Sequence[Comparison], times: Sequence[dict[str, Any]]
 ) -> None:
-    """The table at the end: a row a path, with the times of a boundary where a GPU took them."""
+    """The table at the end: a row a path.
+
+    The mean error of the logits with float32's choices, in units of stock's, and in those where
+    each run chooses for itself; positions with float32's top token; the times of a boundary, where
+    a GPU took them.
+    """
     outcomes = outcomes_of(compared)
     stock = outcomes[0]
-    table = Table(title="all seeds: error of bf16 logits against float32, and times of a boundary")
-    for column in ("path", "error", "of stock's", "own choices", "of stock's", "same top token"):
+    hidden = max((row["hidden"] for row in times), default=0)
+    timed = f"; µs of a boundary, H = {hidden}" if times else ""
+    table = Table(title=f"all seeds: error of bf16 logits against float32{timed}")
+    for column in ("path", "error", "of stock's", "own choices", "top token"):
         table.add_column(column, justify="left" if column == "path" else "right")
-    sizes = [(4096, 1), (4096, 512)] if times else []
-    for hidden, tokens in sizes:
-        table.add_column(f"µs, H {hidden}, {tokens} tokens", justify="right")
+    counts = [1, 512] if times else []
+    for tokens in counts:
+        table.add_column(f"T = {tokens}", justify="right")
     routes = {"stock": "eager", "mhc-ops unfused": "unfused", "mhc-ops fused": "fused"}
     us = {(row["path"], row["hidden"], row["tokens"]): row["us_median"] for row in times}
     for row in outcomes:
@@ -101,10 +108,9 @@ def summarise(
             row.path,
             f"{row.error:.5f}",
             f"{row.error / stock.error:.3f}",
-            f"{row.own_error:.5f}",
             f"{row.own_error / stock.own_error:.3f}",
             f"{row.agreement:.2%}",
-            *(f"{us[routes[row.path], *size]:.2f}" for size in sizes),
+            *(f"{us[routes[row.path], hidden, tokens]:.2f}" for tokens in counts),
         )
     report.console.print(table)
 
