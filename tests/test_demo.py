@@ -88,7 +88,7 @@ TIMES = [
 
 @pytest.mark.parametrize("times", [[], TIMES], ids=["cpu", "gpu"])
 def test_table_at_the_end(times):
-    console = Console(width=80, record=True, file=io.StringIO())
+    console = Console(width=90, record=True, file=io.StringIO())
     summary.summarise(summary.Report(console), COMPARED, times)
     shown = [line.split() for line in console.export_text().replace("│", " ").splitlines()]
     rows = {" ".join(cells[:-n]): cells[-n:] for cells in shown for n in [6 if times else 4]}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -95,7 +96,7 @@ def summarise(
     stock = outcomes[0]
     hidden = max((row["hidden"] for row in times), default=0)
     timed = f"; µs of a boundary, H = {hidden}" if times else ""
-    table = Table(title=f"all seeds: error of bf16 logits against float32{timed}")
+    table = Table(title=f"all seeds: bf16 logits against float32{timed}", box=box.SIMPLE_HEAD)
     for column in ("path", "error", "of stock's", "own choices", "top token"):
         table.add_column(column, justify="left" if column == "path" else "right")
     counts = [1, 512] if times else []
@@ -136,7 +137,8 @@ def draw(compared: Sequence[Comparison], times: Sequence[dict[str, Any]], output
     left.set_ylabel("mean error of the logits against float32")
     left.set_title("a small DeepSeek-V4 in bf16, float32's choices")
     if times:
-        for hidden in sorted({row["hidden"] for row in times}):
+        sizes = sorted({row["hidden"] for row in times})
+        for hidden, colour in zip(sizes, ("C0", "C1"), strict=True):
             for route, style in (("fused", "-"), ("unfused", "--"), ("eager", ":")):
                 points = [
                     (row["tokens"], row["us_median"])
@@ -144,7 +146,8 @@ def draw(compared: Sequence[Comparison], times: Sequence[dict[str, Any]], output
                     if (row["hidden"], row["path"]) == (hidden, route)
                 ]
                 label = f"H = {hidden}, {'torch' if route == 'eager' else route}"
-                right.plot(*zip(*points, strict=True), style, marker="o", label=label)
+                x, y = zip(*points, strict=True)
+                right.plot(x, y, style, marker="o", color=colour, label=label)
         right.set_xscale("log", base=2)
         right.set_yscale("log")
         right.set_xlabel("tokens")
