@@ -2,8 +2,8 @@
 
 A model of this kind is not continuous: where two experts (or two compressed entries of the sparse
 attention) score alike, one rounding changes which is taken, and the logits of that position jump.
-Such jumps are 3 to 5 % of the positions and most of the error of any bf16 run, whichever path it
-takes. So a comparison is best made with the choices of the float32 run given to all
+Such jumps make most of the error of any bf16 run, whichever path it takes (NOTES.md, "Jumps of a
+mixture of experts"). So a comparison is best made with the choices of the float32 run given to all
 (:class:`Choices`), where the error is that of the arithmetic.
 """
 
