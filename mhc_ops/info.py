@@ -246,13 +246,12 @@ def _kernels(arch: str) -> str:
     return "; ".join(said) or "none built ahead, none cached"
 
 
-def _library(module: Any) -> str:
+def _library(name: str, built_with: Mapping[str, str]) -> str:
     from . import store
 
-    built_with = module.built_with()
-    cached = config.own_cache_folder() / f"{module.NAME}-{store.digest(built_with)}"
+    cached = config.own_cache_folder() / f"{name}-{store.digest(built_with)}"
     for place, folder in (("built ahead", _named_kernels()), ("cached", cached)):
-        found = store.find(folder, module.NAME, store.LIBRARY, built_with)
+        found = store.find(folder, name, store.LIBRARY, built_with)
         if found is not None:
             return f"{place}: {found.path}"
     return "not there: built when the first kernel is loaded"
@@ -261,13 +260,13 @@ def _library(module: Any) -> str:
 def _launcher() -> str:
     from .native import launcher
 
-    return _library(launcher)
+    return _library(launcher.NAME, launcher.built_with())
 
 
 def _short_way() -> str:
     from .native import host
 
-    return _library(host)
+    return _library(host.NAME, host.built_with())
 
 
 def _archs(devices: Sequence[Mapping[str, Any]]) -> list[str]:
