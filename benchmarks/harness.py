@@ -24,7 +24,7 @@ Sampler = Callable[[], float]
 
 
 def in_turn(samplers: Mapping[Name, Sampler], rounds: int) -> dict[Name, float]:
-    """Medians of so many samples of each, taken in turn, after some that are not counted."""
+    """Take so many samples of each in turn, after some that are not counted; return the medians."""
     samples: dict[Name, list[float]] = {name: [] for name in samplers}
     for number in range(WARMUPS + rounds):
         for name, sampler in samplers.items():
@@ -35,12 +35,12 @@ def in_turn(samplers: Mapping[Name, Sampler], rounds: int) -> dict[Name, float]:
 
 
 def gpu_us(run: Callable[[], object], calls: int = 1) -> Sampler:
-    """Samples one of the calls that ``run`` makes, between two CUDA events."""
+    """Make a sampler of one of the calls that ``run`` makes, between two CUDA events."""
     return lambda: timing.sample_us(run)[0] / calls
 
 
 def burst_us(call: Callable[[], object], calls: int) -> Sampler:
-    """Samples a call on the host, as the mean of a burst that fits into the queue of the GPU."""
+    """Make a sampler of a call on the host: the mean of a burst that fits the queue of the GPU."""
 
     def sample() -> float:
         torch.cuda.synchronize()
@@ -55,7 +55,7 @@ def burst_us(call: Callable[[], object], calls: int) -> Sampler:
 
 
 def wall_us(call: Callable[[], object], device: str) -> Sampler:
-    """Samples a call from an idle device to an idle device, on the clock of the host."""
+    """Make a sampler of a call from an idle device to an idle one, on the clock of the host."""
 
     def sample() -> float:
         if device == "cuda":
@@ -70,7 +70,7 @@ def wall_us(call: Callable[[], object], device: str) -> Sampler:
 
 
 def require_finite(what: str) -> Callable[[Tensor], None]:
-    """Refuses the last result of a chain that has a value which is not finite."""
+    """Make a check that refuses the last result of a chain where a value is not finite."""
 
     def check(last: Tensor) -> None:
         if not last.isfinite().all():
@@ -93,7 +93,7 @@ def sweep(tokens: Sequence[int], hidden: Sequence[int]) -> Iterator[tuple[int, i
 
 
 def figures(times: timing.Timing, floor_us: float, copy_tb_s: float) -> dict[str, Any]:
-    """What is recorded of a chain, beside what it ran."""
+    """Return what is recorded of a chain, beside what it ran."""
     return {
         "us_median": round(times.us_median, 3),
         "us_p10": round(times.us_p10, 3),

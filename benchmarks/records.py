@@ -34,7 +34,7 @@ def command_line(argv: Sequence[str] | None = None) -> str:
 
 
 def source_commit() -> str:
-    """Commit of the checkout that the package lies in, ``-dirty`` if changed, else ``unknown``.
+    """Ask git for the commit of the package's checkout: ``-dirty`` if changed, else ``unknown``.
 
     Files under ``benchmarks/results`` do not count as changes: a run writes there.
     """
@@ -57,7 +57,7 @@ def source_commit() -> str:
 
 
 def stamp(commit: str | None, command: str) -> dict[str, str]:
-    """What every record ends with: commit (asked from git when None), command and time."""
+    """Return what every record ends with: commit (asked from git when None), command and time."""
     return {
         "commit": source_commit() if commit is None else commit,
         "command": command,
@@ -109,7 +109,7 @@ def write(record: dict[str, Any], output: Path | None) -> None:
 
 
 def read_baseline(path: Path) -> dict[tuple[int, int, str], float]:
-    """(tokens, hidden, path) to microseconds of a file of ``benchmarks/baselines``.
+    """Read a file of ``benchmarks/baselines``: (tokens, hidden, path) to microseconds.
 
     Args:
         path: JSON with ``rows``, each with ``tokens``, ``hidden``, and the microseconds of

@@ -215,7 +215,7 @@ def make_row(
     gpu: str,
     smi: dict[str, str | None],
 ) -> dict[str, Any]:
-    """One row of figures.
+    """Put figures into one row.
 
     Args:
         case, times: what was timed, and its times.
@@ -292,7 +292,7 @@ def run(
 def make_table(
     rows: Sequence[dict[str, Any]], baseline: Sequence[float | None] | None = None
 ) -> Table:
-    """Rows as a rich table of at most 100 columns.
+    """Show rows as a rich table of at most 100 columns.
 
     Args:
         rows: of one run, at least one.
@@ -348,7 +348,7 @@ def _hidden_size(text: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say what is timed."""
+    """Add the arguments that say what is timed."""
     add = parser.add_argument
     add("--tokens", type=_positive, nargs="+", default=list(DEFAULT_TOKENS))
     add("--hidden", type=_hidden_size, nargs="+", default=list(DEFAULT_HIDDEN))

@@ -100,7 +100,7 @@ def switches() -> Switches:
 
 
 def unread() -> list[str]:
-    """Variables of the environment that bear the package's prefix and that nothing reads."""
+    """List the variables of the environment that bear the package's prefix and that nothing reads."""
     return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in VARIABLES)
 
 
@@ -149,7 +149,7 @@ def _exposure(folder: Path, status: os.stat_result, above: bool) -> str | None:
 
 
 def exposure(folder: Path) -> str | None:
-    """Who else can bring files to a folder.
+    """Say who else can bring files to a folder.
 
     Args:
         folder: it and every folder above it that exists is looked at: who can write one of them can

@@ -83,7 +83,7 @@ def nvidia_smi(index: int, *fields: str) -> dict[str, str | None]:
 
 
 def _guarded(find_out: Callable[..., str], *arguments: Any) -> str:
-    """What a look-up says, or why it failed: one broken corner must not hide the others."""
+    """Return what a look-up says, or why it failed: one broken corner must not hide the others."""
     try:
         return find_out(*arguments)
     except Exception as error:
@@ -147,7 +147,7 @@ def _cuda_devices() -> list[dict[str, Any]]:
 
 
 def _tool(command: Sequence[str], line: str) -> str:
-    """The line of what a tool says of its version that has a text in it, and where the tool is."""
+    """Ask a tool for its version: the line with a text in it, and where the tool is."""
     path = shutil.which(command[0])
     if path is None:
         return f"{shlex.join(command)}: not found"
@@ -210,7 +210,7 @@ def _named_kernels() -> Path:
 
 
 def _stored(folder: Path) -> dict[str, str]:
-    """Stem of each kernel of a folder to the sources that it was built from."""
+    """List a folder: stem of each kernel to the sources that it was built from."""
     found = {}
     for path in folder.glob("*.cubin"):
         try:
@@ -221,7 +221,7 @@ def _stored(folder: Path) -> dict[str, str]:
 
 
 def _kernels(arch: str) -> str:
-    """How many kernels of an architecture are there, of those that prewarm would load."""
+    """Count the kernels of an architecture that are there, of those that prewarm would load."""
     from . import routes, store
     from .prewarm import DEFAULT_MAX_TOKENS
 
@@ -270,7 +270,7 @@ def _short_way() -> str:
 
 
 def _archs(devices: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Architectures of the GPUs at hand; without one, those of the kernels that are built ahead."""
+    """Name the architectures of the GPUs at hand; without one, of the kernels built ahead."""
     at_hand = {support.arch(torch.device(d["device"])) for d in devices if d["supported"]}
     if at_hand:
         return sorted(at_hand)
@@ -282,7 +282,7 @@ def _archs(devices: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def collect() -> dict[str, Any]:
-    """Everything that ``info`` shows, ready for JSON. It never raises.
+    """Find out everything that ``info`` shows, ready for JSON. It never raises.
 
     Returns:
         ``versions`` (package or tool to version, None where absent), ``devices`` (a list of
@@ -322,7 +322,7 @@ def collect() -> dict[str, Any]:
 
 
 def lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The facts of :func:`collect` as (label, text), in the order in which they are shown."""
+    """Put the facts of :func:`collect` into (label, text), in the order in which they are shown."""
     versions = facts["versions"]
     shown = [(name, version or _ABSENT) for name, version in versions.items()]
     shown.remove(("cuda", versions["cuda"] or _ABSENT))

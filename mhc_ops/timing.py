@@ -42,7 +42,7 @@ class Timing(NamedTuple):
 
 
 def chain_length(tokens: int) -> int:
-    """Calls of a chain: 64 for up to 64 tokens, fewer where each moves more."""
+    """Choose the calls of a chain: 64 for up to 64 tokens, fewer where each moves more."""
     for most, length in _CHAIN_LENGTHS:
         if tokens <= most:
             return length
@@ -50,7 +50,7 @@ def chain_length(tokens: int) -> int:
 
 
 def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    """(10th, 50th, 90th) percentile, with linear interpolation between samples."""
+    """Return the 10th, 50th and 90th percentile, with linear interpolation between samples."""
     points = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     low, middle, high = torch.tensor(samples, dtype=torch.float64).quantile(points).tolist()
     return low, middle, high
@@ -84,7 +84,7 @@ def capture(
 
 
 def sample_us(run: Callable[[], object]) -> tuple[float, float]:
-    """(GPU, host) microseconds of one call, which begins on an idle GPU and is waited for."""
+    """Time one call that begins on an idle GPU and is waited for: (GPU, host) microseconds."""
     start = torch.cuda.Event(enable_timing=True)
     end = torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
@@ -100,7 +100,7 @@ def sample_us(run: Callable[[], object]) -> tuple[float, float]:
 def samples_us(
     run: Callable[[], object], repeats: int = REPLAYS
 ) -> tuple[list[float], list[float]]:
-    """(GPU, host) microseconds of each of so many calls, after some that are not counted."""
+    """Time so many calls after some that are not counted: (GPU, host) microseconds of each."""
     for _ in range(WARMUPS):
         run()
     samples = [sample_us(run) for _ in range(repeats)]
@@ -140,7 +140,7 @@ def time_chain(
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bandwidth of a large device-to-device copy in TB/s, bytes read plus written.
+    """Measure the bandwidth of a large device-to-device copy in TB/s, bytes read plus written.
 
     Args:
         device: a CUDA device.

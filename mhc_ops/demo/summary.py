@@ -67,7 +67,7 @@ class Outcome(NamedTuple):
 
 
 def outcomes_of(compared: Sequence[Comparison]) -> list[Outcome]:
-    """The means over the seeds, stock first."""
+    """Take the means over the seeds, stock first."""
     outcomes = []
     for name in ("stock", *PATHS):
         rows = [row for row in compared if row.path == name]
@@ -86,7 +86,7 @@ def outcomes_of(compared: Sequence[Comparison]) -> list[Outcome]:
 def summarise(
     report: Report, compared: Sequence[Comparison], times: Sequence[dict[str, Any]]
 ) -> None:
-    """The table at the end: a row a path.
+    """Print the table at the end: a row a path.
 
     The mean error of the logits with float32's choices, in units of stock's, and in those where
     each run chooses for itself; positions with float32's top token; the times of a boundary, where
@@ -117,7 +117,7 @@ def summarise(
 
 
 def draw(compared: Sequence[Comparison], times: Sequence[dict[str, Any]], output: Path) -> None:
-    """The picture: left the errors seed by seed, right the times, or the top tokens without any.
+    """Draw the picture: left the errors seed by seed, right the times, or the top tokens.
 
     Raises:
         ImportError: there is no matplotlib.
@@ -174,7 +174,7 @@ def show_picture(
     times: Sequence[dict[str, Any]],
     output: Path,
 ) -> None:
-    """Draw it, and say where it is, or why there is none."""
+    """Draw the picture, and say where the file is, or why there is none."""
     try:
         draw(compared, times, output)
     except ImportError:

@@ -81,7 +81,7 @@ class FoldedRMSNorm(torch.nn.Module):
 
 
 def norm_arguments(norm: FoldedRMSNorm | None) -> dict[str, Any]:
-    """The keyword arguments of a pre step or a head that folds a norm in; none without a norm."""
+    """Name the arguments of a pre step or a head that folds a norm in; none without a norm."""
     if norm is None:
         return {}
     return {"norm_weight": norm.norm_weight_cache, "norm_eps": norm.norm_eps}
