@@ -100,7 +100,7 @@ def switches() -> Switches:
 
 
 def unread() -> list[str]:
-    """List the variables of the environment that bear the package's prefix and that nothing reads."""
+    """List the variables that bear the package's prefix and that nothing reads."""
     return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in VARIABLES)
 
 
