@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +33,32 @@ def test_samples_are_taken_in_turn():
     samplers = {"a": sampler("a", values), "b": sampler("b", itertools.count())}
     assert harness.in_turn(samplers, 3) == {"a": 3.0, "b": harness.WARMUPS + 1}
     assert order == ["a", "b"] * (harness.WARMUPS + 3)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_time_of_a_chain_is_divided_by_its_length(monkeypatch, graph):
+    """A pretended clock: the first calls are not timed, and what the chain returned is checked."""
+    calls, checked = [], []
+    replays = itertools.count(1)  # those that are timed
+
+    def sample_us(run):
+        run()
+        next(replays)
+        return 32.0, 8.0
+
+    def capture(run):
+        return SimpleNamespace(replay=lambda: calls.append("replay")), run()
+
+    monkeypatch.setattr(timing, "sample_us", sample_us)
+    monkeypatch.setattr(timing, "capture", capture)
+    times = timing.time_chain(
+        lambda: calls.append("run") or "result", 16, checked.append, graph=graph, replays=5
+    )
+    assert times == timing.Timing(2.0, 2.0, 2.0, 0.5, 16)
+    assert checked == ["result"]
+    assert next(replays) == 5 + 1
+    made = timing.WARMUPS + 5
+    assert calls == (["run"] + ["replay"] * made if graph else ["run"] * (made + 1))
 
 
 def test_wall_time_is_that_of_the_call():
