@@ -27,7 +27,7 @@ WHEEL_HIDDEN ?= 4096,5120,7168
 .PHONY: demo test test-engines docs wheel lint setup clean
 
 demo: $(INSTALLED)
-	$(BIN)/python -m mhc_ops demo
+	$(BIN)/python -m mhc_ops demo --picture build/demo.png
 
 # a file to a process, for the kernels that a file lowers once. In the order of their names, with
 # which the longest files are not the last ones

@@ -13,53 +13,34 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 import beside
+import harness
 import records
-from mhc_ops import bench
+from mhc_ops import bench, timing
 
 REPLAYS = 21
-
-
-class Chain:
-    """A captured chain of one revision.
-
-    Args:
-        module: its ``bench``.
-        case: of that module.
-    """
-
-    def __init__(self, module: Any, case: Any) -> None:
-        self.length = module.chain_length(case.tokens)
-        # kept: the graph reads what the chain holds
-        self._run = module.make_chain(case, "cuda", length=self.length)
-        self._graph, self.outputs = module._capture(self._run)
-
-    def us(self) -> float:
-        """Microseconds a boundary, of one replay."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        self._graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3 / self.length
 
 
 @torch.no_grad()
 def compare(theirs: Any, tokens: int, hidden: int, path: str) -> tuple[float, float, bool]:
     """(this revision's microseconds, the other's, whether the bits are the same)."""
-    ours, other = (Chain(module, module.Case(tokens, hidden, path)) for module in (bench, theirs))
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(REPLAYS):
-        for chain, samples in zip((ours, other), times, strict=True):
-            samples.append(chain.us())
-    same = all(torch.equal(a, b) for a, b in zip(ours.outputs, other.outputs, strict=True))
-    return median(times[0]), median(times[1]), same
+    length = timing.chain_length(tokens)
+    # the chains are kept: a graph reads what its chain holds
+    chains = [
+        module.make_chain(module.Case(tokens, hidden, path), "cuda", length=length)
+        for module in (bench, theirs)
+    ]
+    captured = [timing.capture(chain) for chain in chains]
+    us = harness.in_turn(
+        {i: harness.gpu_us(graph.replay, length) for i, (graph, _) in enumerate(captured)}, REPLAYS
+    )
+    (_, ours), (_, others) = captured
+    same = all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))
+    return us[0], us[1], same
 
 
 def main(argv: Sequence[str] | None = None) -> int:

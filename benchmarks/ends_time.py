@@ -10,21 +10,22 @@ what the memory needs for the bytes of one pass.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+import harness
 import mhc_ops
 import records
-from mhc_ops import bench, geometry, nn
+from mhc_ops import geometry, nn, timing
+from mhc_ops.testing import EPS, POST_MULT
 
 TOKENS = (1, 8, 32, 64, 128, 129, 512, 2048, 8192)
 HIDDEN = (4096, 7168)
 PARTS = ("start", "end", "end_with_streams")
 PATHS = ("fused", "unfused")
 FN_BYTES = 100e6  # of a chain's projections: more than an L2 holds
-EPS = bench.EPS
 
 
 def part_bytes(part: str, tokens: int, hidden: int) -> int:
@@ -37,7 +38,7 @@ def part_bytes(part: str, tokens: int, hidden: int) -> int:
 
 def chain_length(part: str, tokens: int, hidden: int) -> int:
     """As the benchmark's, and at the end, whose fn is small, more where tokens move little."""
-    length = bench.chain_length(tokens)
+    length = timing.chain_length(tokens)
     if part != "start" and tokens <= 128:
         length = max(length, int(FN_BYTES / (16 * geometry.HC_MULT * hidden)))
     return length
@@ -58,7 +59,7 @@ def make_chain(
     x = normal(tokens, hidden).bfloat16()
     norm = {"norm_weight": (1 + 0.1 * normal(hidden)).bfloat16(), "norm_eps": EPS}
     if part == "start":
-        rest = (normal(3).abs() + 0.5, normal(rows), EPS, EPS, EPS, bench.POST_MULT, 20)
+        rest = (normal(3).abs() + 0.5, normal(rows), EPS, EPS, EPS, POST_MULT, 20)
 
         def step(x: Tensor, fn: Tensor) -> Tensor:
             if path == "fused":
@@ -68,7 +69,7 @@ def make_chain(
     else:
         state = (
             normal(tokens, n, hidden).bfloat16(),
-            normal(tokens, n, 1).sigmoid() * bench.POST_MULT,
+            normal(tokens, n, 1).sigmoid() * POST_MULT,
             normal(tokens, n, n).softmax(-1),
         )
         rest = (normal(1).abs() + 0.5, normal(n), EPS, EPS)
@@ -90,51 +91,44 @@ def make_chain(
 
 
 @torch.no_grad()
-def time_part(part: str, path: str, tokens: int, hidden: int) -> tuple[float, float, float]:
-    """(10th percentile, median, 90th percentile) microseconds of a call."""
-    length = chain_length(part, tokens, hidden)
-    graph, last = bench._capture(make_chain(part, path, tokens, hidden, "cuda", length))
-    times, _ = bench._event_times(graph.replay, bench.REPLAYS)
-    if not last.isfinite().all():
-        raise RuntimeError(f"{part} {path}, {tokens} tokens, hidden {hidden}: not finite")
-    low, middle, high = (value / length for value in bench.percentiles(times))
-    return low, middle, high
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--hidden", type=int, nargs="+", default=list(HIDDEN))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     records.add_arguments(parser)
-    arguments = parser.parse_args()
-    mhc_ops.prewarm(arguments.hidden, max_tokens=max(arguments.tokens))
-    copy_tb_s = round(bench.copy_bandwidth(torch.device("cuda", 0)), 3)
+    arguments = parser.parse_args(argv)
     print(
         f"{'hidden':>6} {'tokens':>6} {'part':18}{'fused':>9}{'unfused':>9}{'ratio':>7}{'floor':>9}"
     )
-    for hidden in arguments.hidden:
-        for tokens in arguments.tokens:
-            for part in arguments.parts:
-                floor = part_bytes(part, tokens, hidden) / (copy_tb_s * 1e6)
-                medians = {}
-                for path in PATHS:
-                    low, medians[path], high = time_part(part, path, tokens, hidden)
-                    torch.cuda.empty_cache()
-                    record = records.make_record(
-                        f"{part} of a model, {path}", "timed", commit=arguments.commit,
-                        command=records.command_line(), part=part, path=path, tokens=tokens,
-                        hidden=hidden, us_median=round(medians[path], 3), us_p10=round(low, 3),
-                        us_p90=round(high, 3), floor_us=round(floor, 3), copy_tb_s=copy_tb_s,
-                        chain=chain_length(part, tokens, hidden),
-                    )  # fmt: skip
-                    records.append(record, arguments.output)
-                fused, unfused = medians["fused"], medians["unfused"]
-                print(
-                    f"{hidden:6} {tokens:6} {part:18}{fused:9.2f}{unfused:9.2f}"
-                    f"{unfused / fused:7.2f}{floor:9.2f}",
-                    flush=True,
+    for hidden, tokens, copy_tb_s in harness.sweep(arguments.tokens, arguments.hidden):
+        for part in arguments.parts:
+            floor = part_bytes(part, tokens, hidden) / (copy_tb_s * 1e6)
+            length = chain_length(part, tokens, hidden)
+            us = {}
+            for path in PATHS:
+                times = timing.time_chain(
+                    make_chain(part, path, tokens, hidden, "cuda", length),
+                    length,
+                    harness.require_finite(f"{part} {path}, {tokens} tokens, hidden {hidden}"),
                 )
+                torch.cuda.empty_cache()
+                us[path] = times.us_median
+                records.append(
+                    records.make_record(
+                        f"{part} of a model, {path}", "timed", commit=arguments.commit,
+                        command=records.command_line(argv), part=part, path=path, tokens=tokens,
+                        hidden=hidden, **harness.figures(times, floor, copy_tb_s),
+                    ),
+                    arguments.output,
+                )  # fmt: skip
+            print(
+                f"{hidden:6} {tokens:6} {part:18}{us['fused']:9.2f}{us['unfused']:9.2f}"
+                f"{us['unfused'] / us['fused']:7.2f}{floor:9.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 import beside
+import harness
 import mhc_ops
 import records
 from mhc_ops._arguments import recipe
@@ -33,29 +32,6 @@ BURST_LAUNCHES = 200  # the queue takes 1024, and no op has more than 3 launches
 BURSTS = 25
 
 Row = tuple[str, int, str]  # op, tokens, way
-
-
-def burst_us(call: Callable[[], object]) -> float:
-    """Microseconds of a call on the host, the mean of a burst."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(BURST_LAUNCHES):
-        call()
-    us = (time.perf_counter() - start) / BURST_LAUNCHES * 1e6
-    torch.cuda.synchronize()
-    return us
-
-
-def host_us(calls: dict[Row, Callable[[], object]]) -> dict[Row, float]:
-    """Microseconds of each call, the median over bursts; the calls take turns."""
-    for call in calls.values():
-        for _ in range(3):
-            call()
-    times: dict[Row, list[float]] = {row: [] for row in calls}
-    for _ in range(BURSTS):
-        for row, call in calls.items():
-            times[row].append(burst_us(call))
-    return {row: median(samples) for row, samples in times.items()}
 
 
 def calls_of(op: str, inputs: dict[str, Any], other: str | None) -> dict[str, Callable[[], object]]:
@@ -99,8 +75,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             for way, call in calls_of(op, inputs, other).items():
                 calls[op, tokens, way] = call
     before = host.calls()
-    us = host_us(calls)
-    short = sum(way == "short" for _, _, way in calls) * (BURSTS * BURST_LAUNCHES + 3)
+    us = harness.in_turn(
+        {row: harness.burst_us(call, BURST_LAUNCHES) for row, call in calls.items()}, BURSTS
+    )
+    bursts = BURSTS + harness.WARMUPS
+    short = sum(way == "short" for _, _, way in calls) * bursts * BURST_LAUNCHES
     if host.calls() - before != short:
         raise RuntimeError(f"{host.calls() - before} of {short} calls took the short way")
     empty = us["torch.empty", 0, ""]

@@ -1,10 +1,11 @@
-"""What the scripts of this folder write down: one JSON line a result, with machine and commit."""
+"""What the scripts of this folder write, one JSON line a result, and the baselines they read."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -13,7 +14,10 @@ from typing import Any
 
 import torch
 
-from mhc_ops import bench, info
+import mhc_ops
+from mhc_ops import info
+
+RESULTS = Path("benchmarks/results")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +31,38 @@ def command_line(argv: Sequence[str] | None = None) -> str:
     script = Path(sys.argv[0]).name
     arguments = sys.argv[1:] if argv is None else argv
     return shlex.join(["python", f"benchmarks/{script}", *arguments])
+
+
+def source_commit() -> str:
+    """Ask git for the commit of the package's checkout: ``-dirty`` if changed, else ``unknown``.
+
+    Files under ``benchmarks/results`` do not count as changes: a run writes there.
+    """
+    root = Path(mhc_ops.__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return "unknown"  # installed into an environment that lies in some other repository
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", "--", ".", f":(exclude){RESULTS}"
+        )
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def stamp(commit: str | None, command: str) -> dict[str, str]:
+    """Return what every record ends with: commit (asked from git when None), command and time."""
+    return {
+        "commit": source_commit() if commit is None else commit,
+        "command": command,
+        "utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
 
 
 def make_record(
@@ -54,9 +90,7 @@ def make_record(
         "driver": driver,
         "torch": torch.__version__,
         "tilelang": info.installed_version("tilelang"),
-        "commit": bench.source_commit() if commit is None else commit,
-        "command": command,
-        "utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        **stamp(commit, command),
     }
 
 
@@ -72,3 +106,26 @@ def write(record: dict[str, Any], output: Path | None) -> None:
     """Print a record, and append it to a file if there is one."""
     print(json.dumps(record))
     append(record, output)
+
+
+def read_baseline(path: Path) -> dict[tuple[int, int, str], float]:
+    """Read a file of ``benchmarks/baselines``: (tokens, hidden, path) to microseconds.
+
+    Args:
+        path: JSON with ``rows``, each with ``tokens``, ``hidden``, and the microseconds of
+            ``fused`` and ``unfused``: graph mode, norm fused, 20 rounds of Sinkhorn.
+
+    Raises:
+        ValueError: the file is not of that form.
+    """
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        return {
+            (row["tokens"], row["hidden"], name): float(row[name])
+            for row in rows
+            for name in ("fused", "unfused")
+        }
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected JSON with rows of tokens, hidden, fused and unfused, got {error!r}"
+        ) from error

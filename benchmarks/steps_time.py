@@ -11,20 +11,21 @@ pass at the copy bandwidth measured in the same run.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+import harness
 import mhc_ops
 import records
-from mhc_ops import bench, geometry
+from mhc_ops import geometry, timing
+from mhc_ops.testing import EPS, POST_MULT
 
 TOKENS = (1, 8, 32, 48, 64, 128, 256, 320, 512, 1024, 2048, 8192, 32768)
 HIDDEN = (4096, 7168)
 STEPS = ("pre", "post")
 STREAMS_BYTES = 300e6  # of a chain's streams: several times an L2
-EPS = bench.EPS
 
 
 def step_bytes(step: str, tokens: int, hidden: int) -> int:
@@ -34,13 +35,15 @@ def step_bytes(step: str, tokens: int, hidden: int) -> int:
     return 10 * hidden * tokens + 16 * geometry.MIXES * hidden
 
 
-def make_chain(step: str, tokens: int, hidden: int, length: int) -> Callable[[], Tensor]:
+def make_chain(
+    step: str, tokens: int, hidden: int, device: torch.device | str, length: int
+) -> Callable[[], Tensor]:
     """Random inputs, and the chain that runs over them; it returns the last result."""
     n = geometry.HC_MULT
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device="cuda")
+        return torch.randn(shape, generator=generator, device=device)
 
     if step == "post":
         x, streams = normal(tokens, hidden).bfloat16(), normal(tokens, n, hidden).bfloat16()
@@ -58,7 +61,7 @@ def make_chain(step: str, tokens: int, hidden: int, length: int) -> Callable[[],
     residuals = [normal(tokens, n, hidden).bfloat16() for _ in range(count)]
     rows = geometry.MIXES
     fns = [normal(rows, n * hidden) * (n * hidden) ** -0.5 for _ in range(length)]
-    rest = (normal(3).abs() + 0.5, normal(rows), EPS, EPS, EPS, bench.POST_MULT, 20)
+    rest = (normal(3).abs() + 0.5, normal(rows), EPS, EPS, EPS, POST_MULT, 20)
     norm = {"norm_weight": (1 + 0.1 * normal(hidden)).bfloat16(), "norm_eps": EPS}
 
     def run() -> Tensor:
@@ -70,18 +73,7 @@ def make_chain(step: str, tokens: int, hidden: int, length: int) -> Callable[[],
 
 
 @torch.no_grad()
-def time_step(step: str, tokens: int, hidden: int) -> tuple[float, float, float]:
-    """(10th percentile, median, 90th percentile) microseconds of a call."""
-    length = max(2, bench.chain_length(tokens))
-    graph, last = bench._capture(make_chain(step, tokens, hidden, length))
-    times, _ = bench._event_times(graph.replay, bench.REPLAYS)
-    if not last.isfinite().all():
-        raise RuntimeError(f"{step}, {tokens} tokens, hidden {hidden}: not finite")
-    low, middle, high = (value / length for value in bench.percentiles(times))
-    return low, middle, high
-
-
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,27 +81,30 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, nargs="+", default=list(HIDDEN))
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     records.add_arguments(parser)
-    arguments = parser.parse_args()
-    mhc_ops.prewarm(arguments.hidden, max_tokens=max(arguments.tokens))
-    copy_tb_s = round(bench.copy_bandwidth(torch.device("cuda", 0)), 3)
+    arguments = parser.parse_args(argv)
     print(f"{'hidden':>6} {'tokens':>6} {'step':6}{'us':>9}{'floor':>9}{'times':>7}")
-    for hidden in arguments.hidden:
-        for tokens in arguments.tokens:
-            for step in arguments.steps:
-                floor = step_bytes(step, tokens, hidden) / (copy_tb_s * 1e6)
-                low, median, high = time_step(step, tokens, hidden)
-                torch.cuda.empty_cache()
-                record = records.make_record(
+    for hidden, tokens, copy_tb_s in harness.sweep(arguments.tokens, arguments.hidden):
+        for step in arguments.steps:
+            length = timing.chain_length(tokens)
+            times = timing.time_chain(
+                make_chain(step, tokens, hidden, "cuda", length),
+                length,
+                harness.require_finite(f"{step}, {tokens} tokens, hidden {hidden}"),
+            )
+            torch.cuda.empty_cache()
+            floor = step_bytes(step, tokens, hidden) / (copy_tb_s * 1e6)
+            records.append(
+                records.make_record(
                     f"{step} by itself", "timed", commit=arguments.commit,
-                    command=records.command_line(), step=step, tokens=tokens, hidden=hidden,
-                    us_median=round(median, 3), us_p10=round(low, 3), us_p90=round(high, 3),
-                    floor_us=round(floor, 3), copy_tb_s=copy_tb_s,
-                )  # fmt: skip
-                records.append(record, arguments.output)
-                print(
-                    f"{hidden:6} {tokens:6} {step:6}{median:9.2f}{floor:9.2f}{median / floor:7.2f}",
-                    flush=True,
-                )
+                    command=records.command_line(argv), step=step, tokens=tokens, hidden=hidden,
+                    **harness.figures(times, floor, copy_tb_s),
+                ),
+                arguments.output,
+            )  # fmt: skip
+            us = times.us_median
+            print(
+                f"{hidden:6} {tokens:6} {step:6}{us:9.2f}{floor:9.2f}{us / floor:7.2f}", flush=True
+            )
 
 
 if __name__ == "__main__":

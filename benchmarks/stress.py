@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,16 +41,13 @@ import records
 from mhc_ops import support
 from mhc_ops.prewarm import progress_bar
 from mhc_ops.testing import assert_matches_oracle, make_inputs, poisoned_memory
+from stress_plan import Settings, graph_cases, rounds, token_counts
 
 OP_NAME = "fused_post_pre"
 OP = torch.ops.mhc.fused_post_pre.default
 STATE = ("x", "residual", "post_layer_mix", "comb_res_mix")  # what has a row for each token
 NORM = ("norm_weight", "norm_eps")
 
-# on both sides of every bound of its routes, and of the tiles of 16 tokens
-END_COUNTS = (0, 1, 2, 3, 16, 17, 19, 20, 32, 33, 48, 49, 80, 127, 128, 129, 512, 2048, 4095, 4096)
-
-EAGER_SHARE = 1 / 3  # of the turns of a stream; a burst is shorter than a graph
 ROUNDS_AHEAD = 3  # that the host may run in front of the GPU
 WARM_ROUNDS = 8  # before the memory is looked at for the first time
 PRESSURE = (0.45, 0.55)  # share of the run during which the memory is taken
@@ -59,88 +56,6 @@ ROOMS = (0.0, 0.5, 0.9)  # what is left for a call that needs 1
 MATRIX, PRODUCTS = 4096, 8  # the competing stream: one graph of so many products, about 2 ms
 DEVICE_SLACK = 64 << 20  # of the memory in use: what the driver keeps for itself
 HOST_SLACK = 256 << 20
-
-
-class Settings(NamedTuple):
-    """How much of everything.
-
-    Attributes:
-        boundaries: to run, at least.
-        seconds: after which the run is cut off.
-        hidden: hidden sizes.
-        largest: largest token count.
-        counts: token counts for each hidden size.
-        streams: that run at once.
-        graphs: that are captured; more than streams.
-        graph_length: boundaries of a graph.
-        burst: eager calls of a turn.
-        hang_seconds: without progress, after which the GPU is said to hang.
-        seed: of the token counts and the order of everything.
-    """
-
-    boundaries: int = 1_000_000
-    seconds: float = 240.0
-    hidden: tuple[int, ...] = (4096, 7168)
-    largest: int = 4096
-    counts: int = 64
-    streams: int = 8
-    graphs: int = 24
-    graph_length: int = 32
-    burst: int = 8
-    hang_seconds: float = 60.0
-    seed: int = 0
-
-
-class Turn(NamedTuple):
-    """What one stream does in a round: replay a graph, or call these cases one after another."""
-
-    stream: int
-    graph: int | None
-    cases: tuple[int, ...]
-
-
-# -------------------------------------------------------------------------------------- the plan
-
-
-def token_counts(settings: Settings) -> list[int]:
-    """Every end of a path, and log-uniform counts between 1 and the largest."""
-    chance = random.Random(settings.seed)
-    ends = [count for count in END_COUNTS if count <= settings.largest][: settings.counts]
-    rest = settings.counts - len(ends)
-    return ends + [round(settings.largest ** chance.random()) for _ in range(rest)]
-
-
-def graph_cases(settings: Settings) -> list[tuple[int, ...]]:
-    """The cases of each graph, drawn so that every case comes about equally often."""
-    chance = random.Random(settings.seed + 1)
-    everything = range(settings.counts * len(settings.hidden))
-    drawn: list[int] = []
-    while len(drawn) < settings.graphs * settings.graph_length:
-        drawn += chance.sample(everything, len(everything))
-    length = settings.graph_length
-    return [tuple(drawn[i * length : (i + 1) * length]) for i in range(settings.graphs)]
-
-
-def rounds(settings: Settings) -> Iterator[list[Turn]]:
-    """Rounds of one turn a stream, in any order, until there are enough boundaries.
-
-    No graph has two turns in a round, since it cannot run beside itself.
-    """
-    chance = random.Random(settings.seed + 2)
-    everything = range(settings.counts * len(settings.hidden))
-    planned = 0
-    while planned < settings.boundaries:
-        graphs = chance.sample(range(settings.graphs), settings.streams)
-        turns = []
-        for stream in chance.sample(range(settings.streams), settings.streams):
-            if chance.random() < EAGER_SHARE:
-                cases = tuple(chance.choice(everything) for _ in range(settings.burst))
-                turns.append(Turn(stream, None, cases))
-                planned += settings.burst
-            else:
-                turns.append(Turn(stream, graphs[stream], ()))
-                planned += settings.graph_length
-        yield turns
 
 
 # --------------------------------------------------------------------------- cases and comparison

@@ -4,9 +4,9 @@
 
 ``logits``: teacher-forced with the KV cache, 64 steps after prompts of two lengths, three random
 models. Stock in bf16 and mhc-ops (unfused and fused) are compared with stock in float32, whose
-choices of experts and of compressed entries all take (``mhc_ops/demo.py`` says why). The mean error
-of mhc-ops is at most 1.05 times stock's own, and its top token is float32's wherever float32's
-margin exceeds stock's largest error.
+choices of experts and of compressed entries all take (``mhc_ops/demo/models.py`` says why). The
+mean error of mhc-ops is at most 1.05 times stock's own, and its top token is float32's wherever
+float32's margin exceeds stock's largest error.
 
 ``generate``: greedy and sampled continuations to their end.
 
@@ -24,21 +24,20 @@ import argparse
 import contextlib
 import copy
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import harness
 import mhc_ops
 import records
-from mhc_ops import demo, geometry, support
+from mhc_ops import geometry, support, timing
+from mhc_ops.demo import models as demo
 
 PARTS = ("logits", "generate", "times")
 NAMES = ("stock", *demo.PATHS)
-WARMUPS = 3
 CAPTURE_ERROR_LENGTH = 200
 FEW_EXPERTS = {"n_routed_experts": 16}  # of V4-Flash's 256, of which a token takes 6
 
@@ -257,24 +256,6 @@ def layer_pair(sizes: Sizes, device: str) -> Any:
     return model
 
 
-def _wall_us(call: Callable[[], object], repeats: int, device: str) -> float:
-    """Median of so many calls, each waited for."""
-
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    samples = []
-    for number in range(WARMUPS + repeats):
-        wait()
-        start = time.perf_counter()
-        call()
-        wait()
-        if number >= WARMUPS:
-            samples.append((time.perf_counter() - start) * 1e6)
-    return median(samples)
-
-
 @contextlib.contextmanager
 def _experts(model: Any, kind: str | None) -> Iterator[None]:
     before = model.config._experts_implementation
@@ -284,18 +265,6 @@ def _experts(model: Any, kind: str | None) -> Iterator[None]:
         yield
     finally:
         model.set_experts_implementation(before)
-
-
-def _capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
 
 
 def alike(cache: Any) -> Any:
@@ -338,11 +307,15 @@ class Step:
             attention_mask={"sliding_attention": None},
         )  # fmt: skip
 
+    def _median_us(self, call: Callable[[], object]) -> float:
+        sampler = harness.wall_us(call, self._device)
+        return round(harness.in_turn({self.path: sampler}, self._sizes.repeats)[self.path], 1)
+
     def eager_us(self) -> float:
         """Microseconds of a step called eagerly, each a token further than the one before."""
         cache = alike(self._kept)
         with demo.path(self._model, self.path):
-            return round(_wall_us(lambda: self._run(cache), self._sizes.repeats, self._device), 1)
+            return self._median_us(lambda: self._run(cache))
 
     def graph_us(self) -> dict[str, Any]:
         """Microseconds of the step after the prompt as a CUDA graph, or why there is none.
@@ -356,7 +329,7 @@ class Step:
             for kind in (None, "grouped_mm", "batched_mm"):
                 try:
                     with _experts(self._model, kind):
-                        graph = _capture(lambda: self._run(alike(self._kept)))
+                        graph, _ = timing.capture(lambda: self._run(alike(self._kept)), warmups=1)
                 # what stops a capture is one of many errors, and torch's own is among them
                 except Exception as error:
                     row["graph_error"] = str(error).splitlines()[0][:CAPTURE_ERROR_LENGTH]
@@ -364,8 +337,7 @@ class Step:
                     torch.cuda.synchronize()
                     continue
                 experts = kind or self._model.config._experts_implementation
-                us = _wall_us(graph.replay, self._sizes.repeats, self._device)
-                return {"graph_us": round(us, 1), "graph_experts": experts}
+                return {"graph_us": self._median_us(graph.replay), "graph_experts": experts}
         return row
 
 

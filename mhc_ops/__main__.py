@@ -11,14 +11,14 @@ from . import __version__
 
 # command: (module with main(argv) -> exit status, what it does)
 COMMANDS = {
-    "info": ("info", "versions, devices and whether they are supported, cache folder, switches"),
+    "info": ("info", "what a bug report needs: versions, GPUs, compilers, switches, kernels"),
     "prewarm": ("prewarm", "compile and load the kernels of the given hidden sizes"),
     "build": (
         "build",
         "compile kernels ahead of time, for machines without a compiler",
     ),
     "selftest": ("selftest", "whether this machine gives right answers, and how fast"),
-    "bench": ("bench", "time one boundary on the GPU and record it"),
+    "bench": ("bench", "how fast one boundary is on this machine's GPU"),
     "demo": ("demo", "a small DeepSeek-V4 model, stock against mhc-ops, on the CPU or a GPU"),
 }
 

@@ -77,8 +77,8 @@ def _check_tensor(
 ) -> None:
     """Dtype, device, memory layout and shape.
 
-    The first test passes what nearly every call brings, at a third of the cost of the others; it
-    leaves fake tensors, whose sizes may be symbols, to them.
+    The first test passes what nearly every call brings (NOTES.md, "Cost of the checks"); it leaves
+    fake tensors, whose sizes may be symbols, to the others.
     """
     if (
         type(tensor) in _PLAIN

@@ -1,9 +1,9 @@
 """The schemas of ``torch.ops.mhc.*`` and the one helper that registers an op.
 
 The schemas are written out by hand, here and nowhere else; ``tests/test_schema.py`` pins them.
-``Library`` is used in place of ``torch.library.custom_op`` because a call costs 2.4 to 3.0 us
-instead of 9 to 14; the safety that ``custom_op`` would add is made up for by the tests (opcheck,
-signature equality, recompile counts).
+``Library`` is used instead of ``torch.library.custom_op``, which costs a call several times as much
+(NOTES.md, "Registration by Library"); the safety that ``custom_op`` would add is made up for by the
+tests (opcheck, signature equality, recompile counts).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The ops work token by token, so streams, sublayer outputs and mixes that are sha
 dimension go through without communication, and so come the outputs: on the CPU with the bits that
 one process gives for all tokens. Weights are needed whole.
 
-Importing ``torch.distributed.tensor`` takes half as long as importing torch, so the rules are
+Importing ``torch.distributed.tensor`` takes long (NOTES.md, "Import of DTensor"), so the rules are
 registered when something else imports it; see :func:`register_when_imported`.
 
 Written with ``register_op_strategy`` of torch 2.11 to 2.13, and not with the experimental

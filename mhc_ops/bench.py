@@ -1,4 +1,4 @@
-"""Time one boundary (post of one sublayer, pre of the next) on a GPU and record it.
+"""Time one boundary (post of one sublayer, pre of the next) on this machine's GPU.
 
 A chain of boundaries runs in one CUDA graph (or call by call in eager mode): the streams, mixes
 and layer input of one feed the next, and each has its own ``fn``, so that the weights come from
@@ -14,20 +14,16 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import geometry, info, reference, support
+from . import geometry, info, reference, support, timing
 from .prewarm import prewarm
+from .testing import EPS, POST_MULT
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,21 +33,8 @@ OP_PATHS = frozenset({"fused", "unfused"})  # those that run mhc ops; the others
 MODES = ("graph", "eager")
 DEFAULT_TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048, 8192)
 DEFAULT_HIDDEN = (4096, 7168)  # V4-Flash and V4-Pro
-RESULTS = Path("benchmarks/results")
-
-REPLAYS = 15
-WARMUPS = 3
 # Beyond it the GPU is slower than the host in eager mode, and calls would wait for a full queue.
 HOST_MAX_TOKENS = 64
-COPY_BYTES = 1 << 31
-
-# (most tokens, boundaries): fewer where each moves more. Every chain moves several times the
-# 50 to 126 MB of an L2 between two uses of the same fn.
-_CHAIN_LENGTHS = ((64, 64), (512, 32), (2048, 16))
-_LONGEST_CHAIN_LENGTH = 8
-
-EPS = 1e-6  # every epsilon of DeepSeek-V4
-POST_MULT = 2.0
 
 Streams = tuple[Tensor, Tensor, Tensor, Tensor]  # residual, post mix, comb mix, layer input
 Boundary = Callable[..., Streams]
@@ -78,25 +61,7 @@ class Case(NamedTuple):
     sinkhorn_repeat: int = 20
 
 
-class Timing(NamedTuple):
-    """Microseconds a boundary; ``host_us`` is the host's share of a call in eager mode."""
-
-    us_median: float
-    us_p10: float
-    us_p90: float
-    host_us: float | None
-    chain: int
-
-
 # ------------------------------------------------------------------------------------- the chain
-
-
-def chain_length(tokens: int) -> int:
-    """Boundaries of a chain: 64 for up to 64 tokens, fewer where each moves more."""
-    for most, length in _CHAIN_LENGTHS:
-        if tokens <= most:
-            return length
-    return _LONGEST_CHAIN_LENGTH
 
 
 def boundary_bytes(tokens: int, hidden: int) -> int:
@@ -203,13 +168,6 @@ def make_chain(
 # ---------------------------------------------------------------------------------------- timing
 
 
-def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    """(10th, 50th, 90th) percentile, with linear interpolation between samples."""
-    points = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    low, middle, high = torch.tensor(samples, dtype=torch.float64).quantile(points).tolist()
-    return low, middle, high
-
-
 def check_finite(case: Case, outputs: Streams) -> None:
     """Refuse to report a time for wrong work.
 
@@ -223,64 +181,8 @@ def check_finite(case: Case, outputs: Streams) -> None:
             raise RuntimeError(f"mhc_ops bench: {name} of {case} is not finite after the chain")
 
 
-def _capture(run: Callable[[], Streams]) -> tuple[torch.cuda.CUDAGraph, Streams]:
-    """Warm up on a side stream, then capture on it.
-
-    The graph holds its memory, so the outputs stay valid as long as the graph lives; what the
-    closure ``run`` holds (inputs, weights) must live as long too.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARMUPS):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        outputs = run()
-    return graph, outputs
-
-
-def _event_times(run: Callable[[], object], repeats: int) -> tuple[list[float], list[float]]:
-    """(GPU, host) microseconds of each call of ``run``: one at a time, after some warm-up."""
-    for _ in range(WARMUPS):
-        run()
-    device_us, host_us = [], []
-    for _ in range(repeats):
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        issued = time.perf_counter()
-        start.record()
-        run()
-        end.record()
-        host_us.append((time.perf_counter() - issued) * 1e6)
-        end.synchronize()
-        device_us.append(start.elapsed_time(end) * 1e3)
-    return device_us, host_us
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bandwidth of a large device-to-device copy in TB/s, bytes read plus written.
-
-    Args:
-        device: a CUDA device.
-
-    Returns:
-        That of the median of 15 copies.
-    """
-    with torch.cuda.device(device):
-        free, _ = torch.cuda.mem_get_info()
-        size = min(COPY_BYTES, free // 4)
-        source = torch.empty(size, dtype=torch.uint8, device=device).random_()
-        target = torch.empty_like(source)
-        times, _ = _event_times(lambda: target.copy_(source), REPLAYS)
-    _, median, _ = percentiles(times)
-    return 2 * size / (median * 1e6)
-
-
 @torch.no_grad()
-def time_case(case: Case, device: torch.device, *, replays: int = REPLAYS) -> Timing:
+def time_case(case: Case, device: torch.device, *, replays: int = timing.REPLAYS) -> timing.Timing:
     """Time one case.
 
     Args:
@@ -294,47 +196,54 @@ def time_case(case: Case, device: torch.device, *, replays: int = REPLAYS) -> Ti
     Raises:
         RuntimeError: the outputs of the chain are not finite.
     """
-    length = chain_length(case.tokens)
+    length = timing.chain_length(case.tokens)
     with torch.cuda.device(device):
-        chain = make_chain(case, device, length=length)
-        host_us = None
-        if case.mode == "graph":
-            graph, outputs = _capture(chain)
-            times, _ = _event_times(graph.replay, replays)
-        else:
-            times, host_times = _event_times(chain, replays)
-            outputs = chain()
-            if case.tokens <= HOST_MAX_TOKENS:
-                host_us = percentiles(host_times)[1] / length
-        check_finite(case, outputs)
-    low, median, high = percentiles(times)
-    return Timing(median / length, low / length, high / length, host_us, length)
-
-
-# --------------------------------------------------------------------------------------- records
-
-
-def source_commit() -> str:
-    """Commit of the checkout that this package lies in, ``-dirty`` if changed, else ``unknown``.
-
-    Files under ``benchmarks/results`` do not count as changes: a run writes there.
-    """
-    root = Path(__file__).resolve().parents[1]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True
-        ).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return "unknown"  # installed into an environment that lies in some other repository
-        changed = git(
-            "status", "--porcelain", "--untracked-files=no", "--", ".", f":(exclude){RESULTS}"
+        return timing.time_chain(
+            make_chain(case, device, length=length),
+            length,
+            functools.partial(check_finite, case),
+            graph=case.mode == "graph",
+            replays=replays,
         )
-        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+
+
+def make_row(
+    case: Case,
+    times: timing.Timing,
+    *,
+    copy_tb_s: float,
+    gpu: str,
+    smi: dict[str, str | None],
+) -> dict[str, Any]:
+    """Put figures into one row.
+
+    Args:
+        case, times: what was timed, and its times.
+        copy_tb_s: copy bandwidth measured in the same run.
+        gpu: name of the GPU.
+        smi: ``driver_version``, ``clocks.sm`` and ``clocks.mem`` as ``nvidia-smi`` gives them.
+
+    Returns:
+        Field to value; microseconds and TB/s with three decimals. ``host_us`` is the host's share
+        of a call in eager mode, and None where calls would wait for the GPU.
+    """
+    host = case.mode == "eager" and case.tokens <= HOST_MAX_TOKENS
+    return {
+        **case._asdict(),
+        "us_median": round(times.us_median, 3),
+        "us_p10": round(times.us_p10, 3),
+        "us_p90": round(times.us_p90, 3),
+        "host_us": round(times.host_us, 3) if host else None,
+        "floor_us": round(floor_us(case.tokens, case.hidden, copy_tb_s), 3),
+        "copy_tb_s": round(copy_tb_s, 3),
+        "chain": times.chain,
+        "gpu": gpu,
+        "driver": smi["driver_version"],
+        "sm_mhz": _number(smi["clocks.sm"]),
+        "mem_mhz": _number(smi["clocks.mem"]),
+        "torch": torch.__version__,
+        "tilelang": info.installed_version("tilelang"),
+    }
 
 
 def _number(text: str | None) -> float | None:
@@ -344,57 +253,11 @@ def _number(text: str | None) -> float | None:
         return None
 
 
-def make_record(
-    case: Case,
-    timing: Timing,
-    *,
-    copy_tb_s: float,
-    gpu: str,
-    smi: dict[str, str | None],
-    commit: str,
-    command: str,
-) -> dict[str, Any]:
-    """One row as it is written to the results file.
-
-    Args:
-        case, timing: what was timed, and its times.
-        copy_tb_s: copy bandwidth measured in the same run.
-        gpu: name of the GPU.
-        smi: ``driver_version``, ``clocks.sm`` and ``clocks.mem`` as ``nvidia-smi`` gives them.
-        commit: of the source.
-        command: that made the row.
-
-    Returns:
-        Field to value; microseconds and TB/s with three decimals.
-    """
-    return {
-        **case._asdict(),
-        "us_median": round(timing.us_median, 3),
-        "us_p10": round(timing.us_p10, 3),
-        "us_p90": round(timing.us_p90, 3),
-        "host_us": None if timing.host_us is None else round(timing.host_us, 3),
-        "floor_us": round(floor_us(case.tokens, case.hidden, copy_tb_s), 3),
-        "copy_tb_s": round(copy_tb_s, 3),
-        "chain": timing.chain,
-        "gpu": gpu,
-        "driver": smi["driver_version"],
-        "sm_mhz": _number(smi["clocks.sm"]),
-        "mem_mhz": _number(smi["clocks.mem"]),
-        "torch": torch.__version__,
-        "tilelang": info.installed_version("tilelang"),
-        "commit": commit,
-        "command": command,
-        "utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-    }
-
-
 def run(
     cases: Iterable[Case],
     *,
     device: torch.device | str | int | None = None,
-    replays: int = REPLAYS,
-    commit: str | None = None,
-    command: str = "mhc_ops.bench.run",
+    replays: int = timing.REPLAYS,
 ) -> Iterator[dict[str, Any]]:
     """Measure the copy bandwidth, then time one case after another.
 
@@ -402,11 +265,9 @@ def run(
         cases: what to time.
         device: a CUDA device, its name or index; the current one when None.
         replays: samples a case.
-        commit: of the source; asked from git when None.
-        command: that made the rows.
 
     Yields:
-        The record of each case, as :func:`make_record` makes it.
+        The row of each case, as :func:`make_row` makes it.
 
     Raises:
         RuntimeError: there is no GPU that the ops support, or outputs are not finite.
@@ -415,59 +276,27 @@ def run(
     if not supported:
         raise RuntimeError(f"mhc_ops bench: needs a GPU that the ops support: {reason}")
     target = support.cuda_device(device)
-    commit = source_commit() if commit is None else commit
-    copy_tb_s = copy_bandwidth(target)
+    copy_tb_s = timing.copy_bandwidth(target)
     for case in cases:
-        timing = time_case(case, target, replays=replays)
+        times = time_case(case, target, replays=replays)
         # right after the last replay, while the clocks are still those of the work
         smi = info.nvidia_smi(target.index, "driver_version", "clocks.sm", "clocks.mem")
         torch.cuda.empty_cache()
-        yield make_record(
-            case,
-            timing,
-            copy_tb_s=copy_tb_s,
-            gpu=torch.cuda.get_device_name(target),
-            smi=smi,
-            commit=commit,
-            command=command,
-        )
+        gpu = torch.cuda.get_device_name(target)
+        yield make_row(case, times, copy_tb_s=copy_tb_s, gpu=gpu, smi=smi)
 
 
 # ----------------------------------------------------------------------------------- the command
 
 
-def read_baseline(path: Path) -> dict[tuple[int, int, str], float]:
-    """(tokens, hidden, path) to microseconds of a baseline file such as ``benchmarks/baselines``'.
-
-    Args:
-        path: JSON with ``rows``, each with ``tokens``, ``hidden``, and the microseconds of
-            ``fused`` and ``unfused``: graph mode, norm fused, 20 rounds of Sinkhorn.
-
-    Raises:
-        ValueError: the file is not of that form.
-    """
-    try:
-        rows = json.loads(path.read_text())["rows"]
-        return {
-            (row["tokens"], row["hidden"], name): float(row[name])
-            for row in rows
-            for name in ("fused", "unfused")
-        }
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: expected JSON with rows of tokens, hidden, fused and unfused, got {error!r}"
-        ) from error
-
-
 def make_table(
-    records: Sequence[dict[str, Any]],
-    baseline: dict[tuple[int, int, str], float] | None = None,
+    rows: Sequence[dict[str, Any]], baseline: Sequence[float | None] | None = None
 ) -> Table:
-    """Records as a rich table of at most 100 columns.
+    """Show rows as a rich table of at most 100 columns.
 
     Args:
-        records: of one run, at least one.
-        baseline: as :func:`read_baseline` gives it; stands beside the rows made like it.
+        rows: of one run, at least one.
+        baseline: microseconds of something else for each row, None where there are none.
 
     Returns:
         The table; times in microseconds, ``x floor`` and ``vs base`` are ratios of the median.
@@ -475,7 +304,7 @@ def make_table(
     from rich import box
     from rich.table import Table
 
-    first = records[0]
+    first = rows[0]
     table = Table(
         title=f"one boundary, µs; {first['gpu']}, copy {first['copy_tb_s']} TB/s",
         box=box.SIMPLE_HEAD,
@@ -488,16 +317,14 @@ def make_table(
     numbers = ["median", "p10", "p90", "host", "floor", "x floor"]
     for name in numbers + ["baseline", "vs base"] * (baseline is not None):
         table.add_column(name, justify="right")
-    for r in records:
-        row = [str(r["hidden"]), str(r["tokens"]), r["path"], r["mode"]]
-        row += [f"{r[field]:.2f}" for field in ("us_median", "us_p10", "us_p90")]
-        row.append("" if r["host_us"] is None else f"{r['host_us']:.2f}")
-        row += [f"{r['floor_us']:.2f}", f"{r['us_median'] / r['floor_us']:.2f}"]
-        if baseline is not None:
-            alike = r["mode"] == "graph" and r["norm"] and r["sinkhorn_repeat"] == 20
-            base = baseline.get((r["tokens"], r["hidden"], r["path"])) if alike else None
-            row += ["", ""] if base is None else [f"{base:.2f}", f"{r['us_median'] / base:.2f}"]
-        table.add_row(*row)
+    for row, base in zip(rows, baseline or [None] * len(rows), strict=True):
+        cells = [str(row["hidden"]), str(row["tokens"]), row["path"], row["mode"]]
+        cells += [f"{row[field]:.2f}" for field in ("us_median", "us_p10", "us_p90")]
+        cells.append("" if row["host_us"] is None else f"{row['host_us']:.2f}")
+        cells += [f"{row['floor_us']:.2f}", f"{row['us_median'] / row['floor_us']:.2f}"]
+        if base is not None:
+            cells += [f"{base:.2f}", f"{row['us_median'] / base:.2f}"]
+        table.add_row(*cells)
     return table
 
 
@@ -520,12 +347,8 @@ def _hidden_size(text: str) -> int:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mhc_ops bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say what is timed."""
     add = parser.add_argument
     add("--tokens", type=_positive, nargs="+", default=list(DEFAULT_TOKENS))
     add("--hidden", type=_hidden_size, nargs="+", default=list(DEFAULT_HIDDEN))
@@ -533,50 +356,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--modes", nargs="+", choices=MODES, default=list(MODES))
     add("--norm", action=argparse.BooleanOptionalAction, default=True, help="RMSNorm fused")
     add("--sinkhorn-repeat", type=_positive, default=20)
-    add("--replays", type=_positive, default=REPLAYS, help="samples a row")
+    add("--replays", type=_positive, default=timing.REPLAYS, help="samples a row")
     add("--device", default=None, help="such as cuda:1; the current one if not given")
-    add("--baseline", type=Path, help="JSON of other figures to show beside: benchmarks/baselines")
-    add("--commit", help="of the source, where git cannot tell")
-    add(
-        "-o",
-        "--output",
-        type=Path,
-        help=f"file that the records are appended to; {RESULTS}/<gpu>.jsonl if not given",
-    )
-    add("--plot", type=Path, help="time nothing: draw --records and --baseline into this .svg")
-    add("--records", type=Path, help="file of records to draw")
-    return parser
 
 
-def _default_output(gpu: str) -> Path:
-    return RESULTS / f"{'_'.join(gpu.lower().split())}.jsonl"
+def run_arguments(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Prewarm, then time what the arguments of :func:`add_arguments` say, with progress.
 
+    Yields:
+        Rows, as :func:`run`.
 
-def _plot(arguments: argparse.Namespace) -> int:
-    from . import plot
-
-    try:
-        baseline = None if arguments.baseline is None else read_baseline(arguments.baseline)
-        records = plot.read_records(arguments.records)
-        plot.draw(records, baseline, arguments.plot)
-    except ImportError:
-        print("expected matplotlib: pip install 'mhc-ops[plot]'", file=sys.stderr)
-        return 2
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"{arguments.plot}: {plot.describe(records, baseline)}")
-    return 0
-
-
-def main(argv: Sequence[str]) -> int:
-    """``python -m mhc_ops bench``; returns the exit status."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if (arguments.plot is None) != (arguments.records is None):
-        parser.error("expected --plot and --records together")
-    if arguments.plot is not None:
-        return _plot(arguments)
+    Raises:
+        RuntimeError: as :func:`run`.
+    """
     cases = [
         Case(tokens, hidden, path, mode, arguments.norm, arguments.sinkhorn_repeat)
         for hidden in arguments.hidden
@@ -584,37 +376,42 @@ def main(argv: Sequence[str]) -> int:
         for path in arguments.paths
         for mode in arguments.modes
     ]
-    from rich.console import Console
-
-    errors = Console(stderr=True, highlight=False, markup=False)
-    records: list[dict[str, Any]] = []
-    try:
-        baseline = None if arguments.baseline is None else read_baseline(arguments.baseline)
-        if OP_PATHS.intersection(arguments.paths) and support.is_supported(arguments.device)[0]:
-            prewarm(
-                arguments.hidden,
-                max_tokens=max(arguments.tokens),
-                device=arguments.device,
-                progress=True,
-            )
-        for record in run(
-            cases,
+    if OP_PATHS.intersection(arguments.paths) and support.is_supported(arguments.device)[0]:
+        prewarm(
+            arguments.hidden,
+            max_tokens=max(arguments.tokens),
             device=arguments.device,
-            replays=arguments.replays,
-            commit=arguments.commit,
-            command=shlex.join(["python", "-m", "mhc_ops", "bench", *argv]),
-        ):
-            output = arguments.output or _default_output(record["gpu"])
-            output.parent.mkdir(parents=True, exist_ok=True)
-            with output.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            records.append(record)
-            errors.print(
-                f"{len(records)}/{len(cases)} hidden {record['hidden']} tokens {record['tokens']} "
-                f"{record['path']} {record['mode']}: {record['us_median']:.2f} µs"
-            )
-    except (OSError, RuntimeError, ValueError) as error:
+            progress=True,
+        )
+    rows = run(cases, device=arguments.device, replays=arguments.replays)
+    for number, row in enumerate(rows, 1):
+        print(
+            f"{number}/{len(cases)} hidden {row['hidden']} tokens {row['tokens']} "
+            f"{row['path']} {row['mode']}: {row['us_median']:.2f} µs",
+            file=sys.stderr,
+        )
+        yield row
+
+
+def main(argv: Sequence[str]) -> int:
+    """``python -m mhc_ops bench``; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mhc_ops bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON list in place of a table")
+    arguments = parser.parse_args(argv)
+    try:
+        rows = list(run_arguments(arguments))
+    except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    Console(highlight=False).print(make_table(records, baseline))
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        from rich.console import Console
+
+        Console(highlight=False).print(make_table(rows))
     return 0

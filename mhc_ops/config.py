@@ -59,6 +59,9 @@ DEFAULTS: dict[str, bool] = {
     "MHC_OPS_TRUST_CACHE": False,
 }
 WIRING = tuple(DEFAULTS)[: len(Switches._fields)]
+VARIABLES = (*DEFAULTS, "MHC_OPS_KERNELS", "MHC_OPS_AOT_ARCHS", "MHC_OPS_AOT_HIDDEN")
+
+PACKAGED = Path(__file__).with_name("packaged")  # kernels that the package carries
 
 
 def switch(name: str) -> bool:
@@ -96,6 +99,11 @@ def switches() -> Switches:
     return Switches(*map(switch, WIRING))
 
 
+def unread() -> list[str]:
+    """List the variables that bear the package's prefix and that nothing reads."""
+    return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in VARIABLES)
+
+
 def kernels_folder() -> Path:
     """Where the kernels that were built ahead lie: in the package, or as ``MHC_OPS_KERNELS`` says.
 
@@ -104,7 +112,7 @@ def kernels_folder() -> Path:
     """
     named = os.environ.get("MHC_OPS_KERNELS")
     if not named:
-        return Path(__file__).with_name("packaged")  # as safe as the package itself
+        return PACKAGED  # as safe as the package itself
     require_trusted(Path(named))
     return Path(named)
 
@@ -140,29 +148,50 @@ def _exposure(folder: Path, status: os.stat_result, above: bool) -> str | None:
     return None
 
 
-def require_trusted(folder: Path) -> None:
-    """Refuse a folder to which others can bring libraries, which would run in this process.
+def exposure(folder: Path) -> str | None:
+    """Say who else can bring files to a folder.
 
     Args:
-        folder: where libraries are loaded from. It and every folder above it that exists is looked
-            at: who can write one of them can put another folder in the place of those below.
+        folder: it and every folder above it that exists is looked at: who can write one of them can
+            put another folder in the place of those below.
 
-    Raises:
-        RuntimeError: naming the folder, how others can write it, and what to do.
+    Returns:
+        In words; None where nobody else can.
     """
-    if switch("MHC_OPS_TRUST_CACHE"):
-        return
+    found = _exposed(folder)
+    return None if found is None else found[1]
+
+
+def _exposed(folder: Path) -> tuple[Path, str] | None:
     resolved = folder.resolve()
     for path in (resolved, *resolved.parents):
         try:
             status = path.stat()
         except OSError:
             continue  # nothing is loaded from what is not there
-        exposure = _exposure(path, status, above=path != resolved)
-        if exposure is not None:
-            raise RuntimeError(
-                f"mhc: no kernel is loaded from {folder}: {exposure}, and what lies there would "
-                f"run in this process; take their rights (chmod go-w {path}), let "
-                "TILELANG_CACHE_DIR or MHC_OPS_KERNELS name a folder of your own, or set "
-                "MHC_OPS_TRUST_CACHE=1"
-            )
+        said = _exposure(path, status, above=path != resolved)
+        if said is not None:
+            return path, said
+    return None
+
+
+def require_trusted(folder: Path) -> None:
+    """Refuse a folder to which others can bring libraries, which would run in this process.
+
+    Args:
+        folder: where libraries are loaded from; looked at as by :func:`exposure`.
+
+    Raises:
+        RuntimeError: naming the folder, how others can write it, and what to do.
+    """
+    if switch("MHC_OPS_TRUST_CACHE"):
+        return
+    found = _exposed(folder)
+    if found is not None:
+        path, said = found
+        raise RuntimeError(
+            f"mhc: no kernel is loaded from {folder}: {said}, and what lies there would "
+            f"run in this process; take their rights (chmod go-w {path}), let "
+            "TILELANG_CACHE_DIR or MHC_OPS_KERNELS name a folder of your own, or set "
+            "MHC_OPS_TRUST_CACHE=1"
+        )

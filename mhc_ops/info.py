@@ -1,20 +1,34 @@
-"""What this installation is and what it can run: ``python -m mhc_ops info``."""
+"""What this installation is and what it can run, for a bug report: ``python -m mhc_ops info``.
+
+A line a fact, each looked up by itself: what cannot be found out says so in its own line. Nothing
+is imported but torch, nothing compiled or loaded.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.metadata
 import json
+import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import __version__, config, support
+
+PACKAGES = ("tilelang", "triton", "transformers", "sglang", "vllm")
+TOOL_SECONDS = 10  # for a tool to say its version
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+_ABSENT = "not installed"
 
 
 def installed_version(package: str) -> str | None:
@@ -65,7 +79,56 @@ def nvidia_smi(index: int, *fields: str) -> dict[str, str | None]:
     return answers
 
 
+# ------------------------------------------------------------------------------------- the facts
+
+
+def _guarded(find_out: Callable[..., str], *arguments: Any) -> str:
+    """Return what a look-up says, or why it failed: one broken corner must not hide the others."""
+    try:
+        return find_out(*arguments)
+    except Exception as error:
+        return f"cannot be found out: {type(error).__name__}: {error}"
+
+
+def _driver() -> str:
+    if torch.cuda.is_available():
+        found = nvidia_smi(torch.cuda.current_device(), "driver_version")["driver_version"]
+        if found is not None:
+            return found
+    try:
+        loaded = re.search(r"Module +([\d.]+)", DRIVER_FILE.read_text())
+    except OSError:
+        loaded = None
+    return loaded[1] if loaded else "not found"
+
+
+def _versions() -> dict[str, str | None]:
+    return {
+        "mhc_ops": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{package: installed_version(package) for package in PACKAGES},
+        "cuda": torch.version.cuda,  # that torch was built with
+    }
+
+
+def _system() -> str:
+    try:
+        release = platform.freedesktop_os_release().get("PRETTY_NAME", "")
+    except OSError:
+        release = ""
+    return ", ".join(filter(None, (platform.platform(), release)))
+
+
 def _devices() -> list[dict[str, Any]]:
+    try:
+        return _cuda_devices()
+    except Exception as error:
+        said = f"cannot be found out: {type(error).__name__}: {error}"
+        return [{"device": "cuda", "name": None, "supported": False, "reason": said}]
+
+
+def _cuda_devices() -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         supported, reason = support.is_supported("cuda")
         return [{"device": "cuda", "name": None, "supported": supported, "reason": reason}]
@@ -83,70 +146,211 @@ def _devices() -> list[dict[str, Any]]:
     return devices
 
 
+def _tool(command: Sequence[str], line: str) -> str:
+    """Ask a tool for its version: the line with a text in it, and where the tool is."""
+    path = shutil.which(command[0])
+    if path is None:
+        return f"{shlex.join(command)}: not found"
+    done = subprocess.run(
+        [path, *command[1:], "--version"], capture_output=True, text=True, timeout=TOOL_SECONDS
+    )
+    said = [text.strip() for text in done.stdout.splitlines() if line in text]
+    return f"{said[0] if said else 'says no version'} ({path})"
+
+
+def _nvcc() -> str:
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [f"{home}/bin/nvcc" for home in (*homes, "/usr/local/cuda") if home]
+    found = next((place for place in places if os.access(place, os.X_OK)), None)
+    return _tool([shutil.which("nvcc") or found or "nvcc"], "release")
+
+
+def _c_compiler() -> str:
+    return _tool(shlex.split(os.environ.get("CC", "cc")), "")
+
+
+def _cpp_compiler() -> str:
+    return _tool(shlex.split(os.environ.get("CXX", "g++")), "")
+
+
+def _variable(name: str) -> str:
+    text = os.environ.get(name)
+    if name not in config.DEFAULTS:
+        return text or "not set"
+    try:
+        value = str(int(config.switch(name)))
+    except ValueError:
+        return f"{text!r}, which is refused where it is read: expected 0 or 1"
+    return value if text and text.strip() else f"{value} (not set)"
+
+
+def _misspelt(name: str) -> str:
+    near = difflib.get_close_matches(name, config.VARIABLES, 1)
+    hint = f"; {near[0]} was meant?" if near else ""
+    return f"{os.environ[name]!r}, which nothing reads{hint}"
+
+
+def _size(folder: Path) -> str:
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return f"{len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB"
+
+
+def _folder(folder: Path) -> str:
+    what = _size(folder) if folder.is_dir() else "not there"
+    exposure = config.exposure(folder)
+    if exposure is None:
+        return f"{folder}: {what}, trusted"
+    allowed = config.switch("MHC_OPS_TRUST_CACHE")
+    return f"{folder}: {what}, {'used although' if allowed else 'refused:'} {exposure}"
+
+
+def _named_kernels() -> Path:
+    named = os.environ.get("MHC_OPS_KERNELS")
+    return Path(named) if named else config.PACKAGED
+
+
+def _stored(folder: Path) -> dict[str, str]:
+    """List a folder: stem of each kernel to the sources that it was built from."""
+    found = {}
+    for path in folder.glob("*.cubin"):
+        try:
+            found[path.stem] = str(json.loads(path.with_suffix(".json").read_bytes())["sources"])
+        except (OSError, ValueError, KeyError, TypeError):
+            found[path.stem] = "unknown"
+    return found
+
+
+def _kernels(arch: str) -> str:
+    """Count the kernels of an architecture that are there, of those that prewarm would load."""
+    from . import routes, store
+    from .prewarm import DEFAULT_MAX_TOKENS
+
+    sources = store.kernels_built_with()["sources"]
+    cache = config.own_cache_folder() / f"kernels-{store.digest(store.kernels_built_with())}"
+    places = {"built ahead": _stored(_named_kernels()), "cached": _stored(cache)}
+    of_arch = {
+        place: {stem: made for stem, made in kernels.items() if stem.split("-")[1:2] == [arch]}
+        for place, kernels in places.items()
+    }
+    sizes = {int(stem.split("-")[2]) for kernels in of_arch.values() for stem in kernels}
+    said = []
+    for hidden in sorted(sizes):
+        wanted = {store.file_name(key) for key in routes.keys(hidden, arch, DEFAULT_MAX_TOKENS)}
+        counts = [
+            f"{sum(made == sources and stem in wanted for stem, made in kernels.items())} {place}"
+            for place, kernels in of_arch.items()
+        ]
+        said.append(f"hidden {hidden}: {', '.join(counts)} of {len(wanted)}")
+    if any(made != sources for kernels in of_arch.values() for made in kernels.values()):
+        said.append("some are of other sources")
+    return "; ".join(said) or "none built ahead, none cached"
+
+
+def _library(name: str, built_with: Mapping[str, str]) -> str:
+    from . import store
+
+    cached = config.own_cache_folder() / f"{name}-{store.digest(built_with)}"
+    for place, folder in (("built ahead", _named_kernels()), ("cached", cached)):
+        found = store.find(folder, name, store.LIBRARY, built_with)
+        if found is not None:
+            return f"{place}: {found.path}"
+    return "not there: built when the first kernel is loaded"
+
+
+def _launcher() -> str:
+    from .native import launcher
+
+    return _library(launcher.NAME, launcher.built_with())
+
+
+def _short_way() -> str:
+    from .native import host
+
+    return _library(host.NAME, host.built_with())
+
+
+def _archs(devices: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name the architectures of the GPUs at hand; without one, of the kernels built ahead."""
+    at_hand = {support.arch(torch.device(d["device"])) for d in devices if d["supported"]}
+    if at_hand:
+        return sorted(at_hand)
+    try:
+        stems = list(_stored(_named_kernels()))
+    except OSError:
+        return []  # the line of the folder says why
+    return sorted({stem.split("-")[1] for stem in stems if stem.count("-") >= 2})
+
+
 def collect() -> dict[str, Any]:
-    """Everything that ``info`` shows, ready for JSON.
+    """Find out everything that ``info`` shows, ready for JSON. It never raises.
 
     Returns:
         ``versions`` (package or tool to version, None where absent), ``devices`` (a list of
-        device, name, supported, reason), ``cache_folder`` (TileLang's), ``switches`` (variable
-        to value).
-
-    Raises:
-        ValueError: an environment variable of the package has a value that it cannot have.
+        device, name, supported, reason), ``system``, ``driver``, ``tools``, ``variables`` (each
+        that the package reads, and each with its prefix that nothing reads), ``folders``,
+        ``kernels`` (by architecture) and ``libraries``: text, or name to text.
     """
-    driver = None
-    if torch.cuda.is_available():
-        driver = nvidia_smi(torch.cuda.current_device(), "driver_version")["driver_version"]
-    return {
-        "versions": {
-            "mhc_ops": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "tilelang": installed_version("tilelang"),
-            "transformers": installed_version("transformers"),
-            "cuda": torch.version.cuda,
-            "driver": driver,
+    facts: dict[str, Any] = {"versions": _versions(), "devices": _devices()}
+    looked_up: dict[str, dict[str, tuple[Callable[..., str], Any]]] = {
+        "tools": {
+            "nvcc": (_nvcc, ()),
+            "C compiler": (_c_compiler, ()),
+            "C++ compiler": (_cpp_compiler, ()),
         },
-        "devices": _devices(),
-        "cache_folder": str(config.cache_folder()),
-        "switches": {name: config.switch(name) for name in config.DEFAULTS},
+        "variables": {name: (_variable, (name,)) for name in config.VARIABLES}
+        | {name: (_misspelt, (name,)) for name in config.unread()},
+        "folders": {
+            "cache": (lambda: _folder(config.own_cache_folder()), ()),
+            "kernels built ahead": (lambda: _folder(_named_kernels()), ()),
+        },
+        "kernels": {arch: (_kernels, (arch,)) for arch in _archs(facts["devices"])},
+        "libraries": {"launcher": (_launcher, ()), "short way of eager calls": (_short_way, ())},
     }
+    facts["system"] = _guarded(_system)
+    facts["driver"] = _guarded(_driver)
+    with ThreadPoolExecutor() as pool:  # most of it waits for other programs
+        running = {
+            group: {
+                name: pool.submit(_guarded, find_out, *given)
+                for name, (find_out, given) in lines.items()
+            }
+            for group, lines in looked_up.items()
+        }
+        for group, lines in running.items():
+            facts[group] = {name: future.result() for name, future in lines.items()}
+    return facts
 
 
-def _print_table(facts: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, version in facts["versions"].items():
-        table.add_row(name, version or "-")
-    table.add_section()
+def lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Put the facts of :func:`collect` into (label, text), in the order in which they are shown."""
+    versions = facts["versions"]
+    shown = [(name, version or _ABSENT) for name, version in versions.items()]
+    shown.remove(("cuda", versions["cuda"] or _ABSENT))
+    shown.insert(2, ("system", facts["system"]))
+    shown += [
+        ("CUDA of torch", versions["cuda"] or "none: torch is built without it"),
+        ("NVIDIA driver", facts["driver"]),
+    ]
     for device in facts["devices"]:
         name = f"{device['name']}: " if device["name"] else ""
         verdict = "supported" if device["supported"] else "not supported"
-        table.add_row(device["device"], f"{name}{verdict}: {device['reason']}")
-    table.add_section()
-    table.add_row("kernel cache", facts["cache_folder"])
-    table.add_section()
-    for variable, value in facts["switches"].items():
-        table.add_row(variable, str(int(value)))
-    Console(highlight=False, markup=False).print(table)
+        shown.append((device["device"], f"{name}{verdict}: {device['reason']}"))
+    shown += [*facts["tools"].items(), *facts["variables"].items(), *facts["folders"].items()]
+    shown += [(f"kernels of {arch}", text) for arch, text in facts["kernels"].items()]
+    return [*shown, *facts["libraries"].items()]
 
 
 def main(argv: Sequence[str]) -> int:
-    """``python -m mhc_ops info``; returns the exit status."""
+    """``python -m mhc_ops info``; returns the exit status, 0."""
     parser = argparse.ArgumentParser(prog="python -m mhc_ops info", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON object in place of a table")
+    parser.add_argument("--json", action="store_true", help="one JSON object in place of the lines")
     arguments = parser.parse_args(argv)
-    try:
-        facts = collect()
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    facts = collect()
     if arguments.json:
         print(json.dumps(facts, indent=2))
-    else:
-        _print_table(facts)
+        return 0
+    shown = lines(facts)
+    width = max(len(label) for label, _ in shown)
+    for label, text in shown:
+        print(f"{label:{width}}  {' '.join(text.split())}")
     return 0

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 # A BLAS adds up the products of one row one after the other, those of a matrix in blocks. Rows in
-# parts of this length come out as exact as a matrix does; one of 16384 is 4 times as far off.
+# parts of this length come out as exact as a matrix (NOTES.md, "Sums of a CPU's matrix product").
 LONGEST_SUM = 1024
 
 

@@ -9,7 +9,8 @@ Everything else about routes follows from the table: the kernels to compile (:fu
 token counts at which something changes (:func:`bounds`) and the name of a path (:func:`path`).
 
 Hidden sizes up to 7168 on GPUs with clusters of 16 CTAs have kernels in clusters, which give a
-token the same bits in any batch. What was measured for each bound: ``benchmarks/NOTES.md``, Routes.
+token the same bits in any batch. What each bound rests on: NOTES.md, "Bounds of the table of
+routes", in ``benchmarks/``.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import bench, info, routes, support
+from . import bench, config, info, routes, support
 from .prewarm import prewarm
 from .testing import (
     KINDS,
@@ -125,8 +125,8 @@ def _graph(device: torch.device) -> str:
 
 
 def _gpu_time(tokens: int, device: torch.device) -> str:
-    timing = bench.time_case(bench.Case(tokens, GPU_HIDDEN, "fused"), device)
-    return f"{timing.us_median:.2f} us a boundary, in a chain of {timing.chain} in a CUDA graph"
+    times = bench.time_case(bench.Case(tokens, GPU_HIDDEN, "fused"), device)
+    return f"{times.us_median:.2f} us a boundary, in a chain of {times.chain} in a CUDA graph"
 
 
 def _cpu_checks() -> Iterator[tuple[str, Callable[[], str]]]:
@@ -223,10 +223,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object in place of a table")
     arguments = parser.parse_args(argv)
     try:
-        facts = info.collect()
+        for name in config.DEFAULTS:
+            config.switch(name)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    facts = info.collect()
     if not arguments.json:
         import rich.table  # noqa: F401  (before the checks, which take a while)
     start = time.perf_counter()

@@ -1,5 +1,6 @@
 """The benchmark: everything but the clock is checked on the CPU, the clock on a GPU."""
 
+import argparse
 import functools
 import json
 import math
@@ -11,20 +12,22 @@ import torch
 from expecttest import assert_expected_inline
 from rich.console import Console
 
-from mhc_ops import bench, info
+import boundary_time
+import mhc_ops
+import records
+from mhc_ops import bench, info, timing
 from mhc_ops.__main__ import main
-from mhc_ops.bench import Case, Timing
+from mhc_ops.bench import Case
+from mhc_ops.timing import Timing
 
 BASELINE = Path(__file__).parents[1] / "benchmarks" / "baselines" / "h100_sglang_0.5.23.json"
 SMI = {"driver_version": "580.159.04", "clocks.sm": "1980", "clocks.mem": None}
 CASE = Case(8, 4096, "fused")
-TIMING = Timing(6.10049, 6.0, 6.25, None, 64)
+TIMES = Timing(6.10049, 6.0, 6.25, 4.56789, 64)
 
 
-def record(case=CASE, timing=TIMING):
-    return bench.make_record(
-        case, timing, copy_tb_s=3.026, gpu="NVIDIA H100", smi=SMI, commit="c0ffee", command="bench"
-    )
+def row_of(case=CASE, times=TIMES):
+    return bench.make_row(case, times, copy_tb_s=3.026, gpu="NVIDIA H100", smi=SMI)
 
 
 def text_of(table, width=100):
@@ -41,13 +44,12 @@ def clockless(monkeypatch):
     times = {"fused": 6.0, "unfused": 9.0, "eager": 300.0, "compile": 30.0}
 
     def time_case(case, device, *, replays):
-        host = 4.5 if case.mode == "eager" else None
-        return Timing(times[case.path], times[case.path] - 0.5, times[case.path] + 1, host, 64)
+        return Timing(times[case.path], times[case.path] - 0.5, times[case.path] + 1, 4.5, 64)
 
     monkeypatch.setattr(bench.support, "is_supported", lambda device: (True, "pretended"))
     monkeypatch.setattr(bench.support, "cuda_device", lambda device: torch.device("cuda", 0))
     monkeypatch.setattr(bench.info, "nvidia_smi", lambda index, *fields: SMI)
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 3.026)
+    monkeypatch.setattr(bench.timing, "copy_bandwidth", lambda device: 3.026)
     monkeypatch.setattr(bench, "time_case", time_case)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(bench, "prewarm", lambda hidden, **rest: None)
@@ -61,14 +63,14 @@ def clockless(monkeypatch):
     [(1, 64), (64, 64), (65, 32), (512, 32), (513, 16), (2048, 16), (2049, 8), (100_000, 8)],
 )
 def test_chain_length(tokens, length):
-    assert bench.chain_length(tokens) == length
+    assert timing.chain_length(tokens) == length
 
 
 @pytest.mark.parametrize("hidden", bench.DEFAULT_HIDDEN)
 def test_weights_are_cold(hidden):
     """Between two uses of a fn more bytes move than the 60 MB of an H200's L2 hold."""
     for tokens in range(1, 9000, 7):
-        length = bench.chain_length(tokens)
+        length = timing.chain_length(tokens)
         assert (length - 1) * bench.boundary_bytes(tokens, hidden) > 1.5 * 60e6
 
 
@@ -131,10 +133,10 @@ def test_every_boundary_has_its_own_weights(monkeypatch):
 
 
 def test_percentiles():
-    assert bench.percentiles([4.0]) == (4.0, 4.0, 4.0)
+    assert timing.percentiles([4.0]) == (4.0, 4.0, 4.0)
     samples = [float(value) for value in range(11)]
-    assert bench.percentiles(samples[::-1]) == pytest.approx((1.0, 5.0, 9.0))
-    assert bench.percentiles([1.0, 2.0]) == pytest.approx((1.1, 1.5, 1.9))
+    assert timing.percentiles(samples[::-1]) == pytest.approx((1.0, 5.0, 9.0))
+    assert timing.percentiles([1.0, 2.0]) == pytest.approx((1.1, 1.5, 1.9))
 
 
 def test_not_finite_is_refused():
@@ -146,7 +148,7 @@ def test_not_finite_is_refused():
 
 
 def test_record():
-    row = json.loads(json.dumps(record()))
+    row = json.loads(json.dumps(row_of() | records.stamp("c0ffee", "bench")))
     row["torch"], row["utc"] = "*", row["utc"][:2] + "*"
     assert_expected_inline(
         json.dumps(row, indent=1),
@@ -179,19 +181,21 @@ def test_record():
 
 
 def test_host_time_is_recorded():
-    row = record(CASE._replace(mode="eager"), TIMING._replace(host_us=4.56789))
+    row = row_of(CASE._replace(mode="eager"))
     assert (row["mode"], row["host_us"]) == ("eager", 4.568)
+    assert row_of(CASE._replace(mode="eager", tokens=65))["host_us"] is None, "the queue is full"
 
 
 def test_table():
     rows = [
-        record(Case(8192, 7168, "unfused"), Timing(1234.5, 1234.0, 1239.0, None, 8)),
-        record(Case(1, 4096, "fused"), Timing(5.3, 5.25, 5.6, None, 64)),
-        record(Case(1, 4096, "compile", "eager"), Timing(85.3, 80.0, 99.0, 90.0, 64)),
-        record(Case(1, 4096, "fused", norm=False), Timing(5.0, 5.0, 5.0, None, 64)),
-        record(Case(3, 4096, "fused"), Timing(5.3, 5.25, 5.6, None, 64)),
+        row_of(Case(8192, 7168, "unfused"), Timing(1234.5, 1234.0, 1239.0, 9.0, 8)),
+        row_of(Case(1, 4096, "fused"), Timing(5.3, 5.25, 5.6, 9.0, 64)),
+        row_of(Case(1, 4096, "compile", "eager"), Timing(85.3, 80.0, 99.0, 90.0, 64)),
+        row_of(Case(1, 4096, "fused", norm=False), Timing(5.0, 5.0, 5.0, 9.0, 64)),
+        row_of(Case(3, 4096, "fused"), Timing(5.3, 5.25, 5.6, 9.0, 64)),
     ]
-    shown = text_of(bench.make_table(rows, bench.read_baseline(BASELINE)))
+    baseline = records.read_baseline(BASELINE)
+    shown = text_of(bench.make_table(rows, [boundary_time.beside(row, baseline) for row in rows]))
     assert max(map(len, shown.splitlines())) <= 100
     assert "…" not in shown
     assert_expected_inline(
@@ -224,7 +228,7 @@ def test_wrong_baseline(tmp_path, text, message):
     path = tmp_path / "baseline.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=f"expected JSON with rows of .*{message}"):
-        bench.read_baseline(path)
+        records.read_baseline(path)
 
 
 def test_commit(tmp_path, monkeypatch):
@@ -234,58 +238,70 @@ def test_commit(tmp_path, monkeypatch):
 
     package = tmp_path / "mhc_ops"
     package.mkdir()
-    (package / "bench.py").touch()
-    results = tmp_path / bench.RESULTS
+    (package / "__init__.py").touch()
+    results = tmp_path / records.RESULTS
     results.mkdir(parents=True)
     (results / "gpu.jsonl").touch()
-    monkeypatch.setattr(bench, "__file__", str(package / "bench.py"))
-    assert bench.source_commit() == "unknown"
+    monkeypatch.setattr(mhc_ops, "__file__", str(package / "__init__.py"))
+    assert records.source_commit() == "unknown"
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "first")
     head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=tmp_path, text=True).strip()
-    assert bench.source_commit() == head
+    assert records.source_commit() == head
     (results / "gpu.jsonl").write_text("{}\n")
-    assert bench.source_commit() == head
-    (package / "bench.py").write_text("changed\n")
-    assert bench.source_commit() == f"{head}-dirty"
+    assert records.source_commit() == head
+    (package / "__init__.py").write_text("changed\n")
+    assert records.source_commit() == f"{head}-dirty"
     inner = tmp_path / "environment" / "mhc_ops"
     inner.mkdir(parents=True)
-    monkeypatch.setattr(bench, "__file__", str(inner / "bench.py"))
-    assert bench.source_commit() == "unknown", "the repository around is not the source"
+    monkeypatch.setattr(mhc_ops, "__file__", str(inner / "__init__.py"))
+    assert records.source_commit() == "unknown", "the repository around is not the source"
 
 
 # ----------------------------------------------------------------------------------- the command
 
 
-def test_command_writes_one_record_a_row(tmp_path, capsys, clockless, monkeypatch):
+def test_command(capsys, clockless, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    output = tmp_path / "new" / "rows.jsonl"
-    argv = ["--tokens", "1", "8", "--hidden", "4096", "--commit", "c0ffee", "-o", str(output)]
-    assert main(["bench", *argv, "--baseline", str(BASELINE)]) == 0
+    argv = ["bench", "--tokens", "1", "8", "--hidden", "4096"]
+    assert main(argv) == 0
     shown = capsys.readouterr()
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert "16/16 hidden 4096 tokens 8 compile eager: 30.00 µs" in shown.err
+    assert "one boundary, µs; NVIDIA H100 80GB HBM3, copy 3.026 TB/s" in shown.out
+    assert main([*argv, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
     assert [(r["tokens"], r["path"], r["mode"]) for r in rows] == [
         (tokens, path, mode) for tokens in (1, 8) for path in bench.PATHS for mode in bench.MODES
     ]
-    assert {r["commit"] for r in rows} == {"c0ffee"}
-    assert rows[0]["command"].startswith("python -m mhc_ops bench --tokens 1 8 --hidden 4096")
     assert [r["host_us"] for r in rows[:2]] == [None, 4.5]
-    assert "16/16 hidden 4096 tokens 8 compile eager: 30.00 µs" in shown.err
-    assert "7.79" in shown.out, "the baseline figure of fused at 1 token"
-    assert main(["bench", *argv, "--paths", "fused", "--modes", "graph"]) == 0
-    assert len(output.read_text().splitlines()) == len(rows) + 2, "records are appended"
+
+
+def test_script_writes_one_record_a_row(tmp_path, capsys, clockless, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    output = tmp_path / "new" / "rows.jsonl"
+    argv = ["--tokens", "1", "8", "--hidden", "4096", "--commit", "c0ffee", "-o", str(output)]
+    assert boundary_time.main([*argv, "--baseline", str(BASELINE)]) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(rows) == 2 * len(bench.PATHS) * len(bench.MODES)
+    assert {r["commit"] for r in rows} == {"c0ffee"}
+    assert " --tokens 1 8 --hidden 4096" in rows[0]["command"]
+    assert "7.79" in capsys.readouterr().out, "the baseline figure of fused at 1 token"
+    assert boundary_time.main([*argv, "--paths", "fused", "--modes", "graph"]) == 0
+    assert len(output.read_text().splitlines()) == len(rows) + 1 + 1, "records are appended"
 
 
 def test_default_output(tmp_path, clockless, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = ["--tokens", "1", "--hidden", "4096", "--paths", "fused", "--modes", "graph"]
-    assert main(["bench", *argv]) == 0
+    assert boundary_time.main(argv) == 0
     assert (tmp_path / "benchmarks/results/nvidia_h100_80gb_hbm3.jsonl").exists()
 
 
-def test_defaults(clockless):
-    arguments = bench._parser().parse_args([])
+def test_defaults():
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    arguments = parser.parse_args([])
     assert arguments.tokens == [1, 8, 16, 32, 64, 128, 512, 2048, 8192]
     assert arguments.hidden == [4096, 7168]
     assert arguments.paths == ["fused", "unfused", "eager", "compile"]
@@ -322,7 +338,7 @@ def test_refuses_without_a_supported_gpu(capsys, monkeypatch, tmp_path):
 
 
 def test_missing_baseline_file(capsys):
-    assert main(["bench", "--baseline", "/nowhere/file.json"]) == 2
+    assert boundary_time.main(["--baseline", "/nowhere/file.json"]) == 2
     assert "/nowhere/file.json" in capsys.readouterr().err
 
 
@@ -333,7 +349,7 @@ def test_missing_baseline_file(capsys):
 @pytest.mark.parametrize("mode", bench.MODES)
 @pytest.mark.parametrize("path", bench.PATHS)
 def test_times_of_a_gpu(path, mode):
-    (row,) = bench.run([Case(8, 4096, path, mode)], command="test")
+    (row,) = bench.run([Case(8, 4096, path, mode)])
     assert 0 < row["us_p10"] <= row["us_median"] <= row["us_p90"]
     assert row["us_median"] > row["floor_us"] > 0
     assert (row["host_us"] is not None) == (mode == "eager")
@@ -348,7 +364,7 @@ def test_times_of_a_gpu(path, mode):
 def test_graph_gives_what_eager_gives():
     device = torch.device("cuda", torch.cuda.current_device())
     chain = bench.make_chain(Case(8, 4096, "fused"), device, length=8)
-    graph, outputs = bench._capture(chain)
+    graph, outputs = timing.capture(chain)
     for output in outputs:
         output.zero_()
     graph.replay()

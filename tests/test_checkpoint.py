@@ -97,7 +97,7 @@ def test_transformers_maps_the_one_to_the_other():
 def test_a_model_of_transformers_loads():
     """The stack makes of a layer's streams what the model's own hyper-connection does."""
     pytest.importorskip("transformers")
-    from mhc_ops import demo
+    from mhc_ops.demo import models as demo
     from mhc_ops.integrations import transformers as integration
 
     model = demo.small_model(0, "cpu")

@@ -11,10 +11,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from mhc_ops import __main__, __version__, config, info
-
-# the frame of a table: expecttest rewrites plain characters only
-ASCII = str.maketrans({"─": "-", "│": "|"} | dict.fromkeys("┌┐└┘├┤┬┴┼", "+"))
+from mhc_ops import __main__, __version__, config, info, routes, store
 
 H200 = {
     "versions": {
@@ -22,9 +19,11 @@ H200 = {
         "python": "3.12.3",
         "torch": "2.11.0+cu130",
         "tilelang": "0.1.15",
+        "triton": "3.6.0",
         "transformers": None,
+        "sglang": None,
+        "vllm": None,
         "cuda": "13.0",
-        "driver": "580.159.04",
     },
     "devices": [
         {
@@ -40,16 +39,21 @@ H200 = {
             "reason": "compute capability 7.0 of Tesla V100 is below 8.0",
         },
     ],
-    "cache_folder": "/cache",
-    "switches": dict(config.DEFAULTS),
+    "system": "Linux-6.8-x86_64-with-glibc2.39, Ubuntu 24.04 LTS",
+    "driver": "580.159.04",
+    "tools": {"nvcc": "release 13.0 (/usr/local/cuda/bin/nvcc)"},
+    "variables": {"MHC_OPS_TRUST_CACHE": "0 (not set)"},
+    "folders": {"cache": "/cache: 3 files, 0.1 MiB, trusted"},
+    "kernels": {"sm_90a": "hidden 4096: 2 built ahead, 0 cached of 30"},
+    "libraries": {"launcher": "cached: /cache/launcher.so"},
 }
 
 
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    for switch in config.DEFAULTS:
-        monkeypatch.delenv(switch, raising=False)
+    for name in config.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
 
 
 def skeleton(value):
@@ -75,9 +79,11 @@ def test_info_json(capsys):
   "python": "text or null",
   "torch": "text or null",
   "tilelang": "text or null",
+  "triton": "text or null",
   "transformers": "text or null",
-  "cuda": "text or null",
-  "driver": "text or null"
+  "sglang": "text or null",
+  "vllm": "text or null",
+  "cuda": "text or null"
  },
  "devices": [
   {
@@ -87,68 +93,150 @@ def test_info_json(capsys):
    "reason": "text or null"
   }
  ],
- "cache_folder": "text or null",
- "switches": {
-  "MHC_OPS_FUSE_POST_PRE": "bool",
-  "MHC_OPS_TILELANG_PRE": "bool",
-  "MHC_OPS_TILELANG_POST": "bool",
-  "MHC_OPS_DISABLE_JIT": "bool",
-  "MHC_OPS_TRUST_CACHE": "bool"
+ "system": "text or null",
+ "driver": "text or null",
+ "tools": {
+  "nvcc": "text or null",
+  "C compiler": "text or null",
+  "C++ compiler": "text or null"
+ },
+ "variables": {
+  "MHC_OPS_FUSE_POST_PRE": "text or null",
+  "MHC_OPS_TILELANG_PRE": "text or null",
+  "MHC_OPS_TILELANG_POST": "text or null",
+  "MHC_OPS_DISABLE_JIT": "text or null",
+  "MHC_OPS_TRUST_CACHE": "text or null",
+  "MHC_OPS_KERNELS": "text or null",
+  "MHC_OPS_AOT_ARCHS": "text or null",
+  "MHC_OPS_AOT_HIDDEN": "text or null"
+ },
+ "folders": {
+  "cache": "text or null",
+  "kernels built ahead": "text or null"
+ },
+ "kernels": {},
+ "libraries": {
+  "launcher": "text or null",
+  "short way of eager calls": "text or null"
  }
 }""",
     )
 
 
-def test_info_table(capsys, monkeypatch):
+def test_info_lines(capsys, monkeypatch):
     monkeypatch.setattr(info, "collect", lambda: H200)
     assert __main__.main(["info"]) == 0
     assert_expected_inline(
-        capsys.readouterr().out.translate(ASCII),
+        capsys.readouterr().out,
         """\
-+-----------------------+--------------------------------------------------------------------------+
-| mhc_ops               | 0.1.0                                                                    |
-| python                | 3.12.3                                                                   |
-| torch                 | 2.11.0+cu130                                                             |
-| tilelang              | 0.1.15                                                                   |
-| transformers          | -                                                                        |
-| cuda                  | 13.0                                                                     |
-| driver                | 580.159.04                                                               |
-+-----------------------+--------------------------------------------------------------------------+
-| cuda:0                | NVIDIA H200: supported: TileLang kernels for sm_90a                      |
-| cuda:1                | Tesla V100: not supported: compute capability 7.0 of Tesla V100 is below |
-|                       | 8.0                                                                      |
-+-----------------------+--------------------------------------------------------------------------+
-| kernel cache          | /cache                                                                   |
-+-----------------------+--------------------------------------------------------------------------+
-| MHC_OPS_FUSE_POST_PRE | 0                                                                        |
-| MHC_OPS_TILELANG_PRE  | 1                                                                        |
-| MHC_OPS_TILELANG_POST | 1                                                                        |
-| MHC_OPS_DISABLE_JIT   | 0                                                                        |
-| MHC_OPS_TRUST_CACHE   | 0                                                                        |
-+-----------------------+--------------------------------------------------------------------------+
+mhc_ops              0.1.0
+python               3.12.3
+system               Linux-6.8-x86_64-with-glibc2.39, Ubuntu 24.04 LTS
+torch                2.11.0+cu130
+tilelang             0.1.15
+triton               3.6.0
+transformers         not installed
+sglang               not installed
+vllm                 not installed
+CUDA of torch        13.0
+NVIDIA driver        580.159.04
+cuda:0               NVIDIA H200: supported: TileLang kernels for sm_90a
+cuda:1               Tesla V100: not supported: compute capability 7.0 of Tesla V100 is below 8.0
+nvcc                 release 13.0 (/usr/local/cuda/bin/nvcc)
+MHC_OPS_TRUST_CACHE  0 (not set)
+cache                /cache: 3 files, 0.1 MiB, trusted
+kernels of sm_90a    hidden 4096: 2 built ahead, 0 cached of 30
+launcher             cached: /cache/launcher.so
 """,
     )
 
 
-def test_info_shows_the_environment(capsys, monkeypatch):
-    monkeypatch.setenv("TILELANG_CACHE_DIR", "/somewhere/else")
+def shown(capsys):
+    """What ``info`` prints, label to text."""
+    assert __main__.main(["info"]) == 0
+    return dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+
+
+def fact(capsys, label):
+    (text,) = (text for name, text in shown(capsys).items() if name.strip() == label)
+    return text.strip()
+
+
+def test_info_finds_everything_out(capsys):
+    lines = shown(capsys)
+    assert not [line for line in lines.items() if "cannot be found out" in line[1]]
+
+
+def test_info_shows_the_environment(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("MHC_OPS_FUSE_POST_PRE", "on")
-    assert __main__.main(["info", "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["cache_folder"] == "/somewhere/else"
-    assert facts["switches"]["MHC_OPS_FUSE_POST_PRE"] is True
-
-
-def test_info_refuses_a_wrong_switch(capsys, monkeypatch):
+    monkeypatch.setenv("MHC_OPS_KERNEL", "/kernels")
     monkeypatch.setenv("MHC_OPS_TILELANG_PRE", "maybe")
-    assert __main__.main(["info"]) == 2
-    assert capsys.readouterr().err == "MHC_OPS_TILELANG_PRE: expected 0 or 1, got 'maybe'\n"
+    assert fact(capsys, "cache").startswith(f"{tmp_path}/mhc_ops: not there")
+    assert fact(capsys, "MHC_OPS_FUSE_POST_PRE") == "1"
+    assert fact(capsys, "MHC_OPS_TRUST_CACHE") == "0 (not set)"
+    assert fact(capsys, "MHC_OPS_KERNELS") == "not set"
+    assert fact(capsys, "MHC_OPS_KERNEL") == (
+        "'/kernels', which nothing reads; MHC_OPS_KERNELS was meant?"
+    )
+    assert fact(capsys, "MHC_OPS_TILELANG_PRE") == (
+        "'maybe', which is refused where it is read: expected 0 or 1"
+    )
+
+
+def test_info_says_who_else_can_write_the_cache(capsys, monkeypatch, tmp_path):
+    folder = tmp_path / "mhc_ops"
+    folder.mkdir()
+    (folder / "one").write_bytes(b"x" * 2**20)
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    assert fact(capsys, "cache") == f"{folder}: 1 files, 1.0 MiB, trusted"
+    folder.chmod(0o777)
+    exposed = f"{folder} can be written by others (mode 0777)"
+    assert fact(capsys, "cache") == f"{folder}: 1 files, 1.0 MiB, refused: {exposed}"
+    monkeypatch.setenv("MHC_OPS_TRUST_CACHE", "1")
+    assert fact(capsys, "cache") == f"{folder}: 1 files, 1.0 MiB, used although {exposed}"
+
+
+def test_info_counts_the_kernels_that_are_there(capsys, monkeypatch, tmp_path):
+    wanted = routes.keys(256, "sm_80", sys.modules["mhc_ops.prewarm"].DEFAULT_MAX_TOKENS)
+    for index, key in enumerate(wanted[:3]):
+        stem = store.file_name(key)
+        sources = store.kernels_built_with()["sources"] if index else "other"
+        (tmp_path / f"{stem}.cubin").touch()
+        (tmp_path / f"{stem}.json").write_text(json.dumps({"sources": sources}))
+    monkeypatch.setenv("MHC_OPS_KERNELS", str(tmp_path))
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert fact(capsys, "kernels of sm_80") == (
+        f"hidden 256: 2 built ahead, 0 cached of {len(wanted)}; some are of other sources"
+    )
+
+
+@pytest.mark.parametrize("name", ["_system", "_driver", "_nvcc", "_folder", "_library"])
+def test_info_never_raises(capsys, monkeypatch, name):
+    def fail(*arguments):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(info, name, fail)
+    texts = list(shown(capsys).values())
+    assert any(text.strip() == "cannot be found out: RuntimeError: broken" for text in texts)
+
+
+def test_info_of_a_broken_driver(capsys, monkeypatch):
+    def fail(index=None):
+        raise RuntimeError("CUDA driver error")
+
+    monkeypatch.setattr(info.support, "is_supported", fail)
+    assert fact(capsys, "cuda") == (
+        "not supported: cannot be found out: RuntimeError: CUDA driver error"
+    )
 
 
 def test_default_cache_folder_is_tilelangs(monkeypatch):
     monkeypatch.delenv("TILELANG_CACHE_DIR", raising=False)
     env = pytest.importorskip("tilelang.env")
-    assert info.collect()["cache_folder"] == vars(type(env.env))["TILELANG_CACHE_DIR"].default
+    default = vars(type(env.env))["TILELANG_CACHE_DIR"].default
+    assert str(config.cache_folder()) == default
 
 
 def test_nvidia_smi(tmp_path, monkeypatch):
@@ -241,7 +329,7 @@ def test_run_as_a_module():
     assert json.loads(done.stdout)["versions"]["mhc_ops"] == __version__
 
 
-@pytest.mark.parametrize("command", ["info", "selftest", "demo"])
+@pytest.mark.parametrize("command", ["selftest", "demo"])
 def test_without_rich(command, monkeypatch, capsys):
     """It draws tables, and nothing else: a command that draws one says what is missing."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
@@ -257,8 +345,8 @@ def test_without_rich(command, monkeypatch, capsys):
 
 def test_what_needs_no_rich(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rich", None)
-    assert __main__.main(["info", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["versions"]["torch"] == torch.__version__
+    assert __main__.main(["info"]) == 0
+    assert torch.__version__ in capsys.readouterr().out
 
 
 def test_no_bar_without_rich(monkeypatch):

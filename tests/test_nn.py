@@ -8,7 +8,8 @@ from call_counts import CallCounts
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import mhc_ops
-from mhc_ops import nn, reference
+from mhc_ops import nn, reference, support
+from mhc_ops.nn import wiring
 
 HIDDEN, TOKENS, LAYERS = 256, 5, 2
 FUSED = {"MHC_OPS_FUSE_POST_PRE": "1"}
@@ -147,7 +148,7 @@ def test_plain_functions_compute_the_same(monkeypatch, switches):
 
 
 def test_unsupported_device_falls_back_with_one_line(monkeypatch, caplog):
-    monkeypatch.setattr(nn, "_device_refusal", lambda *place: "compute capability 7.5")
+    monkeypatch.setattr(wiring, "_device_refusal", lambda *place: "compute capability 7.5")
     with caplog.at_level(logging.INFO, logger="mhc_ops"):
         stack = make("cpu", monkeypatch)
     with CallCounts() as calls:
@@ -164,7 +165,7 @@ def test_unsupported_device_falls_back_with_one_line(monkeypatch, caplog):
 def test_what_a_cuda_device_cannot_serve():
     """The reason of is_supported where CUDA is missing; shapes where it is there."""
     supported, reason = mhc_ops.is_supported("cuda")
-    got = nn._device_refusal(torch.device("cuda"), 4, HIDDEN)
+    got = wiring._device_refusal(torch.device("cuda"), 4, HIDDEN)
     assert got is None if supported else got == reason
 
 
@@ -172,8 +173,8 @@ def test_what_a_cuda_device_cannot_serve():
     ("hc_mult", "hidden", "text"), [(2, 256, "hc_mult is 2"), (4, 128, "hidden size is 128")]
 )
 def test_shapes_that_cuda_cannot_serve(monkeypatch, hc_mult, hidden, text):
-    monkeypatch.setattr(nn.support, "is_supported", lambda device: (True, "yes"))
-    assert text in nn._device_refusal(torch.device("cuda"), hc_mult, hidden)
+    monkeypatch.setattr(support, "is_supported", lambda device: (True, "yes"))
+    assert text in wiring._device_refusal(torch.device("cuda"), hc_mult, hidden)
 
 
 def test_other_dtype_falls_back_with_one_line(caplog, monkeypatch):

@@ -11,6 +11,7 @@ import mhc_ops
 from helpers import OPS, overload
 from mhc_ops import bench, config
 from mhc_ops.__main__ import COMMANDS
+from records import read_baseline
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -99,7 +100,7 @@ def test_changelog_has_this_version():
 def test_every_default_row_of_the_bench_has_a_baseline():
     """The command of the section on performance shows a baseline for every row of its defaults."""
     path = re.search(r"--baseline (\S+)", section("Performance"))[1]
-    baseline = bench.read_baseline(ROOT / path)
+    baseline = read_baseline(ROOT / path)
     for tokens in bench.DEFAULT_TOKENS:
         for hidden in bench.DEFAULT_HIDDEN:
             assert (tokens, hidden, "fused") in baseline

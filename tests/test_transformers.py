@@ -11,7 +11,8 @@ transformers = pytest.importorskip("transformers")
 
 from call_counts import CallCounts  # noqa: E402
 
-from mhc_ops import demo, nn  # noqa: E402
+from mhc_ops import nn  # noqa: E402
+from mhc_ops.demo import models as demo  # noqa: E402
 from mhc_ops.integrations import transformers as integration  # noqa: E402
 
 LAYERS = 4

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 from transformers import DynamicCache
 
 import transformers_decode as decoding
-from mhc_ops import demo
+from mhc_ops.demo import models as demo
 from mhc_ops.integrations import transformers as integration
 
 GOOD = decoding.Compared(0, 40, "mhc-ops fused", 0.01, 0.05, 0.98, 0, 0.7, 0.011)

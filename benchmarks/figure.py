@@ -1,4 +1,8 @@
-"""``python -m mhc_ops bench --plot``: records as a figure, the baseline beside them.
+"""Draw records of boundaries as a figure, with a baseline beside them.
+
+    python benchmarks/figure.py benchmarks/results/nvidia_h200.svg \\
+        --records benchmarks/results/nvidia_h200.jsonl \\
+        --baseline benchmarks/baselines/h200_sglang_0.5.23.json
 
 Left the time of a boundary, right the bandwidth that it reaches: the bytes of one pass over the
 data, divided by that time. The dashed lines are what the memory allows, from the copy bandwidth
@@ -7,13 +11,16 @@ measured in the same run.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import bench
+from mhc_ops import bench
+from records import read_baseline
 
 # Okabe and Ito's, which colour-blind readers can tell apart, by hidden size
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -42,7 +49,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     Those are of ``fused`` in graph mode with the norm and 20 rounds of Sinkhorn, as the baseline.
 
     Args:
-        path: JSON lines as ``bench`` writes them.
+        path: JSON lines as ``boundary_time.py`` writes them.
 
     Returns:
         Them, by hidden size and then tokens.
@@ -59,7 +66,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             ):  # fmt: skip
                 rows[row["hidden"], row["tokens"]] = row
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected lines as bench writes them, got {error!r}") from error
+        raise ValueError(
+            f"{path}: expected lines as boundary_time.py writes them, got {error!r}"
+        ) from error
     if not rows:
         raise ValueError(f"{path}: expected rows of fused in graph mode, got none")
     return [rows[size] for size in sorted(rows)]
@@ -76,7 +85,7 @@ def describe(
 
     Args:
         records: as :func:`read_records` gives them.
-        baseline: as :func:`bench.read_baseline` gives it, or None.
+        baseline: as :func:`records.read_baseline` gives it, or None.
 
     Returns:
         One line with GPU, commit and a hash of every figure drawn.
@@ -101,7 +110,8 @@ def draw(
 
     Args:
         records: as :func:`read_records` gives them.
-        baseline: as :func:`bench.read_baseline` gives it; with it, only its hidden sizes are drawn.
+        baseline: as :func:`records.read_baseline` gives it; with it, its hidden sizes alone are
+            drawn.
         output: ``.svg`` or ``.png``.
         name: of the baseline.
 
@@ -180,3 +190,29 @@ def draw(
     if svg:  # its lines end in blanks, which git takes for mistakes
         text = output.read_text()
         output.write_text("".join(line.rstrip() + "\n" for line in text.splitlines()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", type=Path, help="the .svg or .png to draw")
+    parser.add_argument("--records", type=Path, required=True, help="of boundary_time.py")
+    parser.add_argument("--baseline", type=Path, help="JSON of other figures to show beside")
+    arguments = parser.parse_args(argv)
+    try:
+        baseline = None if arguments.baseline is None else read_baseline(arguments.baseline)
+        rows = read_records(arguments.records)
+        draw(rows, baseline, arguments.output)
+    except ImportError:
+        print("expected matplotlib: pip install 'mhc-ops[plot]'", file=sys.stderr)
+        return 2
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{arguments.output}: {describe(rows, baseline)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

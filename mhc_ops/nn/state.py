@@ -1,0 +1,87 @@
+"""What a model carries from layer to layer: the streams, with a post step still to be applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .. import geometry, ops, reference
+
+
+class Copies(NamedTuple):
+    """The streams that a model starts from, which are all the same and need not be written yet.
+
+    Attributes:
+        x: [..., H] bf16, what each of them is: the embedding.
+    """
+
+    x: Tensor
+
+
+class StreamState(NamedTuple):
+    """The state that a model carries: residual streams with a post step still to be applied.
+
+    Attributes:
+        residual: [..., n, H] bf16, the streams before the sublayer that just ran.
+        x: [..., H] bf16, output of that sublayer.
+        post: [..., n, 1] fp32, its post weights.
+        comb: [..., n, n] fp32, its stream mixing, indexed [old stream, new stream].
+    """
+
+    residual: Tensor
+    x: Tensor
+    post: Tensor
+    comb: Tensor
+
+    def materialise(self, post: Callable[..., Tensor] = ops.post) -> Tensor:
+        """``r'[j] = bf16(post[j] * x + sum_i comb[i, j] * r[i])``: apply the pending post step.
+
+        Args:
+            post: the function that applies it; a wired module passes its own ``steps.post``.
+
+        Returns:
+            The plain streams, [..., n, H] bf16.
+        """
+        return post(self.x, self.residual, self.post, self.comb)
+
+
+class SublayerEntry(NamedTuple):
+    """What a hyper-connection hands to its sublayer.
+
+    Attributes:
+        residual: [..., n, H] bf16, the streams that the sublayer starts from.
+        layer_input: [..., H] bf16, its input, normed where the pre step had a norm.
+        post: [..., n, 1] fp32, weight of its output in each new stream.
+        comb: [..., n, n] fp32, stream mixing, indexed [old stream, new stream].
+    """
+
+    residual: Tensor
+    layer_input: Tensor
+    post: Tensor
+    comb: Tensor
+
+    def after(self, x: Tensor) -> StreamState:
+        """The state once the sublayer has run.
+
+        Args:
+            x: [..., H] bf16, the sublayer's output.
+
+        Returns:
+            The state with the post step of this sublayer pending.
+        """
+        return StreamState(self.residual, x, self.post, self.comb)
+
+
+def expand(embedding: Tensor, hc_mult: int = geometry.HC_MULT) -> Tensor:
+    """``r[j] = x`` for every stream j: the streams that a model starts from.
+
+    Args:
+        embedding: [..., H] bf16.
+        hc_mult: number of residual streams, n.
+
+    Returns:
+        [..., n, H] bf16, contiguous.
+    """
+    return reference.expand(embedding, hc_mult)

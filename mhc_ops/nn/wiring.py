@@ -1,0 +1,145 @@
+"""Which function runs each step of a model, chosen once for every module of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import config, geometry, ops, reference, support
+from .._arguments import ACTIVATION
+
+logger = logging.getLogger("mhc_ops")
+
+
+class Steps(NamedTuple):
+    """The functions that run the steps of a wired module.
+
+    Attributes:
+        post: as :func:`mhc_ops.post`.
+        pre: as :func:`mhc_ops.pre`; may return a plain tuple.
+        head: as :func:`mhc_ops.head`.
+        fused_post_pre: as :func:`mhc_ops.fused_post_pre`; None where a boundary runs as post,
+            then pre.
+        expand_pre: as :func:`mhc_ops.expand_pre`; None where copies are made, then pre runs.
+        post_head, post_head_streams: as :func:`mhc_ops.post_head` and
+            :func:`mhc_ops.post_head_streams`; None where the end runs as post, then head.
+    """
+
+    post: Callable[..., Tensor]
+    pre: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    head: Callable[..., Tensor]
+    fused_post_pre: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None
+    expand_pre: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None
+    post_head: Callable[..., Tensor] | None
+    post_head_streams: Callable[..., tuple[Tensor, Tensor]] | None
+
+
+class Wired(torch.nn.Module):
+    """A module whose steps are chosen by :func:`wire`."""
+
+    fn: Tensor
+    hc_mult: int
+    steps: Steps | None = None
+
+    def _steps(self) -> Steps:
+        if self.steps is None:
+            raise RuntimeError(
+                f"{type(self).__name__} is not wired: expected mhc_ops.nn.wire(model) once the "
+                "model stands on its device, before the first forward"
+            )
+        return self.steps
+
+
+def _device_refusal(device: torch.device, hc_mult: int, hidden_size: int) -> str | None:
+    """Why the ops cannot serve streams of this shape on a device; None where they can."""
+    if device.type in ("cpu", "meta"):
+        return None
+    supported, reason = support.is_supported(device)
+    if not supported:
+        return reason
+    if hc_mult != geometry.HC_MULT:
+        return f"hc_mult is {hc_mult}, the CUDA kernels take {geometry.HC_MULT}"
+    if hidden_size % geometry.HIDDEN_MULTIPLE != 0:
+        return (
+            f"the hidden size is {hidden_size}, the CUDA kernels take multiples of "
+            f"{geometry.HIDDEN_MULTIPLE}"
+        )
+    return None
+
+
+def _refusal(modules: Sequence[Wired], dtype: torch.dtype) -> str | None:
+    """Why the ops cannot run these modules.
+
+    Args:
+        modules: wired modules, on the device where they will run.
+        dtype: dtype of the activations.
+
+    Returns:
+        The reason; None where the ops can serve them all.
+    """
+    if dtype != ACTIVATION:
+        return f"the activations are {dtype}, the ops take {ACTIVATION}"
+    places = {
+        (module.fn.device, module.hc_mult, module.fn.shape[1] // module.hc_mult)
+        for module in modules
+    }
+    reasons = (_device_refusal(*place) for place in sorted(places, key=str))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def wire(model: torch.nn.Module, *, dtype: torch.dtype = ACTIVATION) -> None:
+    """Choose what runs each step of a model's hyper-connections.
+
+    Reads the switches once. A step runs on its op where its switch is on and the op can serve the
+    device; the plain functions of :mod:`mhc_ops.reference` run it otherwise, and one line in the
+    log says why. A boundary is fused where all three switches are on and the ops can serve, and so
+    are the ends of the model, expand with pre and post with head.
+
+    Call it once the model stands on its device, and again after moving it or changing a switch.
+
+    Args:
+        model: any module; every :class:`~mhc_ops.nn.HyperConnection` and
+            :class:`~mhc_ops.nn.HyperHead` in it is wired.
+        dtype: dtype of the activations.
+
+    Raises:
+        ValueError: the model has no hyper-connection, or a switch is neither on nor off.
+    """
+    modules = [module for module in model.modules() if isinstance(module, Wired)]
+    if not modules:
+        raise ValueError(
+            f"wire: expected a model with hyper-connections, got {type(model).__name__} without any"
+        )
+    switches = config.switches()
+    reason = _refusal(modules, dtype)
+    if reason is not None:
+        tilelang_pre = tilelang_post = False
+        plain = f"every step: {reason}"
+    else:
+        tilelang_pre, tilelang_post = switches.tilelang_pre, switches.tilelang_post
+        plain = "; ".join(
+            f"{steps}: {name} is off"
+            for steps, name, on in (
+                ("pre and head", "MHC_OPS_TILELANG_PRE", tilelang_pre),
+                ("post", "MHC_OPS_TILELANG_POST", tilelang_post),
+            )
+            if not on
+        )
+    if plain:
+        logger.warning("%s runs on plain PyTorch functions: %s", type(model).__name__, plain)
+    fuse = reason is None and switches.fuse
+    chosen = Steps(
+        post=ops.post if tilelang_post else reference.post,
+        pre=ops.pre if tilelang_pre else reference.pre,
+        head=ops.head if tilelang_pre else reference.head,
+        fused_post_pre=ops.fused_post_pre if fuse else None,
+        expand_pre=ops.expand_pre if fuse else None,
+        post_head=ops.post_head if fuse else None,
+        post_head_streams=ops.post_head_streams if fuse else None,
+    )
+    for module in modules:
+        module.steps = chosen
