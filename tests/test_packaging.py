@@ -20,6 +20,7 @@ import torch
 
 import mhc_ops
 from mhc_ops import routes, store
+from mhc_ops.native import host, torches
 
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
@@ -165,7 +166,8 @@ def test_a_wheel_with_kernels(source, wheel, tmp_path):
     names = {store.file_name(key) for key in routes.keys(256, "sm_80", 8192)}
     files = {path.name for path in (site / "mhc_ops" / "packaged").iterdir()}
     want = {f"{name}{suffix}" for name in names for suffix in (".cubin", ".json")}
-    want |= {f"{name}{suffix}" for name in ("host", "launcher") for suffix in (".so", ".json")}
+    libraries = (host.name(torches.here()), "launcher")
+    want |= {f"{name}{suffix}" for name in libraries for suffix in (".so", ".json")}
     assert files == want
     python(
         sys.executable, "-c", LOAD_PACKAGED, cwd=tmp_path, PYTHONPATH=str(site), PATH="/nowhere",
@@ -183,6 +185,10 @@ def test_a_wheel_with_kernels(source, wheel, tmp_path):
     [
         ({"MHC_OPS_AOT_ARCHS": "hopper"}, "with an a from sm_90a on, got hopper"),
         ({"MHC_OPS_AOT_ARCHS": "sm_80", "MHC_OPS_AOT_HIDDEN": "100"}, "multiples of 256, got 100"),
+        (
+            {"MHC_OPS_AOT_ARCHS": "sm_80", "MHC_OPS_AOT_TORCH": "mhc_ops"},
+            "copy/mhc_ops, which has no",
+        ),
     ],
 )
 def test_a_wheel_with_kernels_that_cannot_be_built(source, tmp_path, environment, message):

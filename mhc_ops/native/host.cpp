@@ -28,6 +28,8 @@
 #include <utility>
 #include <vector>
 
+#include <dlfcn.h>
+
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
@@ -39,10 +41,6 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
-
-// Part of torch's stable C interface, in libtorch_cuda.so; a CPU build of torch has none.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                            void** stream);
 
 // Part of Python's stable C interface, in every process that has Python; any other has none.
 extern "C" {
@@ -490,11 +488,24 @@ void drop_arguments(Stack* stack, size_t count) {
   }
 }
 
+// Part of torch's stable C interface. It is looked up in the libtorch_cuda.so that is loaded where
+// there is a CUDA tensor, not linked to, so that one library serves builds of torch with CUDA and
+// without.
+using CurrentStream = int32_t (*)(int32_t device_index, void** stream);
+
+CurrentStream find_current_stream() {
+  void* const library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+  return library == nullptr ? nullptr
+                            : reinterpret_cast<CurrentStream>(
+                                  dlsym(library, "aoti_torch_get_current_cuda_stream"));
+}
+
 // torch's current stream of the device.
 void* current_stream(const Op& op, c10::Device device) {
   void* stream = nullptr;
   if (device.is_cuda()) {
-    TORCH_CHECK(aoti_torch_get_current_cuda_stream(device.index(), &stream) == 0, "mhc::", op.name,
+    static const CurrentStream current = find_current_stream();
+    TORCH_CHECK(current != nullptr && current(device.index(), &stream) == 0, "mhc::", op.name,
                 ": torch has no current stream of CUDA device ", device.index());
   }
   return stream;

@@ -26,14 +26,16 @@ from .. import formula, jit
 from .._arguments import MIX, Recipe, TensorSpec, recipe
 from .._library import SCHEMAS
 from ..formula import Formula
-from . import early, launcher, library
+from . import early, launcher, library, torches
 from .plan import Plan, Range, Step
 
 logger = logging.getLogger("mhc_ops")
 
-NAME = "host"  # among kernels that are built ahead
 SOURCE = Path(__file__).with_name("host.cpp")
-FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden")
+FLAGS = (
+    *("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"),
+    "-D_GLIBCXX_USE_CXX11_ABI=1",  # as every torch since 2.7
+)
 
 # As host.cpp numbers them: kinds of arguments, sources of a kernel's parameters.
 _TENSOR, _FLOAT, _INT, _NONE = range(4)
@@ -91,50 +93,52 @@ class _NativeReads:
 _reads: Reads = early.Table()
 
 
-def built_with() -> dict[str, str]:
+def name(of: torches.Torch) -> str:
+    """Stem of the library's files among kernels that are built ahead, such as host-torch2.14."""
+    return f"host-torch{of.series}"
+
+
+def built_with(of: torches.Torch) -> dict[str, str]:
     """What the library depends on; of Python only the stable interface, so any Python's."""
     return {
-        "torch": torch.__version__,
-        "torch_commit": str(torch.version.git_version),
+        **of.facts,
         "machine": platform.machine(),
         "flags": " ".join(FLAGS),
         "source": hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16],
     }
 
 
-def command() -> list[str]:
+def command(of: torches.Torch) -> list[str]:
     """The compiler's command line.
 
     The libraries it names are loaded already when the result is, so it holds no path of theirs.
     """
-    home = Path(torch.__file__).parent
-    libraries = ("torch_cpu", "c10", *(("torch_cuda",) if torch.version.cuda else ()))
     return [
         *shlex.split(os.environ.get("CXX", "g++")),
         *FLAGS,
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        f"-I{home / 'include'}",
+        f"-I{of.home / 'include'}",
         str(SOURCE),
-        f"-L{home / 'lib'}",
-        "-Wl,--no-as-needed",  # torch_cuda: its one symbol is weak
-        *(f"-l{name}" for name in libraries),
+        f"-L{of.home / 'lib'}",
+        *("-ltorch_cpu", "-lc10"),
     ]
 
 
-def build(folder: Path) -> None:
-    """Build the library into a folder, for the torch of this environment.
+def build(folder: Path, of: torches.Torch) -> None:
+    """Build the library into a folder, where it is not there yet.
 
     Args:
         folder: where to put it.
+        of: the torch that it is for.
 
     Raises:
         OSError, subprocess.SubprocessError: it cannot be built or written.
     """
-    library.build(folder, NAME, built_with(), command())
+    library.build(folder, name(of), built_with(of), command(of))
 
 
 def _load() -> ctypes.CDLL:
-    loaded = ctypes.CDLL(str(library.obtain(NAME, built_with(), command())))
+    of = torches.here()
+    loaded = ctypes.CDLL(str(library.obtain(name(of), built_with(of), command(of))))
     words = ctypes.POINTER(ctypes.c_int64)
     number = ctypes.c_int64
     loaded.mhc_use_launcher.argtypes = (ctypes.c_void_p,) * 3
