@@ -32,6 +32,7 @@ from torch import Tensor
 
 from . import config, geometry, ops, reference, support
 from ._arguments import ACTIVATION, MIX, mixes
+from ._exportable import exportable
 
 logger = logging.getLogger("mhc_ops")
 
@@ -61,6 +62,7 @@ class Steps(NamedTuple):
     post_head_streams: Callable[..., tuple[Tensor, Tensor]] | None
 
 
+@exportable
 class Copies(NamedTuple):
     """The streams that a model starts from, which are all the same and need not be written yet.
 
@@ -71,6 +73,7 @@ class Copies(NamedTuple):
     x: Tensor
 
 
+@exportable
 class StreamState(NamedTuple):
     """The state that a model carries: residual streams with a post step still to be applied.
 
@@ -98,6 +101,7 @@ class StreamState(NamedTuple):
         return post(self.x, self.residual, self.post, self.comb)
 
 
+@exportable
 class SublayerEntry(NamedTuple):
     """What a hyper-connection hands to its sublayer.
 
@@ -498,6 +502,7 @@ class DecoderLayer(torch.nn.Module):
         return entry.after(self.mlp(entry.layer_input))
 
 
+@exportable
 class StackOutput(NamedTuple):
     """What a :class:`DecoderStack` returns.
 
@@ -603,6 +608,7 @@ def _mean(streams: Tensor) -> Tensor:
     return streams.float().mean(-2).to(streams.dtype)
 
 
+@exportable
 class NextNOutput(NamedTuple):
     """What a :class:`NextNLayer` returns.
 
