@@ -80,7 +80,7 @@ setup(
     packages=[*find_packages(include=["mhc_ops", "mhc_ops.*"]), "mhc_ops.csrc_tilelang"],
     install_requires=DEPENDENCIES,
     package_dir={"mhc_ops.csrc_tilelang": "csrc_tilelang"},
-    package_data={"mhc_ops": ["py.typed"], "mhc_ops.native": ["host.cpp", "launcher.c"]},
+    package_data={"mhc_ops": ["py.typed"], "mhc_ops.native": ["*.cpp", "*.h", "*.c"]},
     cmdclass={
         "build_py": BuildWithKernels,
         "bdist_wheel": WheelWithKernels,

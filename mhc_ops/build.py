@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import compiler, routes, store, support
-from .native import host, launcher, library, torches
+from .native import ahead, host, launcher, library, torches
 from .prewarm import DEFAULT_MAX_TOKENS, check_sizes, progress_bar, side_by_side
 
 DEFAULT_HIDDEN = (4096, 5120, 7168)  # V4-Flash, V4.1, V4-Pro
@@ -94,7 +94,8 @@ def build(
     """Compile every kernel that these sizes can reach into a folder; needs no GPU.
 
     With the kernels come the native libraries: the launcher, and the short way of eager calls for
-    each release series of torch. What the folder has of these sources already is kept.
+    each release series of torch; and what a process without Python needs to know of the ops. What
+    the folder has of these sources already is kept.
 
     Args:
         archs: such as ``sm_90a``, as :func:`mhc_ops.is_supported` names a device's; none where
@@ -137,6 +138,10 @@ def build(
     if missing:
         with progress_bar(progress) as bar:
             side_by_side(bar, f"compiling for {', '.join(archs)}", build_one, missing)
+    ahead.write_ops(folder)
+    for arch in archs:
+        for size in hidden:
+            ahead.write_plans(folder, arch, size)
     return BuildReport(folder, tuple(keys), missing, libraries, time.perf_counter() - start)
 
 

@@ -110,6 +110,18 @@ def test_it_serves_a_call(kernel, op, norm, leading):
         assert out.untyped_storage().nbytes() == out.numel() * out.element_size()
 
 
+@pytest.mark.parametrize("leading", [(0,), (2, 0)], ids=str)
+@pytest.mark.parametrize(("op", "norm"), OP_AND_NORM)
+def test_it_serves_a_call_without_tokens(kernel, op, norm, leading):
+    inputs = make_inputs(op, leading, HIDDEN, norm=norm)
+    before = host.calls()
+    outputs = call(op, inputs)
+    assert host.calls() - before == 1
+    assert not kernel.launches
+    for name, want in python(inputs, op).items():
+        assert (outputs[name].shape, outputs[name].dtype) == (want.shape, want.dtype)
+
+
 def facts(launch, held):
     """What a launch was given; of a tensor where it lies, if it is one of the op's arguments."""
     places = {value.data_ptr() for value in tensors(held).values()}
@@ -232,7 +244,6 @@ OFF = [
     off("too_many_rounds", sinkhorn_repeat=10_001),
     off("norm_weight_alone", norm_eps=None),
     off("norm_eps_alone", norm_weight=None),
-    pytest.param(lambda _: inputs_of(0), id="no_tokens"),
     pytest.param(lambda _: inputs_of(MOST + 1), id="too_many_tokens"),
     pytest.param(lambda _: inputs_of((MOST, 2)), id="too_many_tokens_in_two_dimensions"),
     pytest.param(lambda _: inputs_of(hc_mult=2), id="two_streams"),

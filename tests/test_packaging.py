@@ -109,7 +109,11 @@ def environment(wheel, tmp_path_factory):
 def test_wheel_holds_every_source_file(wheel):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
-    want = {"mhc_ops/py.typed", "mhc_ops/native/host.cpp", "mhc_ops/native/launcher.c"}
+    want = {"mhc_ops/py.typed"}
+    for suffix in ("cpp", "h", "c"):
+        for path in (ROOT / "mhc_ops" / "native").glob(f"*.{suffix}"):
+            want.add(f"mhc_ops/native/{path.name}")
+    assert {"mhc_ops/native/host.cpp", "mhc_ops/native/plan.h", "mhc_ops/native/launcher.c"} <= want
     for package, folder in (("mhc_ops", "mhc_ops"), ("mhc_ops/csrc_tilelang", "csrc_tilelang")):
         for path in (ROOT / folder).rglob("*.py"):
             want.add(f"{package}/{path.relative_to(ROOT / folder).as_posix()}")
@@ -168,6 +172,7 @@ def test_a_wheel_with_kernels(source, wheel, tmp_path):
     want = {f"{name}{suffix}" for name in names for suffix in (".cubin", ".json")}
     libraries = (host.name(torches.here()), "launcher")
     want |= {f"{name}{suffix}" for name in libraries for suffix in (".so", ".json")}
+    want |= {"ops.txt", "plans-sm_80-256.txt"}
     assert files == want
     python(
         sys.executable, "-c", LOAD_PACKAGED, cwd=tmp_path, PYTHONPATH=str(site), PATH="/nowhere",

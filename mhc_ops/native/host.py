@@ -1,8 +1,9 @@
 """The short way of eager calls: its library, its plans, and the table of early reading.
 
-``host.cpp`` says what it does and how a call gets there. Where it was not built ahead with the
-kernels, it is built with the host's C++ compiler when the first kernel is loaded, and kept beside
-the kernels in the cache folder. Where there is no compiler, every call takes the long way instead.
+``host.cpp``, of which the headers beside it are parts, says what it does and how a call gets there.
+Where it was not built ahead with the kernels, the host's C++ compiler builds it when the first
+kernel is loaded, and kept beside the kernels in the cache folder. Where there is no compiler, every
+call takes the long way instead.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ FLAGS = (
     "-D_GLIBCXX_USE_CXX11_ABI=1",  # as every torch since 2.7
 )
 
-# As host.cpp numbers them: kinds of arguments, sources of a kernel's parameters.
+# As plan.h numbers them: kinds of arguments, sources of a kernel's parameters.
 _TENSOR, _FLOAT, _INT, _NONE = range(4)
 _ARGUMENT, _OUTPUT, _MEMORY, _FLOAT32, _INT32, _FORMULA32, _FORMULA64, _EARLY = range(8)
 _STACK = 32  # numbers that a formula may need at a time there
@@ -93,6 +94,14 @@ class _NativeReads:
 _reads: Reads = early.Table()
 
 
+def source() -> str:
+    """What the sources of the library are, in short."""
+    texts = hashlib.sha256()
+    for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))):
+        texts.update(f"{path.name}\0{path.read_text()}\0".encode())
+    return texts.hexdigest()[:16]
+
+
 def name(of: torches.Torch) -> str:
     """Stem of the library's files among kernels that are built ahead, such as host-torch2.14."""
     return f"host-torch{of.series}"
@@ -104,7 +113,7 @@ def built_with(of: torches.Torch) -> dict[str, str]:
         **of.facts,
         "machine": platform.machine(),
         "flags": " ".join(FLAGS),
-        "source": hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16],
+        "source": source(),
     }
 
 
@@ -116,6 +125,10 @@ def command(of: torches.Torch) -> list[str]:
     return [
         *shlex.split(os.environ.get("CXX", "g++")),
         *FLAGS,
+        f'-DMHC_SOURCE="{source()}"',
+        # no folder of the machine that builds it is in the library
+        f"-ffile-prefix-map={of.home / 'include'}=torch",
+        f"-ffile-prefix-map={SOURCE.parent}=mhc_ops/native",
         f"-I{of.home / 'include'}",
         str(SOURCE),
         f"-L{of.home / 'lib'}",
@@ -166,13 +179,20 @@ def use_launcher(loaded: ctypes.CDLL, kernels: ctypes.CDLL) -> None:
     loaded.mhc_use_launcher(*(ctypes.cast(f, ctypes.c_void_p) for f in functions))
 
 
-def _define(loaded: ctypes.CDLL, of: Recipe) -> int:
+def shown(of: Recipe) -> tuple[int, int, int, int]:
+    """Where a call of an op shows which plan it needs.
+
+    Returns:
+        (arguments, index of the streams, their dimensions behind those of the tokens, index of
+        ``norm_weight`` or -1).
+    """
     names = list(of.arguments)
-    streams = of.tensors[of.streams]
     norm_weight = names.index("norm_weight") if "norm_weight" in names else -1
-    number: int = loaded.mhc_define(
-        of.op.encode(), len(names), names.index(of.streams), len(streams.tail), norm_weight
-    )
+    return len(names), names.index(of.streams), len(of.tensors[of.streams].tail), norm_weight
+
+
+def _define(loaded: ctypes.CDLL, of: Recipe) -> int:
+    number: int = loaded.mhc_define(of.op.encode(), *shown(of))
     if number < 0:
         raise RuntimeError(f"mhc::{of.op} has more arguments than host.cpp has room for")
     return number
@@ -211,7 +231,7 @@ def early_reads() -> Reads:
     return _reads
 
 
-# -------------------------------------------------------------------- a plan as host.cpp reads it
+# ---------------------------------------------------------------------- a plan as plan.h reads it
 
 
 def _list(items: Sequence[list[int]]) -> list[int]:
@@ -286,7 +306,7 @@ def _range(of: Plan, served: Range, kernels: Sequence[launcher.Kernel | None]) -
 
 
 def words(of: Plan, kernels: Sequence[Sequence[launcher.Kernel | None]]) -> list[int]:
-    """A plan as host.cpp reads it.
+    """A plan as plan.h reads it.
 
     Args:
         of: the plan.
