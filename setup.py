@@ -1,8 +1,10 @@
 """Packages: ``mhc_ops`` as it lies, ``csrc_tilelang`` under the name ``mhc_ops.csrc_tilelang``.
 
 With ``MHC_OPS_AOT_ARCHS=sm_90a,sm_100a`` set, kernels for these architectures are compiled into the
-wheel, for the hidden sizes of ``MHC_OPS_AOT_HIDDEN`` (those of ``python -m mhc_ops build`` without
-it). That needs torch and TileLang, so ``--no-build-isolation``, nvcc and a C++ compiler.
+wheel, for the hidden sizes of ``MHC_OPS_AOT_HIDDEN``, with a native library for each torch of
+``MHC_OPS_AOT_TORCH``, wheels or package folders; without these two, for the sizes and the torch of
+``python -m mhc_ops build`` without options. That needs torch and TileLang, so
+``--no-build-isolation``, nvcc and a C++ compiler.
 
 Everything else stands in pyproject.toml, which has no way to map one package to another folder, nor
 to let the dependencies depend on what is built.
@@ -21,6 +23,7 @@ from setuptools.errors import SetupError
 
 ARCHS = os.environ.get("MHC_OPS_AOT_ARCHS")
 HIDDEN = os.environ.get("MHC_OPS_AOT_HIDDEN")
+TORCH = os.environ.get("MHC_OPS_AOT_TORCH")
 
 # Why each of them, and why these ranges: CONTRIBUTING.md. A wheel that carries kernels needs torch
 # alone, so it can be installed beside an engine that pins another TileLang.
@@ -39,6 +42,9 @@ class BuildWithKernels(build_py):
         home = os.path.abspath(self.build_lib)
         command = [sys.executable, "-m", "mhc_ops", "build", "--arch", ARCHS]
         command += ["--hidden", HIDDEN] if HIDDEN else []
+        # they are named from where the build was started
+        paths = [os.path.abspath(path) for path in (TORCH or "").split(",") if path]
+        command += ["--torch", ",".join(paths)] if paths else []
         command += ["--output", packaged]
         # from that folder: neither the checkout nor an installed mhc_ops comes first
         done = subprocess.run(command, cwd=home, env=os.environ | {"PYTHONPATH": home})
@@ -74,7 +80,7 @@ setup(
     packages=[*find_packages(include=["mhc_ops", "mhc_ops.*"]), "mhc_ops.csrc_tilelang"],
     install_requires=DEPENDENCIES,
     package_dir={"mhc_ops.csrc_tilelang": "csrc_tilelang"},
-    package_data={"mhc_ops": ["py.typed"], "mhc_ops.native": ["host.cpp", "launcher.c"]},
+    package_data={"mhc_ops": ["py.typed"], "mhc_ops.native": ["*.cpp", "*.h", "*.c"]},
     cmdclass={
         "build_py": BuildWithKernels,
         "bdist_wheel": WheelWithKernels,

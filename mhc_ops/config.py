@@ -13,8 +13,9 @@ Fusing needs all three of the first. They steer the model wiring (``mhc_ops.nn``
 it), never a direct call of an op, and are read when a model is wired, not at import. The others are
 read when a kernel is first asked for.
 
-What is compiled lies in TileLang's cache folder, which ``TILELANG_CACHE_DIR`` moves. Two more
-variables are read when a wheel is built, by setup.py: `MHC_OPS_AOT_ARCHS` and `MHC_OPS_AOT_HIDDEN`.
+What is compiled lies in TileLang's cache folder, which ``TILELANG_CACHE_DIR`` moves. Three more
+variables are read when a wheel is built, by setup.py: `MHC_OPS_AOT_ARCHS`, `MHC_OPS_AOT_HIDDEN` and
+`MHC_OPS_AOT_TORCH`.
 """
 
 from __future__ import annotations
@@ -59,7 +60,13 @@ DEFAULTS: dict[str, bool] = {
     "MHC_OPS_TRUST_CACHE": False,
 }
 WIRING = tuple(DEFAULTS)[: len(Switches._fields)]
-VARIABLES = (*DEFAULTS, "MHC_OPS_KERNELS", "MHC_OPS_AOT_ARCHS", "MHC_OPS_AOT_HIDDEN")
+VARIABLES = (
+    *DEFAULTS,
+    "MHC_OPS_KERNELS",
+    "MHC_OPS_AOT_ARCHS",
+    "MHC_OPS_AOT_HIDDEN",
+    "MHC_OPS_AOT_TORCH",
+)
 
 PACKAGED = Path(__file__).with_name("packaged")  # kernels that the package carries
 

@@ -16,8 +16,12 @@ from typing import TypeAlias
 
 Value: TypeAlias = "Formula | int"
 
-# What native/host.cpp evaluates, each by its position in the enumeration Step there.
-STEPS = ("constant", "tokens", "+", "-", "*", "//", "%", "min", "max", "at_most", "select")
+# What native/plan.h evaluates, each by its position in the enumeration Step there.
+STEPS = (
+    *("constant", "tokens", "+", "-", "*", "//", "%", "min", "max", "at_most", "select"),
+    "multiprocessors",
+)
+_OPEN = ("tokens", "multiprocessors")  # names with a step: of a call, and of a device
 
 _FUNCTIONS: dict[str, Callable[..., int]] = {
     "+": operator.add,
@@ -168,23 +172,25 @@ def evaluate(formula: Formula, values: Mapping[str, int]) -> int:
 
 
 def code(formula: Formula) -> list[int]:
-    """A formula of ``tokens`` as the native library evaluates it: steps of a stack machine.
+    """A formula as the native library evaluates it: steps of a stack machine.
 
     Args:
-        formula: the formula.
+        formula: the formula, of ``tokens`` and ``multiprocessors``.
 
     Returns:
         The number of each step, and after that of a constant its value.
 
     Raises:
-        ValueError: the formula has another name than ``tokens``.
+        ValueError: the formula has another name.
     """
     if formula.function == "constant":
         return [STEPS.index("constant"), int(formula.leaf)]
     if formula.function == "name":
-        if formula.leaf != "tokens":
-            raise ValueError(f"expected a formula of tokens alone, got one of {formula}")
-        return [STEPS.index("tokens")]
+        if formula.leaf not in _OPEN:
+            raise ValueError(
+                f"expected a formula of tokens and multiprocessors alone, got one of {formula}"
+            )
+        return [STEPS.index(str(formula.leaf))]
     steps = [step for part in formula.parts for step in code(part)]
     return [*steps, STEPS.index(formula.function)]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .._arguments import streams_of
+from .._exportable import exportable
 from ._define import define
 
 
@@ -25,6 +26,7 @@ define("expand_pre", cpu=_cpu)
 
 
 # public function
+@exportable
 class ExpandPreOutput(NamedTuple):
     """What :func:`expand_pre` returns.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._exportable import exportable
 from ._define import define
 
 
@@ -24,6 +25,7 @@ define("fused_post_pre", cpu=_cpu)
 
 
 # public function
+@exportable
 class FusedPostPreOutput(NamedTuple):
     """What :func:`fused_post_pre` returns.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._exportable import exportable
 from ._define import define
 
 
@@ -24,6 +25,7 @@ define("post_head_streams", cpu=_cpu)
 
 
 # public function
+@exportable
 class PostHeadOutput(NamedTuple):
     """What :func:`post_head_streams` returns.
 

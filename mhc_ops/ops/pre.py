@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._exportable import exportable
 from ._define import define
 
 # CPU: reference.pre
@@ -18,6 +19,7 @@ define("pre", cpu=reference.pre)
 
 
 # public function
+@exportable
 class PreOutput(NamedTuple):
     """What :func:`pre` returns.
 
