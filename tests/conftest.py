@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ import torch
 import mhc_ops
 from emulated import lower_key
 from fake_driver import FakeDriver, install, restore
+from kept import Kept
 from mhc_ops.compiler import Lowered
 from mhc_ops.native import host
 from mhc_ops.routes import Key
@@ -80,12 +80,18 @@ def driver(_driver, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """Where the emulation builds."""
-    return tmp_path_factory.mktemp("emulation")
+def kept(pytestconfig, tmp_path_factory) -> Kept:
+    """What was lowered and compiled, in pytest's cache folder where there is one."""
+    try:
+        folder = pytestconfig.cache.mkdir("built")
+    except (AttributeError, OSError):  # without pytest's plugin, or in a checkout to read alone
+        folder = tmp_path_factory.mktemp("built")
+    found = Kept(folder)
+    found.drop_unused()
+    return found
 
 
 @pytest.fixture(scope="session")
-def lowered() -> Callable[[Key], Lowered]:
+def lowered(kept) -> Callable[[Key], Lowered]:
     """Key to lowered kernel, each lowered once."""
-    return functools.cache(lower_key)
+    return functools.cache(lambda key: lower_key(key, kept))

@@ -27,8 +27,8 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 @pytest.fixture
-def device(monkeypatch, folder, lowered) -> Device:
-    return Device(monkeypatch, lambda key: Kernel(lowered(key), folder))
+def device(monkeypatch, kept, lowered) -> Device:
+    return Device(monkeypatch, lambda key: Kernel(lowered(key), kept))
 
 
 ENDS = ("expand_pre", "post_head", "post_head_streams")
