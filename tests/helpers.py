@@ -164,10 +164,15 @@ def bounds(hidden: int) -> set[int]:
     return {t for start in starts for t in (start - 1, start)} - {0}
 
 
+def tokens_of(hidden: int, *tokens: int, at_bounds: bool = False) -> list[int]:
+    """These token counts, and those on both sides of every bound of the table."""
+    return sorted({*tokens, *(bounds(hidden) if at_bounds else ())})
+
+
 def sizes(op: str, hidden: Iterable[int], *tokens: int, at_bounds: bool = False) -> list[Any]:
     """(hidden, tokens) as parameters, each with the path that it reaches on CUDA in its id."""
     return [
         pytest.param(h, t, id=f"{h}-{t}-{path(op, h, t)}")
         for h in hidden
-        for t in sorted({*tokens, *(bounds(h) if at_bounds else ())})
+        for t in tokens_of(h, *tokens, at_bounds=at_bounds)
     ]

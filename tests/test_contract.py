@@ -96,13 +96,6 @@ def test_inputs_expanded_over_the_tokens(device, op):
     assert_equal(call(op, inputs), call(op, dense))
 
 
-@pytest.mark.parametrize("op", ["post", "fused_post_pre", "post_head", "post_head_streams"])
-def test_posts_without_their_last_dimension(device, op):
-    inputs = make_inputs(op, (2, 3), HIDDEN, device=device)
-    squeezed = inputs | {"post_layer_mix": inputs["post_layer_mix"].squeeze(-1)}
-    assert_equal(call(op, squeezed), call(op, inputs))
-
-
 @pytest.mark.parametrize("op", [op for op in OPS if op != "post"])
 def test_float32_norm_weight_is_cast(device, op):
     inputs = make_inputs(op, 5, HIDDEN, device=device, norm=True, kind="large_logits")

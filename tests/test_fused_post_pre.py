@@ -1,13 +1,13 @@
-"""fused_post_pre: against post then pre, and against the float64 oracle."""
+"""fused_post_pre: against post then pre, its rounds of Sinkhorn, and its paths."""
 
 import pytest
 import torch
 
 import mhc_ops
-from helpers import EPSILONS, OPS, bounds, check_against_oracle, path, sizes
+from helpers import OPS, bounds, check_against_oracle, path, sizes
 from mhc_ops import jit, routes, support
 from mhc_ops.native import host, launcher
-from mhc_ops.testing import KINDS, make_inputs, poisoned_memory
+from mhc_ops.testing import make_inputs, poisoned_memory
 
 OP = "fused_post_pre"
 POST_ARGUMENTS = ("x", "residual", "post_layer_mix", "comb_res_mix")
@@ -68,36 +68,6 @@ def test_classical_at_more_tokens(hidden, tokens, norm):
     assert_fused_is_post_then_pre("cuda", tokens, hidden, norm, sinkhorn_repeat=20)
 
 
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("hidden", [256, 4096])
-@pytest.mark.parametrize("kind", KINDS)
-def test_oracle(device, kind, hidden, norm):
-    check_against_oracle(OP, device, tokens=17, hidden=hidden, norm=norm, kind=kind)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize(("hidden", "tokens"), sizes(OP, (4096,), 8, 64, 200, 513, at_bounds=True))
-@pytest.mark.parametrize("kind", KINDS)
-def test_oracle_on_every_path(kind, hidden, tokens, norm):
-    check_against_oracle(OP, "cuda", tokens=tokens, hidden=hidden, norm=norm, kind=kind)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("hidden", "tokens"), sizes(OP, (256, 768, 2816, 5120, 7168), 5, 300, at_bounds=True)
-)
-def test_oracle_at_other_hidden_sizes(hidden, tokens):
-    check_against_oracle(
-        OP, "cuda", tokens=tokens, hidden=hidden, norm=True, kind="large_logits", seed=1
-    )
-
-
-@pytest.mark.gpu
-def test_oracle_at_a_prefill():
-    check_against_oracle(OP, "cuda", tokens=4096, hidden=7168, norm=True, kind="large_logits")
-
-
 @pytest.mark.parametrize("sinkhorn_repeat", [1, 2, 3, 50])
 def test_sinkhorn_rounds(device, sinkhorn_repeat):
     """Each round counts where Sinkhorn is slow: the oracle with one more is out of bounds."""
@@ -142,19 +112,3 @@ def test_the_path_is_the_one_that_its_row_says(hidden, tokens, monkeypatch):
     arch = support.arch(torch.device("cuda", 0))
     launches = routes.row(OP, hidden, arch, tokens).launches if tokens else ()
     assert launched == [launch.key(hidden, arch, norm=False) for launch in launches]
-
-
-@pytest.mark.parametrize("epsilons", EPSILONS)
-def test_epsilons(device, epsilons):
-    check_against_oracle(
-        OP, device, EPSILONS[epsilons], tokens=17, hidden=256, norm=True, kind="large_logits"
-    )
-
-
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-def test_streams_of_zero(device, norm):
-    """Zero in, zero out: the epsilons keep every division finite."""
-    make = {"tokens": 5, "hidden": 256, "norm": norm, "kind": "signed_bases"}
-    inputs = make_inputs(OP, device=device, **make)
-    zero = {name: torch.zeros_like(inputs[name]) for name in ("x", "residual") if name in inputs}
-    check_against_oracle(OP, device, zero, **make)
