@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 
 import pytest
+
+# Threads of OpenMP that wait in a loop take the cores from the other processes of a test run, nine
+# tenths of some tests' time. Read when torch is imported, here and in what tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 import mhc_ops

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mhc_ops
-from helpers import OPS, bounds, check_against_oracle, path, sizes
+from helpers import OPS, bounds, check_against_oracle, path, sizes, tokens_of
 from mhc_ops import jit, routes, support
 from mhc_ops.native import host, launcher
 from mhc_ops.testing import make_inputs, poisoned_memory
@@ -43,29 +43,34 @@ def assert_fused_is_post_then_pre(device, tokens, hidden, norm, sinkhorn_repeat)
     )
 
 
-@pytest.mark.parametrize("sinkhorn_repeat", [2, 20])
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize(("hidden", "tokens"), sizes(OP, (4096, 7168), 0, 1, 8, 17, 32, 64))
-def test_classical_matrix(device, hidden, tokens, norm, sinkhorn_repeat):
-    assert_fused_is_post_then_pre(device, tokens, hidden, norm, sinkhorn_repeat)
+per_norm = pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+
+
+@per_norm
+@pytest.mark.parametrize("hidden", [4096, 7168])
+def test_classical_matrix(device, hidden, norm, subtests):
+    for tokens in (0, 1, 8, 17, 32, 64):
+        for repeat in (2, 20):
+            with subtests.test(path(OP, hidden, tokens), tokens=tokens, repeat=repeat):
+                assert_fused_is_post_then_pre(device, tokens, hidden, norm, repeat)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize(
-    ("hidden", "tokens"), sizes(OP, (256, 768, 2816, 5120), 3, 17, 200, 300, at_bounds=True)
-)
-def test_classical_at_other_hidden_sizes(hidden, tokens, norm):
-    assert_fused_is_post_then_pre("cuda", tokens, hidden, norm, sinkhorn_repeat=20)
+@per_norm
+@pytest.mark.parametrize("hidden", [256, 768, 2816, 5120])
+def test_classical_at_other_hidden_sizes(hidden, norm, subtests):
+    for tokens in tokens_of(hidden, 3, 17, 200, 300, at_bounds=True):
+        with subtests.test(path(OP, hidden, tokens), tokens=tokens):
+            assert_fused_is_post_then_pre("cuda", tokens, hidden, norm, sinkhorn_repeat=20)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize(
-    ("hidden", "tokens"), sizes(OP, (4096, 7168), 3, 129, 200, 513, 1000, 4096, at_bounds=True)
-)
-def test_classical_at_more_tokens(hidden, tokens, norm):
-    assert_fused_is_post_then_pre("cuda", tokens, hidden, norm, sinkhorn_repeat=20)
+@per_norm
+@pytest.mark.parametrize("hidden", [4096, 7168])
+def test_classical_at_more_tokens(hidden, norm, subtests):
+    for tokens in tokens_of(hidden, 3, 129, 200, 513, 1000, 4096, at_bounds=True):
+        with subtests.test(path(OP, hidden, tokens), tokens=tokens):
+            assert_fused_is_post_then_pre("cuda", tokens, hidden, norm, sinkhorn_repeat=20)
 
 
 @pytest.mark.parametrize("sinkhorn_repeat", [1, 2, 3, 50])
