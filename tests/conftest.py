@@ -21,6 +21,9 @@ from kept import Kept
 from mhc_ops.compiler import Lowered
 from mhc_ops.native import host
 from mhc_ops.routes import Key
+from paths import Paths
+
+pytest_plugins = ["pytester"]
 
 # What the GPU tests use: compiled side by side before the first of many, not one by one in them.
 HIDDEN_SIZES = (256, 512, 768, 2816, 4096, 5120, 7168)
@@ -29,6 +32,9 @@ MANY = 100
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device that the TileLang kernels serve")
+    paths = Paths()
+    paths.install()
+    config.pluginmanager.register(paths)
 
 
 def pytest_collection_modifyitems(items):
