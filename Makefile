@@ -1,4 +1,5 @@
 # make demo   the demonstration
+# make check  lint, types and the quick tests: what to run while working
 # make test   lint, types and the whole test suite
 # make docs   the API pages, in build/docs
 # make wheel  a wheel with kernels, in dist, which needs torch alone where it is installed
@@ -23,15 +24,19 @@ DOCUMENTED := mhc_ops mhc_ops.nn mhc_ops.integrations.transformers mhc_ops.testi
 WHEEL_ARCHS ?= sm_90a,sm_100a,sm_120a
 WHEEL_HIDDEN ?= 4096,5120,7168
 
-.PHONY: demo test docs wheel lint setup clean
+.PHONY: demo check test docs wheel lint setup clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m mhc_ops demo
 
-# a file to a process, for the kernels that a file lowers once. In the order of their names, with
-# which the longest files are not the last ones
+# a process that has no more tests takes some of the other's; both use what either has compiled
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+check: lint
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 docs: $(INSTALLED)
 	$(BIN)/pdoc --docformat google --math --output-directory build/docs $(DOCUMENTED) '!mhc_ops.prewarm'

@@ -12,6 +12,7 @@ import pytest
 # tenths of some tests' time. Read when torch is imported, here and in what tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import hypothesis
 import torch
 
 import mhc_ops
@@ -29,15 +30,27 @@ pytest_plugins = ["pytester"]
 HIDDEN_SIZES = (256, 512, 768, 2816, 4096, 5120, 7168)
 MANY = 100
 
+SLOW_SECONDS = 5
+
+
+# A slow machine is no failure.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device that the TileLang kernels serve")
+    config.addinivalue_line("markers", f"slow: takes more than {SLOW_SECONDS} s; not of make check")
     paths = Paths()
     paths.install()
     config.pluginmanager.register(paths)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses among them
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if "kept" in item.fixturenames:  # lowers and compiles kernels
+            item.add_marker(pytest.mark.slow)
     supported, reason = mhc_ops.is_supported("cuda")
     if supported:
         return
@@ -45,6 +58,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name the tests that took long and are not marked ``slow``, so that the marker stays true."""
+    for report in terminalreporter.getreports("passed"):
+        if report.when != "call" or isinstance(report, pytest.SubtestReport):
+            continue
+        if report.duration > SLOW_SECONDS and not {"slow", "gpu"} & report.keywords.keys():
+            terminalreporter.write_line(
+                f"not marked slow, took {report.duration:.1f} s: {report.nodeid}"
+            )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,6 +23,9 @@ STREAMS = {op: "x" if op == "expand_pre" else "residual" for op in OPS}  # the l
 NORMS = {op: (False,) if op == "post" else (False, True) for op in OPS}
 
 
+# Seconds before what is waited for counts as hung: no limit for a slow machine, and below pytest's.
+HANG = 1800
+
 # Kernels of a size that nobody has built ahead.
 needs_jit = pytest.mark.skipif(
     config.switch("MHC_OPS_DISABLE_JIT"), reason="compiles, which MHC_OPS_DISABLE_JIT forbids"

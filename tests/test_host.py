@@ -27,7 +27,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mhc_ops
 from fake_driver import ARCH, CPU
-from helpers import NORMS, OPS, assert_equal, call, clone, overload, split, stride_out, tensors
+from helpers import (
+    HANG,
+    NORMS,
+    OPS,
+    assert_equal,
+    call,
+    clone,
+    overload,
+    split,
+    stride_out,
+    tensors,
+)
 from mhc_ops import jit, reference, routes, store
 from mhc_ops._arguments import recipe
 from mhc_ops.native import early, host, launcher, library
@@ -623,7 +634,7 @@ def test_many_threads_load_once(untried, monkeypatch):
     gate = threading.Event()
 
     def load():
-        loads.append(gate.wait(5))
+        loads.append(gate.wait(HANG))
         return object()
 
     monkeypatch.setattr(host, "_load", load)
@@ -702,7 +713,7 @@ def test_processes_that_build_at_once(tmp_path):
         )
         for _ in range(2)
     ]
-    said = [process.communicate(timeout=280) for process in running]
+    said = [process.communicate(timeout=HANG) for process in running]
     assert [out for out, _ in said] == [b"True True\n"] * 2
     for name in ("host", "launcher"):
         assert sum(log.count(f"building {name}\n".encode()) for _, log in said) == 1

@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from helpers import OPS, STREAMS, assert_equal, call, clone, tensors
+from helpers import HANG, OPS, STREAMS, assert_equal, call, clone, tensors
 from mhc_ops.native import host
 from mhc_ops.testing import assert_matches_oracle, make_inputs
 
@@ -67,9 +67,9 @@ def in_processes(method, device, count=2):
         running.append((process, here))
     given = []
     for process, here in running:
-        assert here.poll(120), f"no answer after {method}"
+        assert here.poll(HANG), f"no answer after {method}"
         given.append(here.recv())
-        process.join(60)
+        process.join(HANG)
         assert process.exitcode == 0
     return given
 
@@ -145,7 +145,7 @@ def in_threads(work):
 
     def run(i):
         try:
-            barrier.wait(60)
+            barrier.wait(HANG)
             work(i)
         except BaseException as error:
             wrong.append(error)
@@ -154,7 +154,7 @@ def in_threads(work):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(200)
+        thread.join(HANG)
         assert not thread.is_alive()
     if wrong:
         raise wrong[0]

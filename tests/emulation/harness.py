@@ -47,7 +47,7 @@ FIBER_FLAGS = (
     "-fno-sanitize-recover=all",
 )  # fmt: skip
 THREAD_FLAGS = ("-O1", "-DEMULATION_THREADS", "-fsanitize=thread", "-pthread")
-TIMEOUT = 600  # seconds a run: a hang, not a slow machine
+TIMEOUT = 900  # seconds a run: a hang, not a slow machine
 PATIENCE = 300  # seconds before an OS thread that waits reports a deadlock
 MAX_OS_THREADS = 6000  # ThreadSanitizer holds 8128, couriers of inboxes among them
 
