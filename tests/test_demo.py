@@ -30,6 +30,7 @@ def case(small):
     return demo.make_case(0, demo.readme()[1], "cpu")
 
 
+@pytest.mark.slow
 def test_demo_on_the_cpu(capsys):
     """As ``make demo`` runs it where there is no GPU."""
     assert __main__.main(["demo", "--device", "cpu"]) == 0
@@ -77,6 +78,7 @@ class TestTheVerdictDependsOnTheMathematics:
         demo.continue_greedily(report, case, stock_error=0.025)
         assert len(report.failures) == len(demo.PATHS)
 
+    @pytest.mark.slow
     def test_unfused_graph(self, report, case, monkeypatch):
         monkeypatch.setitem(demo.PATHS, "mhc-ops fused", demo.PATHS["mhc-ops unfused"])
         monkeypatch.setattr(demo.shutil, "which", lambda name: None)  # a quick backend

@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PACKAGE = Path(mhc_ops.__file__).parents[1]
 
+pytestmark = pytest.mark.slow  # a process or more each
+
 
 def run(name, *arguments, beside=(), processes=0, **environment):
     """What an example printed; ``beside`` are more folders to import from.

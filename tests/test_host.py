@@ -696,6 +696,7 @@ def host_folder(cache):
     return folder
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_processes_that_build_at_once(tmp_path):
     """One builds it, the other waits; nothing else is left behind."""

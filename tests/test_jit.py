@@ -226,6 +226,7 @@ print(len(jit.compile_key(routes.Key("post", "sm_90a", 256)).cubin))
 """
 
 
+@pytest.mark.slow
 def test_many_processes_one_compile(tmp_path):
     environment = {"TILELANG_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     running = [

@@ -202,6 +202,7 @@ def storages(op: str) -> list[Tensor]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_malformed_calls(op):
     host.load()  # the native kernels in front, as after the first one-launch kernel on a GPU

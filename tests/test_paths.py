@@ -110,6 +110,7 @@ def test_call(i):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 2])
 def test_the_line(pytester, monkeypatch, processes):
     monkeypatch.setenv("PYTHONPATH", str(TESTS.parent))

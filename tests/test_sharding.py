@@ -50,6 +50,7 @@ def results(request):
     return [json.loads(output) for output, _ in outputs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", sharded.CHECKS)
 def test_group(results, check):
     for rank, said in enumerate(results):

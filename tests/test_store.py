@@ -249,6 +249,7 @@ def first_call(driver, **environment):
     return tuple(map(float, done.stdout.split()))
 
 
+@pytest.mark.slow
 def test_the_first_call_of_a_kernel_built_ahead(kernels, tmp_path):
     """No TileLang, no tvm-ffi, no compiler, no cache; and quick.
 
