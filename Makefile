@@ -1,4 +1,5 @@
 # make demo   the demonstration
+# make check  lint, types and the quick tests: what to run while working
 # make test   lint, types and the whole test suite
 # make docs   the API pages, in build/docs
 # make wheel  a wheel with kernels, in dist, which needs torch alone where it is installed
@@ -27,15 +28,19 @@ WHEEL_HIDDEN ?= 4096,5120,7168
 WHEEL_TORCH ?= 2.11.0 2.12.1 2.13.0 2.14.1
 WHEEL_TORCH_FOLDERS = $(WHEEL_TORCH:%=build/torch-%)
 
-.PHONY: demo test test-engines docs wheel lint setup clean
+.PHONY: demo check test test-engines docs wheel lint setup clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m mhc_ops demo --picture build/demo.png
 
-# a file to a process, for the kernels that a file lowers once. In the order of their names, with
-# which the longest files are not the last ones
+# a process that has no more tests takes some of the other's; both use what either has compiled
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+check: lint
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 docs: $(INSTALLED)
 	$(BIN)/pdoc --docformat google --math --output-directory build/docs $(DOCUMENTED) '!mhc_ops.prewarm'
