@@ -3,6 +3,7 @@
 # make docs   the API pages, in build/docs
 # make wheel  a wheel with kernels, in dist, which needs torch alone where it is installed
 # make test-engines   that wheel inside SGLang and vLLM: 14 GB of packages in build/engines
+# make same-cuda BASE=REVISION   the kernels that have other CUDA than at that revision
 # All do all set-up in .venv first; nothing has to be installed but make and Python 3.11 or newer.
 
 VENV := .venv
@@ -24,7 +25,7 @@ DOCUMENTED := mhc_ops mhc_ops.nn mhc_ops.integrations.transformers mhc_ops.testi
 WHEEL_ARCHS ?= sm_90a,sm_100a,sm_120a
 WHEEL_HIDDEN ?= 4096,5120,7168
 
-.PHONY: demo test test-engines docs wheel lint setup clean
+.PHONY: demo test test-engines docs wheel same-cuda lint setup clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m mhc_ops demo --picture build/demo.png
@@ -46,6 +47,9 @@ wheel: $(INSTALLED)
 test-engines: wheel
 	$(BIN)/python tests/real_engines/environment.py --folder build/engines \
 		--wheel "$$(ls -t dist/mhc_ops-*-none-*.whl | head -1)"
+
+same-cuda: $(INSTALLED)
+	$(BIN)/python benchmarks/same_cuda.py "$(BASE)"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
