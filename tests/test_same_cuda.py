@@ -1,6 +1,7 @@
 """The gate of restructurings: what counts as the same CUDA, and what does not."""
 
 import pytest
+
 import same_cuda
 from same_cuda import compare, difference
 
