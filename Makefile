@@ -4,6 +4,7 @@
 # make docs   the API pages, in build/docs
 # make wheel  a wheel with kernels, in dist, which needs torch alone where it is installed
 # make test-engines   that wheel inside SGLang and vLLM: 14 GB of packages in build/engines
+# make same-cuda BASE=REVISION   the kernels that have other CUDA than at that revision
 # All do all set-up in .venv first; nothing has to be installed but make and Python 3.11 or newer.
 
 VENV := .venv
@@ -28,7 +29,7 @@ WHEEL_HIDDEN ?= 4096,5120,7168
 WHEEL_TORCH ?= 2.11.0 2.12.1 2.13.0 2.14.1
 WHEEL_TORCH_FOLDERS = $(WHEEL_TORCH:%=build/torch-%)
 
-.PHONY: demo check test test-engines docs wheel lint setup clean
+.PHONY: demo check test test-engines docs wheel same-cuda lint setup clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m mhc_ops demo --picture build/demo.png
@@ -60,6 +61,9 @@ build/torch-%: | $(INSTALLED)
 test-engines: wheel
 	$(BIN)/python tests/real_engines/environment.py --folder build/engines \
 		--wheel "$$(ls -t dist/mhc_ops-*-none-*.whl | head -1)"
+
+same-cuda: $(INSTALLED)
+	$(BIN)/python benchmarks/same_cuda.py "$(BASE)"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
