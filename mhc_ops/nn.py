@@ -87,7 +87,9 @@ class StreamState(NamedTuple):
     comb: Tensor
 
     def materialise(self, post: Callable[..., Tensor] = ops.post) -> Tensor:
-        """``r'[j] = bf16(post[j] * x + sum_i comb[i, j] * r[i])``: apply the pending post step.
+        """Apply the pending post step::
+
+            streams[j] = bf16(post[j] * x + sum_i comb[i, j] * residual[i])
 
         Args:
             post: the function that applies it; a wired module passes its own ``steps.post``.
@@ -142,7 +144,9 @@ class _Wired(torch.nn.Module):
 
 
 class FoldedRMSNorm(torch.nn.Module):
-    """An RMSNorm whose weight the pre step or the head folds in.
+    """Hold the weight of an RMSNorm that the pre step or the head folds in::
+
+        y = bf16(x * rsqrt(mean(x^2) + eps) * weight)
 
     The ops want the weight in bf16. A model that keeps it in fp32 would cast it in every call, so
     a bf16 copy stands in the buffer ``norm_weight_cache``: no parameter, not in checkpoints, moved
@@ -198,7 +202,9 @@ class FoldedRMSNorm(torch.nn.Module):
         self.refresh_norm_weight_cache()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``y = round(x * rsqrt(mean(x^2) + eps) * weight)``, where no op folds the norm in.
+        """Norm a tensor by itself, where no op folds the norm in::
+
+            y = round(x * rsqrt(mean(x^2) + eps) * weight)
 
         Args:
             x: [..., H].
@@ -218,7 +224,9 @@ def _norm_arguments(norm: FoldedRMSNorm | None) -> dict[str, Any]:
 
 
 class HyperConnection(_Wired):
-    """The hyper-connection of one sublayer: its parameters and its pre step.
+    """Hold the hyper-connection of one sublayer: its parameters and its pre step::
+
+        post, comb, layer_input = mhc_ops.pre(residual, fn, scale, base, ...)
 
     Args:
         hidden_size: H.
@@ -277,7 +285,9 @@ class HyperConnection(_Wired):
         )  # fmt: skip
 
     def pre(self, residual: Tensor | Copies, norm: FoldedRMSNorm | None = None) -> SublayerEntry:
-        """The pre step on plain streams: see :func:`mhc_ops.pre` for the formula.
+        """Run the pre step on plain streams, with the formula of :func:`mhc_ops.pre`::
+
+            post, comb, layer_input = mhc_ops.pre(residual, fn, scale, base, ...)
 
         Args:
             residual: [..., n, H] bf16, the streams; or the copies that a model starts from, which
@@ -302,7 +312,10 @@ class HyperConnection(_Wired):
         return SublayerEntry(residual, layer_input, post, comb)
 
     def boundary(self, state: StreamState, norm: FoldedRMSNorm | None = None) -> SublayerEntry:
-        """The post step that is pending, then the pre step of this connection.
+        """Run the post step that is pending, then the pre step of this connection::
+
+            residual = mhc_ops.post(x, residual, post, comb)     # of the state
+            post, comb, layer_input = mhc_ops.pre(residual, fn, scale, base, ...)
 
         One ``fused_post_pre`` where the model is wired fused; ``post``, then ``pre`` otherwise.
 
@@ -331,7 +344,9 @@ class HyperConnection(_Wired):
 
 
 class HyperHead(_Wired):
-    """The collapse of the streams after the last layer.
+    """Collapse the streams after the last layer::
+
+        hidden = mhc_ops.head(streams, fn, scale, base, ...)
 
     Args:
         hidden_size: H.
@@ -375,7 +390,9 @@ class HyperHead(_Wired):
         return positional, _norm_arguments(norm)
 
     def collapse(self, streams: Tensor | StreamState, norm: FoldedRMSNorm | None = None) -> Tensor:
-        """The last hidden state: see :func:`mhc_ops.head` for the formula.
+        """Compute the last hidden state, with the formula of :func:`mhc_ops.head`::
+
+            hidden = mhc_ops.head(streams, fn, scale, base, ...)
 
         Args:
             streams: [..., n, H] bf16, or a state, whose pending post step is applied first: one
@@ -428,7 +445,9 @@ class HyperHead(_Wired):
 
 
 def expand(embedding: Tensor, hc_mult: int = geometry.HC_MULT) -> Tensor:
-    """``r[j] = x`` for every stream j: the streams that a model starts from.
+    """Copy the embedding into every stream j that a model starts from::
+
+        streams[j] = embedding
 
     Args:
         embedding: [..., H] bf16.
@@ -616,11 +635,13 @@ class NextNOutput(NamedTuple):
 
 
 class NextNLayer(torch.nn.Module):
-    """The draft layer of DeepSeek-V4 (NextN, multi-token prediction).
+    """Run the draft layer of DeepSeek-V4 (NextN, multi-token prediction)::
 
-    ``r[j] = h_proj(hnorm(s[j])) + e_proj(enorm(e))``, one decoder layer, its pending post, head,
-    norm: s are the streams of the target before its head, or those of the draft step before, e is
-    the embedding of the next token.
+        start[j] = h_proj(hnorm(streams[j])) + e_proj(enorm(embedding))
+
+    and from there one decoder layer, its pending post step, head and norm. ``streams`` are those of
+    the target before its head, or those of the draft step before; ``embedding`` is that of the next
+    token.
 
     Args:
         e_proj, h_proj: ``f(x) -> x`` on [..., H] bf16: the projections, however they are quantised.
