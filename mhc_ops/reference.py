@@ -224,9 +224,9 @@ def pre(
         layer_input = collapse(residual, w)
 
     Args:
-        residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
-            hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps: as in
-            :func:`mhc_ops.pre`.
+        residual, fn, hc_scale, hc_base: as in :func:`mhc_ops.pre`.
+        rms_eps, hc_pre_eps, hc_sinkhorn_eps: as there.
+        hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps: as there.
         compute_dtype: dtype of the arithmetic.
 
     Returns:
