@@ -40,17 +40,22 @@ html_show_copyright = False
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 pygments_style = "friendly"
-
-
-def _bare(name: str) -> bool:
-    return re.fullmatch(r"Alias for field number \d+", name) is not None
+smartquotes_action = "qD"  # quotes and dashes; the dots of [..., n, H] are code
+autodoc_preserve_defaults = True
 
 
 def _skip(app, what, name, obj, skip, options):
     """Leave out the fields of named tuples, which ``Attributes`` of the docstring explains."""
-    return True if _bare(getattr(obj, "__doc__", None) or "") else None
+    field = re.match(r"Alias for field number \d+", getattr(obj, "__doc__", None) or "")
+    return True if field else None
+
+
+def _hand_out(app, docname, source):
+    """Make a link to Markdown outside of this folder hand out the file, as links to code do."""
+    source[0] = re.sub(r"\]\((\.\./[^)#]+\.md)\)", r"](path:\1)", source[0])
 
 
 def setup(app):
     """Register what this file adds."""
     app.connect("autodoc-skip-member", _skip)
+    app.connect("source-read", _hand_out)

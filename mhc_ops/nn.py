@@ -154,7 +154,7 @@ class FoldedRMSNorm(torch.nn.Module):
     ``load_state_dict``, and by :meth:`refresh_norm_weight_cache` after any other write.
 
     Args:
-        hidden_size: H.
+        hidden_size: the hidden size, H.
         eps: added to the mean square.
         device: device of the weight.
         dtype: dtype of the weight.
@@ -229,7 +229,7 @@ class HyperConnection(_Wired):
         post, comb, layer_input = mhc_ops.pre(residual, fn, scale, base, ...)
 
     Args:
-        hidden_size: H.
+        hidden_size: the hidden size, H.
         hc_mult: number of residual streams, n.
         rms_eps: added to the mean square of the streams.
         hc_pre_eps: added to the collapse weights.
@@ -349,7 +349,7 @@ class HyperHead(_Wired):
         hidden = mhc_ops.head(streams, fn, scale, base, ...)
 
     Args:
-        hidden_size: H.
+        hidden_size: the hidden size, H.
         hc_mult: number of residual streams, n.
         rms_eps: added to the mean square of the streams.
         hc_eps: added to the weights.
@@ -464,7 +464,7 @@ class DecoderLayer(torch.nn.Module):
 
     Args:
         attention, mlp: ``f(x) -> x`` on [..., H] bf16; modules become submodules.
-        hidden_size: H.
+        hidden_size: the hidden size, H.
         hc_mult: number of residual streams, n.
         norm_eps: of the RMSNorm before each sublayer.
         device: device of the parameters.
@@ -538,7 +538,7 @@ class DecoderStack(torch.nn.Module):
 
     Args:
         sublayers: (attention, MLP) of every layer, ``f(x) -> x`` on [..., H] bf16.
-        hidden_size: H.
+        hidden_size: the hidden size, H.
         hc_mult: number of residual streams, n.
         rms_eps: added to the mean square of the streams, in layers and head.
         hc_eps: added to the collapse weights and to Sinkhorn's sums, in layers and head.

@@ -1,14 +1,20 @@
-"""The tables of measured figures that pages show, made from the records they are quoted from."""
+"""Make the tables of figures that pages show from the records, and the table of routes from itself.
+
+    python tests/figures.py README.md docs/*.md
+
+writes them anew; a test compares.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from mhc_ops import bench, plot
+from mhc_ops import bench, plot, routes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -39,7 +45,7 @@ def _boundaries() -> dict[tuple[int, int], dict[str, Any]]:
 def boundary() -> str:
     """The boundary at every size, beside both paths of SGLang."""
     ours, theirs = _boundaries(), bench.read_baseline(BASELINE)
-    columns = ("hidden", "tokens", "µs", "× floor", "SGLang fused µs", "SGLang unfused µs",
+    columns = ("hidden", "tokens", "µs", "times the floor", "SGLang fused µs", "SGLang unfused µs",
                "times faster")  # fmt: skip
     return table(columns, (
         (hidden, tokens, f"{row['us_median']:.2f}", f"{row['us_median'] / row['floor_us']:.2f}",
@@ -82,7 +88,7 @@ def steps() -> str:
         return f"{row['us_median']:.1f}", f"{row['us_median'] / row['floor_us']:.2f}"
 
     return table(
-        ("hidden", "tokens", "`pre` µs", "× floor", "`post` µs", "× floor"),
+        ("hidden", "tokens", "`pre` µs", "times the floor", "`post` µs", "times the floor"),
         (
             (hidden, tokens, *cells("pre", hidden, tokens), *cells("post", hidden, tokens))
             for hidden in (4096, 7168)
@@ -150,11 +156,37 @@ def decoding() -> str:
     )
 
 
+def paths() -> str:
+    """The kernels of every op at each range of token counts, on an H100 or H200."""
+    rows = []
+    for op in routes.ops():
+        least, path = 1, routes.path(op, 4096, "sm_90a", 1)
+        starts = routes.bounds(4096, "sm_90a", 10**6)[1:]
+        for start in starts:
+            other = routes.path(op, 4096, "sm_90a", start)
+            if other != path:
+                rows.append((f"`{op}`", f"{least} to {start - 1}", path))
+                least, path = start, other
+        rows.append((f"`{op}`", f"from {least} on", path))
+    return table(
+        ("op", "tokens", "kernels"),
+        ((op, tokens, " + ".join(f"`{k}`" for k in path.split("+"))) for op, tokens, path in rows),
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (boundary, short_boundary, boundary_5120, steps, ends, host, decoding)
+    for function in (boundary, short_boundary, boundary_5120, steps, ends, host, decoding, paths)
 }
 
+_MARK = re.compile(r"(?<=<!-- table: )(\w+) -->\n\n(?:\|[^\n]*\n)*")
+
+
+def renewed(page: str) -> str:
+    """Put every table that a page marks as ``<!-- table: NAME -->`` in the place of the old one."""
+    return _MARK.sub(lambda mark: f"{mark[1]} -->\n\n{TABLES[mark[1]]()}\n", page)
+
+
 if __name__ == "__main__":
-    for name, make in TABLES.items():
-        print(f"{name}\n\n{make()}\n")
+    for path in map(Path, sys.argv[1:]):
+        path.write_text(renewed(path.read_text()))

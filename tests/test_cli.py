@@ -18,7 +18,7 @@ ASCII = str.maketrans({"─": "-", "│": "|"} | dict.fromkeys("┌┐└┘├�
 
 H200 = {
     "versions": {
-        "mhc_ops": "0.1.0",
+        "mhc_ops": "0.2.0",
         "python": "3.12.3",
         "torch": "2.11.0+cu130",
         "tilelang": "0.1.15",
@@ -106,7 +106,7 @@ def test_info_table(capsys, monkeypatch):
         capsys.readouterr().out.translate(ASCII),
         """\
 +-----------------------+--------------------------------------------------------------------------+
-| mhc_ops               | 0.1.0                                                                    |
+| mhc_ops               | 0.2.0                                                                    |
 | python                | 3.12.3                                                                   |
 | torch                 | 2.11.0+cu130                                                             |
 | tilelang              | 0.1.15                                                                   |
