@@ -1,6 +1,6 @@
 # make demo   the demonstration
 # make test   lint, types and the whole test suite
-# make docs   the API pages, in build/docs
+# make docs   the pages of docs and the docstrings as HTML, in build/docs
 # make wheel  a wheel with kernels, in dist, which needs torch alone where it is installed
 # make test-engines   that wheel inside SGLang and vLLM: 14 GB of packages in build/engines
 # All do all set-up in .venv first; nothing has to be installed but make and Python 3.11 or newer.
@@ -17,9 +17,6 @@ PYTHON = $(shell for python in python3 python3.12 python3.11 python3.13; do \
 
 PYTEST_ARGS ?=
 
-# What users import. prewarm the function hides prewarm the module.
-DOCUMENTED := mhc_ops mhc_ops.nn mhc_ops.integrations.transformers mhc_ops.testing mhc_ops.config
-
 # What a wheel carries: kernels of these architectures and hidden sizes.
 WHEEL_ARCHS ?= sm_90a,sm_100a,sm_120a
 WHEEL_HIDDEN ?= 4096,5120,7168
@@ -35,7 +32,7 @@ test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 docs: $(INSTALLED)
-	$(BIN)/pdoc --docformat google --math --output-directory build/docs $(DOCUMENTED) '!mhc_ops.prewarm'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 # no build isolation: kernels are compiled by what .venv holds
 wheel: $(INSTALLED)
