@@ -40,6 +40,7 @@ html_show_copyright = False
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 pygments_style = "friendly"
+highlight_language = "text"  # of literal blocks: formulas and tables; doctests are Python anyway
 smartquotes_action = "qD"  # quotes and dashes; the dots of [..., n, H] are code
 autodoc_preserve_defaults = True
 

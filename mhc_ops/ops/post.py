@@ -37,7 +37,7 @@ def post(x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tens
         comb_res_mix: [..., n, n] fp32, stream mixing, indexed [old stream, new stream].
 
     Returns:
-        The new streams: [..., n, H] bf16, contiguous, in memory of their own.
+        The new streams, [..., n, H] bf16, contiguous, in memory of their own.
 
     Raises:
         ValueError: an argument of a wrong dtype, shape, device or memory layout (the last
