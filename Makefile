@@ -1,7 +1,7 @@
 # make demo   the demonstration
 # make check  lint, types and the quick tests: what to run while working
 # make test   lint, types and the whole test suite
-# make docs   the API pages, in build/docs
+# make docs   the pages of docs and the docstrings as HTML, in build/docs
 # make wheel  a wheel with kernels, in dist, which needs torch alone where it is installed
 # make test-engines   that wheel inside SGLang and vLLM: 14 GB of packages in build/engines
 # make same-cuda BASE=REVISION   the kernels that have other CUDA than at that revision
@@ -18,9 +18,6 @@ PYTHON = $(shell for python in python3 python3.12 python3.11 python3.13; do \
 		> /dev/null 2>&1; then echo $$python; break; fi; done)
 
 PYTEST_ARGS ?=
-
-# What users import. prewarm the function hides prewarm the module.
-DOCUMENTED := mhc_ops mhc_ops.nn mhc_ops.integrations.transformers mhc_ops.testing mhc_ops.config
 
 # What a wheel carries: kernels of these architectures and hidden sizes, and a native library for the
 # release series of each of these versions of torch, whose wheels are fetched once.
@@ -44,7 +41,7 @@ test: lint
 	$(PYTEST) $(PYTEST_ARGS)
 
 docs: $(INSTALLED)
-	$(BIN)/pdoc --docformat google --math --output-directory build/docs $(DOCUMENTED) '!mhc_ops.prewarm'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 # no build isolation: kernels are compiled by what .venv holds
 wheel: $(INSTALLED) $(WHEEL_TORCH_FOLDERS)

@@ -1,13 +1,15 @@
-"""mHC parameters from the names of a checkpoint: DeepSeek's own, or those of transformers.
+"""Load mHC parameters by the names of a checkpoint: DeepSeek's own, or those of transformers.
 
-| here                | DeepSeek                  | transformers                                  |
-|---------------------|---------------------------|-----------------------------------------------|
-| layers.0.attn_hc.*  | layers.0.hc_attn_*        | model.layers.0.attn_hc.*                      |
-| layers.0.ffn_hc.*   | layers.0.hc_ffn_*         | model.layers.0.ffn_hc.*                       |
-| layers.0.attn_norm  | layers.0.attn_norm.weight | model.layers.0.input_layernorm.weight         |
-| layers.0.ffn_norm   | layers.0.ffn_norm.weight  | model.layers.0.post_attention_layernorm.weight|
-| head.*              | hc_head_*                 | model.hc_head.hc_*                            |
-| norm                | norm.weight               | model.norm.weight                             |
+::
+
+    here               DeepSeek                   transformers
+    -----------------  -------------------------  ----------------------------------------------
+    layers.0.attn_hc.* layers.0.hc_attn_*         model.layers.0.attn_hc.*
+    layers.0.ffn_hc.*  layers.0.hc_ffn_*          model.layers.0.ffn_hc.*
+    layers.0.attn_norm layers.0.attn_norm.weight  model.layers.0.input_layernorm.weight
+    layers.0.ffn_norm  layers.0.ffn_norm.weight   model.layers.0.post_attention_layernorm.weight
+    head.*             hc_head_*                  model.hc_head.hc_*
+    norm               norm.weight                model.norm.weight
 
 ``*`` is fn, base and scale. A draft layer's stand in DeepSeek's checkpoints alone, behind
 ``mtp.0.``: those of a layer, of a head and norm, and ``enorm.weight`` and ``hnorm.weight``.

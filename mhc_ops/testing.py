@@ -162,7 +162,7 @@ def make_inputs(
     Args:
         op: name of an op, a key of :data:`OUTPUTS`.
         tokens: token count, or the sizes of several leading dimensions.
-        hidden: H.
+        hidden: the hidden size, H.
         hc_mult: n, number of residual streams.
         device: where the tensors are put; the numbers do not depend on it.
         seed: of the random numbers.

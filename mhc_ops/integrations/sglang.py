@@ -76,8 +76,8 @@ def mhc_pre(
     """:func:`mhc_ops.pre` as SGLang calls it.
 
     Args:
-        residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
-            hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps: as there.
+        residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps: as there.
+        hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps: as there.
         n_splits, n_splits_pre: how SGLang's kernels cut the projection; the ops cut it themselves.
 
     Returns:
@@ -112,8 +112,9 @@ def mhc_fused_post_pre(
     """:func:`mhc_ops.fused_post_pre` as SGLang calls it.
 
     Args:
-        x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, rms_eps, hc_pre_eps,
-            hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps: as there.
+        x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base: as there.
+        rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value: as there.
+        sinkhorn_repeat, norm_weight, norm_eps: as there.
         n_splits, tile_n: how SGLang's kernels cut their work; the ops cut it themselves.
 
     Returns:

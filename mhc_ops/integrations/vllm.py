@@ -68,8 +68,8 @@ def mhc_pre_tilelang(
     """:func:`mhc_ops.pre` as vLLM calls it.
 
     Args:
-        residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
-            hc_post_mult_value, sinkhorn_repeat, norm_weight: as there.
+        residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps: as there.
+        hc_post_mult_value, sinkhorn_repeat, norm_weight: as there.
         n_splits: how vLLM's kernels cut the projection; the ops cut it themselves.
         norm_eps: as there; without ``norm_weight`` it means nothing.
 
@@ -104,8 +104,8 @@ def mhc_pre_broadcast_tilelang(
 
     Args:
         residual: the embedding, x there.
-        fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
-            sinkhorn_repeat, norm_weight: as there.
+        fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps: as there.
+        hc_post_mult_value, sinkhorn_repeat, norm_weight: as there.
         n_splits: how vLLM's kernels cut the projection; the ops cut it themselves.
         norm_eps: as there; without ``norm_weight`` it means nothing.
         fn_broadcast: fn summed over the streams, which the op does not need.
@@ -143,8 +143,9 @@ def mhc_fused_post_pre_tilelang(
     """:func:`mhc_ops.fused_post_pre` as vLLM calls it.
 
     Args:
-        x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, rms_eps, hc_pre_eps,
-            hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_weight: as there.
+        x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base: as there.
+        rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value: as there.
+        sinkhorn_repeat, norm_weight: as there.
         n_splits, tile_n: how vLLM's kernels cut their work; the ops cut it themselves.
         norm_eps: as there; without ``norm_weight`` it means nothing.
 
