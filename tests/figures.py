@@ -14,9 +14,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from mhc_ops import bench, plot, routes
+from mhc_ops import routes
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))  # this file is a script, too
+
+from figure import read_records  # noqa: E402
+from records import read_baseline  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 BASELINE = ROOT / "benchmarks" / "baselines" / "h200_sglang_0.5.23.json"
 
@@ -38,13 +43,13 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def _boundaries() -> dict[tuple[int, int], dict[str, Any]]:
-    rows = plot.read_records(RESULTS / "nvidia_h200.jsonl")
+    rows = read_records(RESULTS / "nvidia_h200.jsonl")
     return {(row["hidden"], row["tokens"]): row for row in rows}
 
 
 def boundary() -> str:
     """The boundary at every size, beside both paths of SGLang."""
-    ours, theirs = _boundaries(), bench.read_baseline(BASELINE)
+    ours, theirs = _boundaries(), read_baseline(BASELINE)
     columns = ("hidden", "tokens", "µs", "times the floor", "SGLang fused µs", "SGLang unfused µs",
                "times faster")  # fmt: skip
     return table(columns, (
@@ -58,7 +63,7 @@ def boundary() -> str:
 
 def short_boundary() -> str:
     """The boundary at few sizes, beside the better path of SGLang."""
-    ours, theirs = _boundaries(), bench.read_baseline(BASELINE)
+    ours, theirs = _boundaries(), read_baseline(BASELINE)
 
     def cells(hidden: int, tokens: int) -> list[str]:
         us = ours[hidden, tokens]["us_median"]

@@ -21,6 +21,7 @@ from helpers import OPS, overload
 from mhc_ops import bench, config
 from mhc_ops.__main__ import COMMANDS
 from mhc_ops._arguments import ARGUMENTS, LARGEST, NumberSpec
+from records import read_baseline
 
 ROOT = pages.ROOT
 DOCS = ROOT / "docs"
@@ -253,7 +254,7 @@ def test_the_range_of_the_readme_is_that_of_the_table():
 def test_every_default_row_of_the_bench_has_a_baseline():
     """The command of the page on performance shows a baseline for every row of its defaults."""
     path = re.search(r"--baseline (\S+)", pages.section(DOCS / "performance.md", "Repeat it"))[1]
-    baseline = bench.read_baseline(ROOT / path)
+    baseline = read_baseline(ROOT / path)
     for tokens in bench.DEFAULT_TOKENS:
         for hidden in bench.DEFAULT_HIDDEN:
             assert (tokens, hidden, "fused") in baseline
