@@ -1,26 +1,26 @@
-# make demo   the demonstration
-# make test   lint, types and the whole test suite
-# make docs   the API pages, in build/docs
-# make wheel  a wheel with kernels, in dist, which needs torch alone where it is installed
-# make test-engines   that wheel inside SGLang and vLLM: 14 GB of packages in build/engines
-# All do all set-up in .venv first; nothing has to be installed but make and Python 3.11 or newer.
+# make demo           runs the demonstration.
+# make test           runs lint, types and the whole test suite.
+# make docs           makes the API pages in build/docs.
+# make wheel          makes a wheel with kernels in dist, which needs torch alone where it is installed.
+# make test-engines   tests the wheel inside SGLang and vLLM, with 14 GB of packages in build/engines.
+# Each target does all set-up in .venv first; only make and Python 3.11 or newer have to be installed.
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# The first interpreter that is new enough and can make a virtual environment. Looked for only when
-# one has to be made; `make PYTHON=/path/to/python` overrides it.
+# PYTHON is the first interpreter that is new enough and can make a virtual environment. It is looked
+# for only when an environment has to be made; `make PYTHON=/path/to/python` overrides it.
 PYTHON = $(shell for python in python3 python3.12 python3.11 python3.13; do \
 	if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
 		> /dev/null 2>&1; then echo $$python; break; fi; done)
 
 PYTEST_ARGS ?=
 
-# What users import. prewarm the function hides prewarm the module.
+# The pages cover what users import. The function mhc_ops.prewarm hides the module of that name.
 DOCUMENTED := mhc_ops mhc_ops.nn mhc_ops.integrations.transformers mhc_ops.testing mhc_ops.config
 
-# What a wheel carries: kernels of these architectures and hidden sizes.
+# A wheel carries kernels of these architectures and hidden sizes.
 WHEEL_ARCHS ?= sm_90a,sm_100a,sm_120a
 WHEEL_HIDDEN ?= 4096,5120,7168
 
@@ -29,20 +29,20 @@ WHEEL_HIDDEN ?= 4096,5120,7168
 demo: $(INSTALLED)
 	$(BIN)/python -m mhc_ops demo --picture build/demo.png
 
-# a file to a process, for the kernels that a file lowers once. In the order of their names, with
-# which the longest files are not the last ones
+# Each file runs in one process, because a file lowers its kernels once. The files keep the order of
+# their names, in which the longest files are not the last ones.
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 docs: $(INSTALLED)
 	$(BIN)/pdoc --docformat google --math --output-directory build/docs $(DOCUMENTED) '!mhc_ops.prewarm'
 
-# no build isolation: kernels are compiled by what .venv holds
+# Without build isolation the packages of .venv compile the kernels.
 wheel: $(INSTALLED)
 	MHC_OPS_AOT_ARCHS=$(WHEEL_ARCHS) MHC_OPS_AOT_HIDDEN=$(WHEEL_HIDDEN) \
 		$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
-# The engines' environments hold their own torch, so none of them is .venv.
+# Each engine has an environment of its own, because each pins its own torch.
 test-engines: wheel
 	$(BIN)/python tests/real_engines/environment.py --folder build/engines \
 		--wheel "$$(ls -t dist/mhc_ops-*-none-*.whl | head -1)"
@@ -54,8 +54,8 @@ lint: $(INSTALLED)
 
 setup: $(INSTALLED)
 
-# torch alone first: with its version settled, nothing below can ask for another build of it.
-# No build isolation: the build then needs no package beyond those of the constraints file.
+# torch is installed first, so that no other package's range decides which build of torch comes.
+# Without build isolation the build needs no package beyond those of the constraints file.
 $(INSTALLED): Makefile constraints.txt pyproject.toml setup.py
 	@python="$(PYTHON)"; if [ -z "$$python" ]; then \
 		echo "mhc-ops needs Python 3.11 or newer with its venv module; none was found" >&2; exit 1; \
