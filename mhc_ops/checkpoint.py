@@ -1,13 +1,15 @@
 """Load mHC parameters from a checkpoint with DeepSeek's names or with those of transformers.
 
-| here                | DeepSeek                  | transformers                                  |
-|---------------------|---------------------------|-----------------------------------------------|
-| layers.0.attn_hc.*  | layers.0.hc_attn_*        | model.layers.0.attn_hc.*                      |
-| layers.0.ffn_hc.*   | layers.0.hc_ffn_*         | model.layers.0.ffn_hc.*                       |
-| layers.0.attn_norm  | layers.0.attn_norm.weight | model.layers.0.input_layernorm.weight         |
-| layers.0.ffn_norm   | layers.0.ffn_norm.weight  | model.layers.0.post_attention_layernorm.weight|
-| head.*              | hc_head_*                 | model.hc_head.hc_*                            |
-| norm                | norm.weight               | model.norm.weight                             |
+::
+
+    here               DeepSeek                   transformers
+    -----------------  -------------------------  ----------------------------------------------
+    layers.0.attn_hc.* layers.0.hc_attn_*         model.layers.0.attn_hc.*
+    layers.0.ffn_hc.*  layers.0.hc_ffn_*          model.layers.0.ffn_hc.*
+    layers.0.attn_norm layers.0.attn_norm.weight  model.layers.0.input_layernorm.weight
+    layers.0.ffn_norm  layers.0.ffn_norm.weight   model.layers.0.post_attention_layernorm.weight
+    head.*             hc_head_*                  model.hc_head.hc_*
+    norm               norm.weight                model.norm.weight
 
 ``*`` stands for fn, base and scale. Only DeepSeek's checkpoints hold the parameters of a draft
 layer. Their names begin with ``mtp.0.``: those of a layer, of a head and a norm, and

@@ -1,21 +1,23 @@
 """Read every environment variable of the package; all have one prefix and stand in one table.
 
-| variable                  | default | meaning                                                    |
-|---------------------------|---------|------------------------------------------------------------|
-| `MHC_OPS_FUSE_POST_PRE`   | `0`     | model wiring runs boundaries, and the ends, as one op each |
-| `MHC_OPS_TILELANG_PRE`    | `1`     | model wiring runs `pre` and `head` on the TileLang kernels |
-| `MHC_OPS_TILELANG_POST`   | `1`     | model wiring runs `post` on the TileLang kernels           |
-| `MHC_OPS_DISABLE_JIT`     | `0`     | a kernel that is not there is an error, not compiled       |
-| `MHC_OPS_TRUST_CACHE`     | `0`     | load kernels also from folders that others can write       |
-| `MHC_OPS_KERNELS`         |         | folder of kernels built ahead, instead of the package's    |
+::
+
+    variable               default  meaning
+    ---------------------  -------  --------------------------------------------------------
+    MHC_OPS_FUSE_POST_PRE  0        model wiring runs boundaries, and the ends, as one op each
+    MHC_OPS_TILELANG_PRE   1        model wiring runs pre and head on the TileLang kernels
+    MHC_OPS_TILELANG_POST  1        model wiring runs post on the TileLang kernels
+    MHC_OPS_DISABLE_JIT    0        a kernel that is not there is an error, not compiled
+    MHC_OPS_TRUST_CACHE    0        load kernels also from folders that others can write
+    MHC_OPS_KERNELS                 folder of kernels built ahead, instead of the package's
 
 Fusing needs the first three switches to be on. These three steer the model wiring (``mhc_ops.nn``
 and the adapters), never a direct call of an op, and are read when a model is wired, not at import.
 The other variables are read when a kernel is first needed.
 
 Compiled kernels and libraries are kept in TileLang's cache folder, which ``TILELANG_CACHE_DIR``
-moves. setup.py reads two more variables when a wheel is built: `MHC_OPS_AOT_ARCHS` and
-`MHC_OPS_AOT_HIDDEN`.
+moves. setup.py reads two more variables when a wheel is built: ``MHC_OPS_AOT_ARCHS`` and
+``MHC_OPS_AOT_HIDDEN``.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class Switches(NamedTuple):
 
     @property
     def fuse(self) -> bool:
-        """Say whether a boundary is fused, which it is when all three switches are on."""
+        """Tell whether a boundary is fused, which takes all three switches."""
         return self.fuse_post_pre and self.tilelang_pre and self.tilelang_post
 
 

@@ -79,8 +79,9 @@ def mhc_pre(
     """Run :func:`mhc_ops.pre` with the signature of SGLang's function.
 
     Args:
-        residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
-            hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps: as in :func:`mhc_ops.pre`.
+        residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps: as in :func:`mhc_ops.pre`.
+        hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat: as in :func:`mhc_ops.pre`.
+        norm_weight, norm_eps: as in :func:`mhc_ops.pre`.
         n_splits, n_splits_pre: how SGLang's kernels cut the projection; the op needs neither.
 
     Returns:
@@ -115,9 +116,10 @@ def mhc_fused_post_pre(
     """Run :func:`mhc_ops.fused_post_pre` with the signature of SGLang's function.
 
     Args:
-        x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, rms_eps, hc_pre_eps,
-            hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps: as in
-            :func:`mhc_ops.fused_post_pre`.
+        x, residual, post_layer_mix, comb_res_mix, fn: as in :func:`mhc_ops.fused_post_pre`.
+        hc_scale, hc_base, rms_eps, hc_pre_eps: as in :func:`mhc_ops.fused_post_pre`.
+        hc_sinkhorn_eps, hc_post_mult_value: as in :func:`mhc_ops.fused_post_pre`.
+        sinkhorn_repeat, norm_weight, norm_eps: as in :func:`mhc_ops.fused_post_pre`.
         n_splits, tile_n: how SGLang's kernels cut their work; the op needs neither.
 
     Returns:

@@ -68,8 +68,9 @@ def mhc_pre_tilelang(
     """Run :func:`mhc_ops.pre` with the signature of vLLM's function.
 
     Args:
-        residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
-            hc_post_mult_value, sinkhorn_repeat, norm_weight: as in :func:`mhc_ops.pre`.
+        residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps: as in :func:`mhc_ops.pre`.
+        hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat: as in :func:`mhc_ops.pre`.
+        norm_weight: as in :func:`mhc_ops.pre`.
         n_splits: how vLLM's kernels cut the projection; the op does not need it.
         norm_eps: as in :func:`mhc_ops.pre`, but ignored without ``norm_weight``.
 
@@ -104,8 +105,9 @@ def mhc_pre_broadcast_tilelang(
 
     Args:
         residual: the embedding, x of :func:`mhc_ops.expand_pre`.
-        fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
-            sinkhorn_repeat, norm_weight: as in :func:`mhc_ops.expand_pre`.
+        fn, hc_scale, hc_base, rms_eps, hc_pre_eps: as in :func:`mhc_ops.expand_pre`.
+        hc_sinkhorn_eps, hc_post_mult_value: as in :func:`mhc_ops.expand_pre`.
+        sinkhorn_repeat, norm_weight: as in :func:`mhc_ops.expand_pre`.
         n_splits: how vLLM's kernels cut the projection; the op does not need it.
         norm_eps: as in :func:`mhc_ops.expand_pre`, but ignored without ``norm_weight``.
         fn_broadcast: fn summed over the streams, which the op does not need.
@@ -143,9 +145,10 @@ def mhc_fused_post_pre_tilelang(
     """Run :func:`mhc_ops.fused_post_pre` with the signature of vLLM's function.
 
     Args:
-        x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, rms_eps, hc_pre_eps,
-            hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_weight: as in
-            :func:`mhc_ops.fused_post_pre`.
+        x, residual, post_layer_mix, comb_res_mix, fn: as in :func:`mhc_ops.fused_post_pre`.
+        hc_scale, hc_base, rms_eps, hc_pre_eps: as in :func:`mhc_ops.fused_post_pre`.
+        hc_sinkhorn_eps, hc_post_mult_value: as in :func:`mhc_ops.fused_post_pre`.
+        sinkhorn_repeat, norm_weight: as in :func:`mhc_ops.fused_post_pre`.
         n_splits, tile_n: how vLLM's kernels cut their work; the op needs neither.
         norm_eps: as in :func:`mhc_ops.fused_post_pre`, but ignored without ``norm_weight``.
 
