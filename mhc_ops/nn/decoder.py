@@ -1,4 +1,4 @@
-"""Decoder layers on hyper-connections: a whole stack of them, one of them, and a draft layer."""
+"""Run decoder layers on hyper-connections: a whole stack, a single layer, and a draft layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .state import Copies, StreamState
 
 
 class DecoderLayer(torch.nn.Module):
-    """Attention and MLP, or any other two sublayers, on hyper-connections.
+    """Run attention and MLP, or any other two sublayers, on hyper-connections.
 
     Args:
         attention, mlp: ``f(x) -> x`` on [..., H] bf16; modules become submodules.
@@ -50,12 +50,12 @@ class DecoderLayer(torch.nn.Module):
         self.ffn_norm = FoldedRMSNorm(hidden_size, norm_eps, device=device)
 
     def forward(self, streams: Tensor | Copies | StreamState) -> StreamState:
-        """Boundary, attention, boundary, MLP.
+        """Run boundary, attention, boundary and MLP.
 
         Args:
-            streams: the state that the layer before returned; or the copies of the embedding, as
-                the first layer takes them; or [..., n, H] bf16, plain streams, as they come behind
-                a cut.
+            streams: the state that the layer before returned; or the copies of the embedding, for
+                the first layer of a model; or plain streams [..., n, H] bf16, for the first layer
+                behind the cut of a pipeline.
 
         Returns:
             The state after the MLP, whose post step is pending.
@@ -73,7 +73,7 @@ class DecoderLayer(torch.nn.Module):
 
 
 class StackOutput(NamedTuple):
-    """What a :class:`DecoderStack` returns.
+    """Hold what a :class:`DecoderStack` returns.
 
     Attributes:
         hidden: [..., H] bf16, after the head and the final norm.
@@ -87,9 +87,9 @@ class StackOutput(NamedTuple):
 
 
 class DecoderStack(torch.nn.Module):
-    """Decoder layers from the embedding to the final norm.
+    """Run decoder layers from the embedding to the final norm.
 
-    Expand, the first pre, [sublayer, boundary]..., the last post, head, final norm.
+    The order is: expand, the first pre, [sublayer, boundary]..., the last post, head, final norm.
 
     Args:
         sublayers: (attention, MLP) of every layer, ``f(x) -> x`` on [..., H] bf16.
@@ -162,7 +162,7 @@ class DecoderStack(torch.nn.Module):
                 )
         post = self.head._steps().post
         captured = []
-        state: Any = Copies(embedding)  # then what the layers return
+        state: Any = Copies(embedding)  # each layer replaces the state
         for index, layer in enumerate(self.layers):
             state = layer(state)
             if index in capture and index < count - 1:
@@ -178,7 +178,7 @@ def _mean(streams: Tensor) -> Tensor:
 
 
 class NextNOutput(NamedTuple):
-    """What a :class:`NextNLayer` returns.
+    """Hold what a :class:`NextNLayer` returns.
 
     Attributes:
         hidden: [..., H] bf16, after its head and norm: the draft model's LM head takes it.
@@ -232,7 +232,7 @@ class NextNLayer(torch.nn.Module):
         self.norm = FoldedRMSNorm(hidden_size, norm_eps, device=device)
 
     def forward(self, embedding: Tensor, streams: Tensor) -> NextNOutput:
-        """One draft step.
+        """Run one draft step.
 
         Args:
             embedding: [..., H] bf16, of the tokens that follow those of the streams.

@@ -12,19 +12,17 @@ from .._arguments import streams_of
 from ._define import define
 
 
-# CPU
 def _cpu(x: Tensor, fn: Tensor, **mixing: Any) -> tuple[Tensor, ...]:
     hc_mult = streams_of(fn.shape[0])
-    assert hc_mult is not None  # the check has seen to it
+    assert hc_mult is not None  # the check refuses other numbers of rows
     streams = reference.expand(x, hc_mult)
     return streams, *reference.pre(streams, fn, **mixing)
 
 
-# checks, fake, CUDA and autograd follow from the recipe
+# The checks and the fake, CUDA and autograd implementations follow from the recipe.
 define("expand_pre", cpu=_cpu)
 
 
-# public function
 class ExpandPreOutput(NamedTuple):
     """What :func:`expand_pre` returns.
 

@@ -11,7 +11,6 @@ from .. import reference
 from ._define import define
 
 
-# CPU
 def _cpu(
     x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor, **mixing: Any
 ) -> tuple[Tensor, ...]:
@@ -19,11 +18,10 @@ def _cpu(
     return streams, *reference.pre(streams, **mixing)
 
 
-# checks, fake, CUDA and autograd follow from the recipe
+# The checks and the fake, CUDA and autograd implementations follow from the recipe.
 define("fused_post_pre", cpu=_cpu)
 
 
-# public function
 class FusedPostPreOutput(NamedTuple):
     """What :func:`fused_post_pre` returns.
 

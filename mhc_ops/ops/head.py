@@ -8,14 +8,13 @@ from torch import Tensor
 from .. import reference
 from ._define import define
 
-# CPU: reference.head
+# The CPU implementation is reference.head.
 
 
-# checks, fake, CUDA and autograd follow from the recipe
+# The checks and the fake, CUDA and autograd implementations follow from the recipe.
 define("head", cpu=reference.head)
 
 
-# public function
 def head(
     residual: Tensor,
     fn: Tensor,

@@ -9,16 +9,14 @@ from .. import reference
 from ._define import define
 
 
-# CPU
 def _cpu(x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor) -> Tensor:
     return reference.post(x, residual, post_layer_mix, comb_res_mix).contiguous()
 
 
-# checks, fake, CUDA and autograd follow from the recipe
+# The checks and the fake, CUDA and autograd implementations follow from the recipe.
 define("post", cpu=_cpu)
 
 
-# public function
 def post(x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor) -> Tensor:
     r"""Write a sublayer's output back into the residual streams.
 

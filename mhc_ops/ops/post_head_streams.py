@@ -11,7 +11,6 @@ from .. import reference
 from ._define import define
 
 
-# CPU
 def _cpu(
     x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor, **collapse: Any
 ) -> tuple[Tensor, Tensor]:
@@ -19,11 +18,10 @@ def _cpu(
     return streams, reference.head(streams, **collapse)
 
 
-# checks, fake, CUDA and autograd follow from the recipe
+# The checks and the fake, CUDA and autograd implementations follow from the recipe.
 define("post_head_streams", cpu=_cpu)
 
 
-# public function
 class PostHeadOutput(NamedTuple):
     """What :func:`post_head_streams` returns.
 

@@ -10,14 +10,13 @@ from torch import Tensor
 from .. import reference
 from ._define import define
 
-# CPU: reference.pre
+# The CPU implementation is reference.pre.
 
 
-# checks, fake, CUDA and autograd follow from the recipe
+# The checks and the fake, CUDA and autograd implementations follow from the recipe.
 define("pre", cpu=reference.pre)
 
 
-# public function
 class PreOutput(NamedTuple):
     """What :func:`pre` returns.
 
