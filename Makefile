@@ -20,9 +20,12 @@ PYTEST_ARGS ?=
 # The pages cover what users import. The function mhc_ops.prewarm hides the module of that name.
 DOCUMENTED := mhc_ops mhc_ops.nn mhc_ops.integrations.transformers mhc_ops.testing mhc_ops.config
 
-# A wheel carries kernels of these architectures and hidden sizes.
+# A wheel carries kernels of these architectures and hidden sizes, and a native library for the release
+# series of each of these versions of torch, whose wheels are fetched once.
 WHEEL_ARCHS ?= sm_90a,sm_100a,sm_120a
 WHEEL_HIDDEN ?= 4096,5120,7168
+WHEEL_TORCH ?= 2.11.0 2.12.1 2.13.0 2.14.1
+WHEEL_TORCH_FOLDERS = $(WHEEL_TORCH:%=build/torch-%)
 
 .PHONY: demo test test-engines docs wheel lint setup clean
 
@@ -38,9 +41,15 @@ docs: $(INSTALLED)
 	$(BIN)/pdoc --docformat google --math --output-directory build/docs $(DOCUMENTED) '!mhc_ops.prewarm'
 
 # Without build isolation the packages of .venv compile the kernels.
-wheel: $(INSTALLED)
+wheel: $(INSTALLED) $(WHEEL_TORCH_FOLDERS)
 	MHC_OPS_AOT_ARCHS=$(WHEEL_ARCHS) MHC_OPS_AOT_HIDDEN=$(WHEEL_HIDDEN) \
+		MHC_OPS_AOT_TORCH="$$(echo $(WHEEL_TORCH_FOLDERS:=/*.whl) | tr ' ' ,)" \
 		$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+build/torch-%: | $(INSTALLED)
+	rm -rf $@.part
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --dest $@.part torch==$*
+	mv $@.part $@
 
 # Each engine has an environment of its own, because each pins its own torch.
 test-engines: wheel

@@ -1,9 +1,10 @@
 """Package ``mhc_ops`` as it is, and ``csrc_tilelang`` as ``mhc_ops.csrc_tilelang``.
 
 With ``MHC_OPS_AOT_ARCHS=sm_90a,sm_100a`` set, kernels for these architectures are built ahead and
-put into the wheel, for the hidden sizes of ``MHC_OPS_AOT_HIDDEN``, or without that variable for
-those of ``python -m mhc_ops build``. Such a build needs torch and TileLang, so
-``--no-build-isolation``, nvcc and a C++ compiler.
+put into the wheel, for the hidden sizes of ``MHC_OPS_AOT_HIDDEN``, with a native library for each
+torch of ``MHC_OPS_AOT_TORCH``, a list of wheels or package folders. Without these two variables the
+sizes and the torch are those of ``python -m mhc_ops build``. Such a build needs torch and TileLang,
+so ``--no-build-isolation``, nvcc and a C++ compiler.
 
 Everything else stands in pyproject.toml, which has no way to map one package to another folder, nor
 to let the dependencies depend on what is built.
@@ -22,6 +23,7 @@ from setuptools.errors import SetupError
 
 ARCHS = os.environ.get("MHC_OPS_AOT_ARCHS")
 HIDDEN = os.environ.get("MHC_OPS_AOT_HIDDEN")
+TORCH = os.environ.get("MHC_OPS_AOT_TORCH")
 
 # CONTRIBUTING.md gives the reason for each dependency and range. A wheel that carries kernels needs
 # torch alone, so it can be installed beside an engine that pins another TileLang.
@@ -41,6 +43,9 @@ class BuildWithKernels(build_py):
         home = os.path.abspath(self.build_lib)
         command = [sys.executable, "-m", "mhc_ops", "build", "--arch", ARCHS]
         command += ["--hidden", HIDDEN] if HIDDEN else []
+        # The paths are relative to the folder in which the build was started.
+        paths = [os.path.abspath(path) for path in (TORCH or "").split(",") if path]
+        command += ["--torch", ",".join(paths)] if paths else []
         command += ["--output", packaged]
         # The command runs in the build folder, so that it imports mhc_ops from there, and neither
         # from the checkout nor from an installed package.
@@ -77,7 +82,7 @@ setup(
     packages=[*find_packages(include=["mhc_ops", "mhc_ops.*"]), "mhc_ops.csrc_tilelang"],
     install_requires=DEPENDENCIES,
     package_dir={"mhc_ops.csrc_tilelang": "csrc_tilelang"},
-    package_data={"mhc_ops": ["py.typed"], "mhc_ops.native": ["host.cpp", "launcher.c"]},
+    package_data={"mhc_ops": ["py.typed"], "mhc_ops.native": ["*.cpp", "*.h", "*.c"]},
     cmdclass={
         "build_py": BuildWithKernels,
         "bdist_wheel": WheelWithKernels,

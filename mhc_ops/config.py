@@ -16,8 +16,8 @@ and the adapters), never a direct call of an op, and are read when a model is wi
 The other variables are read when a kernel is first needed.
 
 Compiled kernels and libraries are kept in TileLang's cache folder, which ``TILELANG_CACHE_DIR``
-moves. setup.py reads two more variables when a wheel is built: ``MHC_OPS_AOT_ARCHS`` and
-``MHC_OPS_AOT_HIDDEN``.
+moves. setup.py reads three more variables when a wheel is built: ``MHC_OPS_AOT_ARCHS``,
+``MHC_OPS_AOT_HIDDEN`` and ``MHC_OPS_AOT_TORCH``.
 """
 
 from __future__ import annotations
@@ -62,7 +62,13 @@ DEFAULTS: dict[str, bool] = {
     "MHC_OPS_TRUST_CACHE": False,
 }
 WIRING = tuple(DEFAULTS)[: len(Switches._fields)]
-VARIABLES = (*DEFAULTS, "MHC_OPS_KERNELS", "MHC_OPS_AOT_ARCHS", "MHC_OPS_AOT_HIDDEN")
+VARIABLES = (
+    *DEFAULTS,
+    "MHC_OPS_KERNELS",
+    "MHC_OPS_AOT_ARCHS",
+    "MHC_OPS_AOT_HIDDEN",
+    "MHC_OPS_AOT_TORCH",
+)
 
 PACKAGED = Path(__file__).with_name("packaged")  # a wheel may carry kernels built ahead here
 

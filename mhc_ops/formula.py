@@ -16,9 +16,13 @@ from typing import TypeAlias
 
 Value: TypeAlias = "Formula | int"
 
-# native/host.cpp evaluates these steps. The position of each here is its value in the enumeration
-# Step there.
-STEPS = ("constant", "tokens", "+", "-", "*", "//", "%", "min", "max", "at_most", "select")
+# native/plan.h evaluates these steps. The position of each here is its value in the enumeration Step
+# there.
+STEPS = (
+    *("constant", "tokens", "+", "-", "*", "//", "%", "min", "max", "at_most", "select"),
+    "multiprocessors",
+)
+_OPEN = ("tokens", "multiprocessors")  # a call gives the first of these sizes, a device the second
 
 _FUNCTIONS: dict[str, Callable[..., int]] = {
     "+": operator.add,
@@ -169,23 +173,25 @@ def evaluate(formula: Formula, values: Mapping[str, int]) -> int:
 
 
 def code(formula: Formula) -> list[int]:
-    """Translate a formula of ``tokens`` to steps of the stack machine in native/host.cpp.
+    """Translate a formula to steps of the stack machine in native/plan.h.
 
     Args:
-        formula: the formula.
+        formula: the formula, of ``tokens`` and ``multiprocessors``.
 
     Returns:
         The number of each step. The value of a constant follows the number of its step.
 
     Raises:
-        ValueError: the formula has another name than ``tokens``.
+        ValueError: the formula has a name other than these two.
     """
     if formula.function == "constant":
         return [STEPS.index("constant"), int(formula.leaf)]
     if formula.function == "name":
-        if formula.leaf != "tokens":
-            raise ValueError(f"expected a formula of tokens alone, got one of {formula}")
-        return [STEPS.index("tokens")]
+        if formula.leaf not in _OPEN:
+            raise ValueError(
+                f"expected a formula of tokens and multiprocessors alone, got one of {formula}"
+            )
+        return [STEPS.index(str(formula.leaf))]
     steps = [step for part in formula.parts for step in code(part)]
     return [*steps, STEPS.index(formula.function)]
 

@@ -267,9 +267,10 @@ def _launcher() -> str:
 
 
 def _short_way() -> str:
-    from .native import host
+    from .native import host, torches
 
-    return _library(host.NAME, host.built_with())
+    of = torches.here()
+    return _library(host.name(of), host.built_with(of))
 
 
 def _archs(devices: Sequence[Mapping[str, Any]]) -> list[str]:

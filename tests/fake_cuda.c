@@ -58,12 +58,18 @@ typedef int (*Callback)(const char* kernel, int device, unsigned grid_x, unsigne
 static Callback callback;
 static Context contexts[DEVICES] = {{0}, {1}};
 static uint64_t capture;
+static int facts[] = {9, 0, 132};
 static int loads, unloads;
 static _Thread_local Context* stack[8];
 static _Thread_local int depth;
 
 void fake_callback(Callback given) { callback = given; }
 void fake_capture(uint64_t number) { capture = number; }
+void fake_device(int major, int minor, int multiprocessors) {
+  facts[0] = major;
+  facts[1] = minor;
+  facts[2] = multiprocessors;
+}
 int fake_loads(void) { return __atomic_load_n(&loads, __ATOMIC_SEQ_CST); }
 int fake_unloads(void) { return __atomic_load_n(&unloads, __ATOMIC_SEQ_CST); }
 int fake_depth(void) { return depth; }
@@ -73,6 +79,17 @@ CUresult cuInit(unsigned flags) { return flags == 0 ? SUCCESS : INVALID_VALUE; }
 CUresult cuDeviceGet(int* device, int ordinal) {
   *device = ordinal;
   return ordinal >= 0 && ordinal < DEVICES ? SUCCESS : NO_DEVICE;
+}
+
+// By the CUDA driver's numbers: an H200's compute capability and multiprocessors, unless told otherwise.
+CUresult cuDeviceGetAttribute(int* value, int attribute, int device) {
+  (void)device;
+  switch (attribute) {
+    case 75: *value = facts[0]; return SUCCESS;
+    case 76: *value = facts[1]; return SUCCESS;
+    case 16: *value = facts[2]; return SUCCESS;
+    default: return INVALID_VALUE;
+  }
 }
 
 CUresult cuDevicePrimaryCtxRetain(Context** context, int device) {

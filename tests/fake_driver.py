@@ -223,54 +223,32 @@ def build_driver(folder: Path) -> Path:
     return target
 
 
-class FakeDriver:
-    """A driver that keeps every launch, and a launcher of its own that has opened it.
+class Listener:
+    """What a driver is asked to launch.
 
     Args:
-        folder: where it builds.
+        path: the driver.
 
     Attributes:
         launches: what it was asked to launch.
         run: called with each of them; what it returns, if not None, is the driver's result.
         library: the driver.
-        launcher: the launcher.
+        keys: symbol to kernel.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, path: Path) -> None:
         self.launches: list[Launch] = []
         self.run: Callable[[Launch], int | None] = work
-        path = build_driver(folder)
+        self.keys: dict[str, routes.Key] = {}
         self.library = ctypes.CDLL(str(path))
         self.library.fake_capture.argtypes = (ctypes.c_uint64,)
         self._callback = _CALLBACK(self._launch)  # kept alive here
         self.library.fake_callback(self._callback)
-        # a copy: the one that is loaded already may have opened the real driver
-        copy = folder / "launcher_of_its_own.so"
-        shutil.copy(str(launcher.get()._name), copy)
-        self.launcher = launcher.declare(ctypes.CDLL(str(copy)))
-        assert self.launcher.mhc_open(str(path).encode()) == 0
-        self._keys: dict[str, routes.Key] = {}
-
-    def reset(self) -> None:
-        """As it was at first, but for the kernels that are loaded."""
-        self.launches.clear()
-        self.run = work
-        self.library.fake_capture(0)
-
-    def load(self, key: routes.Key, device: int = 0) -> launcher.Kernel:
-        """Load a kernel with the launcher of this driver, which must be in use."""
-        kernel = compiled(key)
-        self._keys[kernel.symbol] = key
-        return launcher.load(compiler.describe(key), kernel, device)
-
-    def plan(self, op: str, hidden: int, norm: bool, arch: str = ARCH) -> Plan:
-        """The plan of an op on this device."""
-        return plan(op, hidden, arch, SMS, norm)
 
     def _launch(self, name: bytes, device: int, *rest: Any) -> int:
         *config, stream, addresses = rest
         grid_x, grid_y, block, cluster, shared, pdl = config
-        key = self._keys[name.decode()]
+        key = self.keys[name.decode()]
         raw = {
             parameter: (kind, _CTYPES[kind].from_address(addresses[i]).value)
             for i, (parameter, kind) in enumerate(signature(key))
@@ -284,6 +262,42 @@ class FakeDriver:
         launch = Launch(key, device, grid, block, cluster, shared, pdl, stream, arguments)
         self.launches.append(launch)
         return self.run(launch) or 0
+
+
+class FakeDriver(Listener):
+    """A driver that keeps every launch, and a launcher of its own that has opened it.
+
+    Args:
+        folder: where it builds.
+
+    Attributes:
+        launcher: the launcher.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = build_driver(folder)
+        super().__init__(path)
+        # a copy: the one that is loaded already may have opened the real driver
+        copy = folder / "launcher_of_its_own.so"
+        shutil.copy(str(launcher.get()._name), copy)
+        self.launcher = launcher.declare(ctypes.CDLL(str(copy)))
+        assert self.launcher.mhc_open(str(path).encode()) == 0
+
+    def reset(self) -> None:
+        """As it was at first, but for the kernels that are loaded."""
+        self.launches.clear()
+        self.run = work
+        self.library.fake_capture(0)
+
+    def load(self, key: routes.Key, device: int = 0) -> launcher.Kernel:
+        """Load a kernel with the launcher of this driver, which must be in use."""
+        kernel = compiled(key)
+        self.keys[kernel.symbol] = key
+        return launcher.load(compiler.describe(key), kernel, device)
+
+    def plan(self, op: str, hidden: int, norm: bool, arch: str = ARCH) -> Plan:
+        """The plan of an op on this device."""
+        return plan(op, hidden, arch, SMS, norm)
 
 
 def install(monkeypatch: Any, driver: FakeDriver) -> None:

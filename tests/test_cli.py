@@ -108,7 +108,8 @@ def test_info_json(capsys):
   "MHC_OPS_TRUST_CACHE": "text or null",
   "MHC_OPS_KERNELS": "text or null",
   "MHC_OPS_AOT_ARCHS": "text or null",
-  "MHC_OPS_AOT_HIDDEN": "text or null"
+  "MHC_OPS_AOT_HIDDEN": "text or null",
+  "MHC_OPS_AOT_TORCH": "text or null"
  },
  "folders": {
   "cache": "text or null",

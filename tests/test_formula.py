@@ -12,7 +12,7 @@ from mhc_ops.formula import STEPS, apply, code, constant, evaluate, name, parse
 NAMES = ("tokens", "group_tokens", "splits")
 NUMBERS = st.integers(0, 1 << 20)
 SIZES = st.fixed_dictionaries({size: NUMBERS for size in NAMES})
-MOST_ON_THE_STACK = 32  # what native/host.cpp has room for
+MOST_ON_THE_STACK = 32  # what native/plan.h has room for
 
 OPERATORS = {
     "+": operator.add,
@@ -50,8 +50,8 @@ FORMULAS = grown(st.one_of(NUMBERS.map(constant), st.sampled_from(NAMES).map(nam
 OF_TOKENS = grown(st.one_of(NUMBERS.map(constant), st.just(name("tokens"))))
 
 
-def run(steps, tokens):
-    """What a stack machine, as native/host.cpp is one, makes of a code; and how deep it goes."""
+def run(steps, tokens, multiprocessors=None):
+    """What a stack machine, as native/plan.h is one, makes of a code; and how deep it goes."""
     stack, words, deepest = [], iter(steps), 0
     for word in words:
         step = STEPS[word]
@@ -59,6 +59,8 @@ def run(steps, tokens):
             stack.append(next(words))
         elif step == "tokens":
             stack.append(tokens)
+        elif step == "multiprocessors":
+            stack.append(multiprocessors)
         elif step == "select":
             b, a, condition = stack.pop(), stack.pop(), stack.pop()
             stack.append(a if condition else b)
@@ -156,7 +158,7 @@ def test_what_has_no_number():
 
 
 def test_what_has_no_code():
-    with pytest.raises(ValueError, match="a formula of tokens alone, got one of splits"):
+    with pytest.raises(ValueError, match="of tokens and multiprocessors alone, got one of splits"):
         code(name("tokens") + name("splits"))
 
 
@@ -173,3 +175,4 @@ def test_formulas_of_the_table(hidden, arch):
                 for tokens in (1, 7, 48, 49, 129, 1000, 32768):
                     number, _ = run(code(known), tokens)
                     assert number == evaluate(value, {"tokens": tokens, "multiprocessors": 132})
+                    assert run(code(value), tokens, 132)[0] == number  # as it is written ahead

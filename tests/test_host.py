@@ -30,13 +30,13 @@ from fake_driver import ARCH, CPU
 from helpers import NORMS, OPS, assert_equal, call, clone, overload, split, stride_out, tensors
 from mhc_ops import jit, reference, routes, store
 from mhc_ops._arguments import recipe
-from mhc_ops.native import early, host, launcher, library
+from mhc_ops.native import early, host, launcher, library, torches
 from mhc_ops.native.serve import serve
 from mhc_ops.testing import OUTPUTS, as_outputs, make_inputs
 
 OP = "fused_post_pre"
 HIDDEN = 256
-TORCH = torch.__version__
+NAME = host.name(torches.here())
 MOST = routes.ONE_ROUND_TOKENS  # tokens that the loaded kernel of fused_post_pre takes
 ROOT = Path(mhc_ops.__file__).parents[1]
 OUT = OUTPUTS[OP]
@@ -108,6 +108,18 @@ def test_it_serves_a_call(kernel, op, norm, leading):
         assert out.shape == python(inputs, op)[name].shape
         assert out.is_contiguous()
         assert out.untyped_storage().nbytes() == out.numel() * out.element_size()
+
+
+@pytest.mark.parametrize("leading", [(0,), (2, 0)], ids=str)
+@pytest.mark.parametrize(("op", "norm"), OP_AND_NORM)
+def test_it_serves_a_call_without_tokens(kernel, op, norm, leading):
+    inputs = make_inputs(op, leading, HIDDEN, norm=norm)
+    before = host.calls()
+    outputs = call(op, inputs)
+    assert host.calls() - before == 1
+    assert not kernel.launches
+    for name, want in python(inputs, op).items():
+        assert (outputs[name].shape, outputs[name].dtype) == (want.shape, want.dtype)
 
 
 def facts(launch, held):
@@ -232,7 +244,6 @@ OFF = [
     off("too_many_rounds", sinkhorn_repeat=10_001),
     off("norm_weight_alone", norm_eps=None),
     off("norm_eps_alone", norm_weight=None),
-    pytest.param(lambda _: inputs_of(0), id="no_tokens"),
     pytest.param(lambda _: inputs_of(MOST + 1), id="too_many_tokens"),
     pytest.param(lambda _: inputs_of((MOST, 2)), id="too_many_tokens_in_two_dimensions"),
     pytest.param(lambda _: inputs_of(hc_mult=2), id="two_streams"),
@@ -608,7 +619,8 @@ def test_many_threads(kernel):
 
 @pytest.fixture
 def untried(monkeypatch):
-    """A ``host`` that has not tried to load anything."""
+    """A ``host`` that has not tried to load anything, and nothing that was built ahead."""
+    monkeypatch.delenv("MHC_OPS_KERNELS", raising=False)
     monkeypatch.setattr(host, "_tried", False)
     monkeypatch.setattr(host, "_library", None)
     monkeypatch.setattr(host, "_remembered", {})
@@ -650,7 +662,7 @@ def test_without_a_compiler_everything_is_python(untried, monkeypatch, tmp_path,
     (record,) = caplog.records
     assert record.getMessage().startswith("no short way of eager calls, ")
     assert compiler in record.getMessage()
-    assert [path.name for path in host_folder(tmp_path).iterdir()] == ["host.lock"]
+    assert [path.name for path in host_folder(tmp_path).iterdir()] == [f"{NAME}.lock"]
     assert isinstance(host.early_reads(), early.Table)
     assert host.calls() == 0
     host.forget()
@@ -668,14 +680,14 @@ def test_an_error_of_the_compiler_is_logged(untried, monkeypatch, tmp_path, capl
 
 
 def test_another_source_or_torch_is_another_library(monkeypatch, tmp_path):
-    facts = [host.built_with()]
+    facts = [host.built_with(torches.here())]
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "__version__", "2.11.0")
-        facts.append(host.built_with())
+        patch.setattr(torch, "__version__", "2.10.0")
+        facts.append(host.built_with(torches.here()))
     source = tmp_path / "host.cpp"
     source.write_text(host.SOURCE.read_text() + "\n")
     monkeypatch.setattr(host, "SOURCE", source)
-    facts.append(host.built_with())
+    facts.append(host.built_with(torches.here()))
     assert len({store.digest(f) for f in facts}) == 3
 
 
@@ -693,6 +705,7 @@ def test_processes_that_build_at_once(tmp_path):
         "from mhc_ops.native import host; print(host.load(), host.load())"
     )
     environment = os.environ | {"TILELANG_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment.pop("MHC_OPS_KERNELS", None)
     running = [
         subprocess.Popen(
             [sys.executable, "-c", code],
@@ -704,7 +717,7 @@ def test_processes_that_build_at_once(tmp_path):
     ]
     said = [process.communicate(timeout=280) for process in running]
     assert [out for out, _ in said] == [b"True True\n"] * 2
-    for name in ("host", "launcher"):
+    for name in (NAME, "launcher"):
         assert sum(log.count(f"building {name}\n".encode()) for _, log in said) == 1
         (folder,) = (tmp_path / "mhc_ops").glob(f"{name}-*")
         files = sorted(path.name for path in folder.iterdir())
@@ -725,27 +738,44 @@ def test_a_library_that_was_built_ahead(untried, monkeypatch, tmp_path, caplog):
     """It is taken without a compiler and without the cache; one of another torch is not."""
     launcher.get()
     ahead = tmp_path / "ahead"
+    of = torches.here()
     # built by the fixture that all tests have
-    built = library.obtain(host.NAME, host.built_with(), host.command())
+    built = library.obtain(NAME, host.built_with(of), host.command(of))
     monkeypatch.setattr(library, "compile", lambda name, command: built.read_bytes())
-    host.build(ahead)
+    host.build(ahead, of)
     monkeypatch.setenv("MHC_OPS_KERNELS", str(ahead))
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
     loaded = []
     cdll = ctypes.CDLL
     monkeypatch.setattr(ctypes, "CDLL", lambda path: loaded.append(path) or cdll(str(built)))
     assert host.load()
-    assert loaded == [str(ahead / "host.so")]
+    assert loaded == [str(ahead / f"{NAME}.so")]
     assert not (tmp_path / "cache").exists()
 
+    # the name says which torch it is for, so one of another is not even looked at
     monkeypatch.setattr(host, "_tried", False)
-    monkeypatch.setattr(torch, "__version__", "2.11.0")
+    monkeypatch.setattr(torch, "__version__", "2.10.0")
     with caplog.at_level(logging.WARNING, logger="mhc_ops"):
         assert host.load()
-    assert loaded[1:] == [str(host_folder(tmp_path / "cache") / "host.so")]
-    (record,) = caplog.records
-    assert record.getMessage() == (
-        f"{ahead / 'host.so'} is not used: built with torch {TORCH}, expected 2.11.0"
+    assert loaded[1:] == [str(host_folder(tmp_path / "cache") / "host-torch2.10.so")]
+    assert not caplog.records
+
+
+@needs_compiler
+def test_a_library_of_another_commit_of_an_unreleased_torch(untried, monkeypatch, tmp_path, caplog):
+    launcher.get()
+    monkeypatch.setattr(library, "compile", lambda name, command: b"")
+    monkeypatch.setattr(torch, "__version__", "2.99.0a0+git1")
+    monkeypatch.setattr(torch.version, "git_version", "before")
+    host.build(tmp_path, torches.here())
+    monkeypatch.setenv("MHC_OPS_KERNELS", str(tmp_path))
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.version, "git_version", "after")
+    with caplog.at_level(logging.WARNING, logger="mhc_ops"):
+        assert not host.load()  # what has been compiled is no library
+    assert caplog.messages[0] == (
+        f"{tmp_path / 'host-torch2.99.0a0+git1.so'} is not used: built with torch_commit before, "
+        "expected after"
     )
 
 

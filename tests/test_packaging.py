@@ -20,6 +20,7 @@ import torch
 
 import mhc_ops
 from mhc_ops import routes, store
+from mhc_ops.native import host, torches
 
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
@@ -108,7 +109,11 @@ def environment(wheel, tmp_path_factory):
 def test_wheel_holds_every_source_file(wheel):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
-    want = {"mhc_ops/py.typed", "mhc_ops/native/host.cpp", "mhc_ops/native/launcher.c"}
+    want = {"mhc_ops/py.typed"}
+    for suffix in ("cpp", "h", "c"):
+        for path in (ROOT / "mhc_ops" / "native").glob(f"*.{suffix}"):
+            want.add(f"mhc_ops/native/{path.name}")
+    assert {"mhc_ops/native/host.cpp", "mhc_ops/native/plan.h", "mhc_ops/native/launcher.c"} <= want
     for package, folder in (("mhc_ops", "mhc_ops"), ("mhc_ops/csrc_tilelang", "csrc_tilelang")):
         for path in (ROOT / folder).rglob("*.py"):
             want.add(f"{package}/{path.relative_to(ROOT / folder).as_posix()}")
@@ -165,7 +170,9 @@ def test_a_wheel_with_kernels(source, wheel, tmp_path):
     names = {store.file_name(key) for key in routes.keys(256, "sm_80", 8192)}
     files = {path.name for path in (site / "mhc_ops" / "packaged").iterdir()}
     want = {f"{name}{suffix}" for name in names for suffix in (".cubin", ".json")}
-    want |= {f"{name}{suffix}" for name in ("host", "launcher") for suffix in (".so", ".json")}
+    libraries = (host.name(torches.here()), "launcher")
+    want |= {f"{name}{suffix}" for name in libraries for suffix in (".so", ".json")}
+    want |= {"ops.txt", "plans-sm_80-256.txt"}
     assert files == want
     python(
         sys.executable, "-c", LOAD_PACKAGED, cwd=tmp_path, PYTHONPATH=str(site), PATH="/nowhere",
@@ -183,6 +190,10 @@ def test_a_wheel_with_kernels(source, wheel, tmp_path):
     [
         ({"MHC_OPS_AOT_ARCHS": "hopper"}, "with an a from sm_90a on, got hopper"),
         ({"MHC_OPS_AOT_ARCHS": "sm_80", "MHC_OPS_AOT_HIDDEN": "100"}, "multiples of 256, got 100"),
+        (
+            {"MHC_OPS_AOT_ARCHS": "sm_80", "MHC_OPS_AOT_TORCH": "mhc_ops"},
+            "copy/mhc_ops, which has no",
+        ),
     ],
 )
 def test_a_wheel_with_kernels_that_cannot_be_built(source, tmp_path, environment, message):

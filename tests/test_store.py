@@ -14,7 +14,7 @@ import torch
 import mhc_ops
 from fake_driver import build_driver
 from mhc_ops import compiler, jit, routes, store, support
-from mhc_ops.native import host, launcher
+from mhc_ops.native import host, launcher, torches
 
 ROOT = Path(mhc_ops.__file__).parents[1]
 KEY = routes.Key("post", "sm_90a", 256)
@@ -284,7 +284,7 @@ def test_the_first_call_on_a_gpu(tmp_path):
     key = routes.Key("post", support.arch(torch.device("cuda", 0)), 256)
     store.save_kernel(tmp_path, key, jit.compile_key(key))
     launcher.build(tmp_path)
-    host.build(tmp_path)
+    host.build(tmp_path, torches.here())
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {"PATH": "/nowhere", "PYTHONPATH": path, "MHC_OPS_DISABLE_JIT": "1"}
     environment |= {"MHC_OPS_KERNELS": str(tmp_path), "TILELANG_CACHE_DIR": str(tmp_path / "none")}

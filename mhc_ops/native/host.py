@@ -1,8 +1,9 @@
 """The short way of eager calls: its library, its plans, and the table of early reading.
 
-``host.cpp`` says what it does and how a call gets there. Where it was not built ahead with the
-kernels, it is built with the host's C++ compiler when the first kernel is loaded, and kept beside
-the kernels in the cache folder. Where there is no compiler, every call takes the long way instead.
+``host.cpp``, of which the headers beside it are parts, says what it does and how a call gets there.
+Where it was not built ahead with the kernels, the host's C++ compiler builds it when the first
+kernel is loaded, and kept beside the kernels in the cache folder. Where there is no compiler, every
+call takes the long way instead.
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ from .. import formula, jit
 from .._arguments import MIX, Recipe, TensorSpec, recipe
 from .._library import SCHEMAS
 from ..formula import Formula
-from . import early, launcher, library
+from . import early, launcher, library, torches
 from .plan import Plan, Range, Step
 
 logger = logging.getLogger("mhc_ops")
 
-NAME = "host"  # among kernels that are built ahead
 SOURCE = Path(__file__).with_name("host.cpp")
-FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden")
+FLAGS = (
+    *("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"),
+    "-D_GLIBCXX_USE_CXX11_ABI=1",  # as every torch since 2.7
+)
 
-# As host.cpp numbers them: kinds of arguments, sources of a kernel's parameters.
+# As plan.h numbers them: kinds of arguments, sources of a kernel's parameters.
 _TENSOR, _FLOAT, _INT, _NONE = range(4)
 _ARGUMENT, _OUTPUT, _MEMORY, _FLOAT32, _INT32, _FORMULA32, _FORMULA64, _EARLY = range(8)
 _STACK = 32  # numbers that a formula may need at a time there
@@ -91,50 +94,64 @@ class _NativeReads:
 _reads: Reads = early.Table()
 
 
-def built_with() -> dict[str, str]:
+def source() -> str:
+    """What the sources of the library are, in short."""
+    texts = hashlib.sha256()
+    for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))):
+        texts.update(f"{path.name}\0{path.read_text()}\0".encode())
+    return texts.hexdigest()[:16]
+
+
+def name(of: torches.Torch) -> str:
+    """Stem of the library's files among kernels that are built ahead, such as host-torch2.14."""
+    return f"host-torch{of.series}"
+
+
+def built_with(of: torches.Torch) -> dict[str, str]:
     """What the library depends on; of Python only the stable interface, so any Python's."""
     return {
-        "torch": torch.__version__,
-        "torch_commit": str(torch.version.git_version),
+        **of.facts,
         "machine": platform.machine(),
         "flags": " ".join(FLAGS),
-        "source": hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16],
+        "source": source(),
     }
 
 
-def command() -> list[str]:
+def command(of: torches.Torch) -> list[str]:
     """The compiler's command line.
 
     The libraries it names are loaded already when the result is, so it holds no path of theirs.
     """
-    home = Path(torch.__file__).parent
-    libraries = ("torch_cpu", "c10", *(("torch_cuda",) if torch.version.cuda else ()))
     return [
         *shlex.split(os.environ.get("CXX", "g++")),
         *FLAGS,
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        f"-I{home / 'include'}",
+        f'-DMHC_SOURCE="{source()}"',
+        # no folder of the machine that builds it is in the library
+        f"-ffile-prefix-map={of.home / 'include'}=torch",
+        f"-ffile-prefix-map={SOURCE.parent}=mhc_ops/native",
+        f"-I{of.home / 'include'}",
         str(SOURCE),
-        f"-L{home / 'lib'}",
-        "-Wl,--no-as-needed",  # torch_cuda: its one symbol is weak
-        *(f"-l{name}" for name in libraries),
+        f"-L{of.home / 'lib'}",
+        *("-ltorch_cpu", "-lc10"),
     ]
 
 
-def build(folder: Path) -> None:
-    """Build the library into a folder, for the torch of this environment.
+def build(folder: Path, of: torches.Torch) -> None:
+    """Build the library into a folder, where it is not there yet.
 
     Args:
         folder: where to put it.
+        of: the torch that it is for.
 
     Raises:
         OSError, subprocess.SubprocessError: it cannot be built or written.
     """
-    library.build(folder, NAME, built_with(), command())
+    library.build(folder, name(of), built_with(of), command(of))
 
 
 def _load() -> ctypes.CDLL:
-    loaded = ctypes.CDLL(str(library.obtain(NAME, built_with(), command())))
+    of = torches.here()
+    loaded = ctypes.CDLL(str(library.obtain(name(of), built_with(of), command(of))))
     words = ctypes.POINTER(ctypes.c_int64)
     number = ctypes.c_int64
     loaded.mhc_use_launcher.argtypes = (ctypes.c_void_p,) * 3
@@ -162,13 +179,20 @@ def use_launcher(loaded: ctypes.CDLL, kernels: ctypes.CDLL) -> None:
     loaded.mhc_use_launcher(*(ctypes.cast(f, ctypes.c_void_p) for f in functions))
 
 
-def _define(loaded: ctypes.CDLL, of: Recipe) -> int:
+def shown(of: Recipe) -> tuple[int, int, int, int]:
+    """Where a call of an op shows which plan it needs.
+
+    Returns:
+        (arguments, index of the streams, their dimensions behind those of the tokens, index of
+        ``norm_weight`` or -1).
+    """
     names = list(of.arguments)
-    streams = of.tensors[of.streams]
     norm_weight = names.index("norm_weight") if "norm_weight" in names else -1
-    number: int = loaded.mhc_define(
-        of.op.encode(), len(names), names.index(of.streams), len(streams.tail), norm_weight
-    )
+    return len(names), names.index(of.streams), len(of.tensors[of.streams].tail), norm_weight
+
+
+def _define(loaded: ctypes.CDLL, of: Recipe) -> int:
+    number: int = loaded.mhc_define(of.op.encode(), *shown(of))
     if number < 0:
         raise RuntimeError(f"mhc::{of.op} has more arguments than host.cpp has room for")
     return number
@@ -207,7 +231,7 @@ def early_reads() -> Reads:
     return _reads
 
 
-# -------------------------------------------------------------------- a plan as host.cpp reads it
+# ---------------------------------------------------------------------- a plan as plan.h reads it
 
 
 def _list(items: Sequence[list[int]]) -> list[int]:
@@ -282,7 +306,7 @@ def _range(of: Plan, served: Range, kernels: Sequence[launcher.Kernel | None]) -
 
 
 def words(of: Plan, kernels: Sequence[Sequence[launcher.Kernel | None]]) -> list[int]:
-    """A plan as host.cpp reads it.
+    """A plan as plan.h reads it.
 
     Args:
         of: the plan.

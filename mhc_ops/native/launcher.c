@@ -27,6 +27,9 @@ enum {
   CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION = 4,
   CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6,
   CU_STREAM_CAPTURE_STATUS_ACTIVE = 1,
+  CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16,
+  CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75,
+  CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
 };
 
 typedef union {
@@ -75,6 +78,7 @@ typedef struct {
 static struct {
   CUresult (*init)(unsigned);
   CUresult (*device)(CUdevice*, int);
+  CUresult (*attribute)(int*, int, CUdevice);
   CUresult (*retain)(CUcontext*, CUdevice);
   CUresult (*current)(CUcontext*);
   CUresult (*push)(CUcontext);
@@ -101,6 +105,7 @@ static int find_all(void* library) {
   } symbols[] = {
       {&driver.init, "cuInit", 1},
       {&driver.device, "cuDeviceGet", 1},
+      {&driver.attribute, "cuDeviceGetAttribute", 1},
       {&driver.retain, "cuDevicePrimaryCtxRetain", 1},
       {&driver.current, "cuCtxGetCurrent", 1},
       {&driver.push, "cuCtxPushCurrent_v2", 1},
@@ -139,6 +144,19 @@ MHC_EXPORT int mhc_open(const char* path) {
     opened = result == CUDA_SUCCESS;
   }
   pthread_mutex_unlock(&lock);
+  return result;
+}
+
+// What a device is, once mhc_open has succeeded: major, minor, multiprocessors.
+MHC_EXPORT int mhc_describe(int device, int facts[3]) {
+  static const int attributes[] = {CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                                   CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                                   CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT};
+  CUdevice handle;
+  CUresult result = driver.device(&handle, device);
+  for (int i = 0; i < 3 && result == CUDA_SUCCESS; ++i) {
+    result = driver.attribute(&facts[i], attributes[i], handle);
+  }
   return result;
 }
 
@@ -246,16 +264,19 @@ MHC_EXPORT int mhc_launch(const mhc_kernel* kernel, unsigned grid_x, unsigned gr
   return result;
 }
 
-// The number of the capture that a stream of the kernel's device is in; 0 where it is in none.
+// The number of the capture that a stream of the kernel's device is in, or without a kernel one of the
+// current device; 0 where it is in none.
 MHC_EXPORT uint64_t mhc_capture(const mhc_kernel* kernel, void* stream) {
   int status = 0;
   uint64_t number = 0;
   CUcontext popped;
-  if (driver.push(kernel->context) != CUDA_SUCCESS) {
+  if (kernel != NULL && driver.push(kernel->context) != CUDA_SUCCESS) {
     return 0;
   }
   const CUresult result = driver.capture((CUstream)stream, &status, &number, NULL, NULL, NULL);
-  driver.pop(&popped);
+  if (kernel != NULL) {
+    driver.pop(&popped);
+  }
   return result == CUDA_SUCCESS && status == CU_STREAM_CAPTURE_STATUS_ACTIVE ? number : 0;
 }
 

@@ -68,7 +68,7 @@ def command() -> list[str]:
 
 
 def build(folder: Path) -> None:
-    """Build the launcher into a folder.
+    """Build the launcher into a folder, where it is not there yet.
 
     Args:
         folder: where to put it.

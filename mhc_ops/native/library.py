@@ -50,7 +50,7 @@ def compile(name: str, command: Sequence[str]) -> bytes:
 
 
 def build(folder: Path, name: str, built_with: Mapping[str, str], command: Sequence[str]) -> None:
-    """Build a library into a folder.
+    """Build a library into a folder, where it is not there yet.
 
     Args:
         folder: where to put it.
@@ -61,7 +61,8 @@ def build(folder: Path, name: str, built_with: Mapping[str, str], command: Seque
     Raises:
         OSError, subprocess.SubprocessError: it cannot be built or written.
     """
-    store.save(folder, name, store.LIBRARY, built_with, compile(name, command))
+    if store.find(folder, name, store.LIBRARY, built_with) is None:
+        store.save(folder, name, store.LIBRARY, built_with, compile(name, command))
 
 
 def obtain(name: str, built_with: Mapping[str, str], command: Sequence[str]) -> Path:
@@ -85,10 +86,8 @@ def obtain(name: str, built_with: Mapping[str, str], command: Sequence[str]) -> 
     folder = config.own_cache_folder() / f"{name}-{store.digest(built_with)}"
     config.require_trusted(folder)
     if store.find(folder, name, store.LIBRARY, built_with) is None:
-        with store.lock(folder, name):
-            # another process may have built it while this one waited
-            if store.find(folder, name, store.LIBRARY, built_with) is None:
-                build(folder, name, built_with, command)
+        with store.lock(folder, name):  # another process may build it while this one waits
+            build(folder, name, built_with, command)
     return folder / f"{name}{store.LIBRARY}"
 
 

@@ -97,18 +97,18 @@ def _memory(of: Recipe, steps: tuple[Step, ...], hidden: int) -> dict[str, Memor
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(op: str, hidden: int, arch: str, sm_count: int, norm: bool) -> Plan:
+def plan(op: str, hidden: int, arch: str, sm_count: int | None, norm: bool) -> Plan:
     """The plan of an op.
 
     Args:
         op: its name.
         hidden: H.
         arch: such as ``sm_90a``.
-        sm_count: multiprocessors of the device.
+        sm_count: multiprocessors of the device; None leaves them open, for a plan written ahead.
         norm: whether the RMSNorm follows.
     """
     of, n = recipe(op), geometry.HC_MULT
-    known = {"multiprocessors": sm_count}
+    known = {} if sm_count is None else {"multiprocessors": sm_count}
     ranges = []
     for row in routes.routes(op, hidden, arch):
         steps = tuple(

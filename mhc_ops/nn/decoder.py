@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import geometry
+from .._exportable import exportable
 from .connection import HyperConnection, HyperHead
 from .norm import FoldedRMSNorm
 from .state import Copies, StreamState
@@ -72,6 +73,7 @@ class DecoderLayer(torch.nn.Module):
         return entry.after(self.mlp(entry.layer_input))
 
 
+@exportable
 class StackOutput(NamedTuple):
     """Hold what a :class:`DecoderStack` returns.
 
@@ -177,6 +179,7 @@ def _mean(streams: Tensor) -> Tensor:
     return streams.float().mean(-2).to(streams.dtype)
 
 
+@exportable
 class NextNOutput(NamedTuple):
     """Hold what a :class:`NextNLayer` returns.
 

@@ -8,8 +8,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .. import geometry, ops, reference
+from .._exportable import exportable
 
 
+@exportable
 class Copies(NamedTuple):
     """Stand for the streams that a model starts from, which are all equal and not written yet.
 
@@ -20,6 +22,7 @@ class Copies(NamedTuple):
     x: Tensor
 
 
+@exportable
 class StreamState(NamedTuple):
     """Hold the state that a model carries: streams with a post step still to be applied.
 
@@ -47,6 +50,7 @@ class StreamState(NamedTuple):
         return post(self.x, self.residual, self.post, self.comb)
 
 
+@exportable
 class SublayerEntry(NamedTuple):
     """Hold what a hyper-connection hands to its sublayer.
 

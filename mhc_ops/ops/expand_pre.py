@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .._arguments import streams_of
+from .._exportable import exportable
 from ._define import define
 
 
@@ -23,6 +24,7 @@ def _cpu(x: Tensor, fn: Tensor, **mixing: Any) -> tuple[Tensor, ...]:
 define("expand_pre", cpu=_cpu)
 
 
+@exportable
 class ExpandPreOutput(NamedTuple):
     """What :func:`expand_pre` returns.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._exportable import exportable
 from ._define import define
 
 
@@ -22,6 +23,7 @@ def _cpu(
 define("fused_post_pre", cpu=_cpu)
 
 
+@exportable
 class FusedPostPreOutput(NamedTuple):
     """What :func:`fused_post_pre` returns.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._exportable import exportable
 from ._define import define
 
 
@@ -22,6 +23,7 @@ def _cpu(
 define("post_head_streams", cpu=_cpu)
 
 
+@exportable
 class PostHeadOutput(NamedTuple):
     """What :func:`post_head_streams` returns.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._exportable import exportable
 from ._define import define
 
 # The CPU implementation is reference.pre.
@@ -17,6 +18,7 @@ from ._define import define
 define("pre", cpu=reference.pre)
 
 
+@exportable
 class PreOutput(NamedTuple):
     """What :func:`pre` returns.
 

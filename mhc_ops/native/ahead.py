@@ -1,0 +1,80 @@
+"""What a process without Python needs to know of ops and plans, as files beside the kernels.
+
+``ops.txt`` says what the ops are, ``plans-ARCH-HIDDEN.txt`` how their calls are served there:
+``standalone.h`` reads them. The first line of each names the sources of the native library and the
+SHA-1 of what follows, so that a file of another version, or half of one, is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from .. import compiler, routes, store
+from .._arguments import recipe
+from .._library import SCHEMAS
+from ..routes import Key
+from . import host, launcher
+from .plan import plan
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    body = "".join(f"{line}\n" for line in lines)
+    seal = hashlib.sha1(body.encode()).hexdigest()  # torch's headers have that one alone
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        new = Path(scratch) / path.name
+        new.write_text(f"{host.source()} {seal}\n{body}")
+        new.chmod(0o644)
+        os.replace(new, path)
+
+
+def write_ops(folder: Path) -> None:
+    """Write what the ops are: name, what their calls show of the plan that they need, schema.
+
+    Args:
+        folder: of kernels.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    _write(
+        folder / "ops.txt",
+        (" ".join(map(str, (op, *host.shown(recipe(op)), SCHEMAS[op]))) for op in SCHEMAS),
+    )
+
+
+def _kernel(key: Key, kernel: compiler.Compiled) -> str:
+    facts = (kernel.symbol, kernel.block, kernel.cluster, kernel.shared, int(kernel.pdl))
+    sha1 = hashlib.sha1(kernel.cubin).hexdigest()
+    return " ".join(map(str, ("kernel", store.file_name(key), *facts, sha1)))
+
+
+def write_plans(folder: Path, arch: str, hidden: int) -> None:
+    """Write the plans for a hidden size on an architecture, with the kernels that are there.
+
+    Args:
+        folder: of kernels.
+        arch: such as ``sm_90a``.
+        hidden: H.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    plans = [
+        plan(op, hidden, arch, None, norm)
+        for op in routes.ops()
+        for norm in ((False, True) if "norm_weight" in recipe(op).arguments else (False,))
+    ]
+    every = dict.fromkeys(step.key for of in plans for r in of.ranges for step in r.steps)
+    found = {key: store.load_kernel(folder, key) for key in every}
+    kernels = {key: kernel for key, kernel in found.items() if kernel is not None}
+    # in place of its handle a kernel has its number
+    numbered = {key: launcher.Kernel(i, kernel) for i, (key, kernel) in enumerate(kernels.items())}
+    lines = [_kernel(key, kernel) for key, kernel in kernels.items()]
+    for of in plans:
+        written = host.words(of, [[numbered.get(s.key) for s in r.steps] for r in of.ranges])
+        lines.append(" ".join(map(str, ("plan", of.recipe.op, int(of.norm), *written))))
+    _write(folder / f"plans-{arch}-{hidden}.txt", lines)
