@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 Value: TypeAlias = "Formula | int"
 
-# native/plan.h evaluates these steps. The position of each here is its value in the enumeration Step
+# native/plan.h evaluates these steps. The position of a step is its value in the enumeration Step
 # there.
 STEPS = (
     *("constant", "tokens", "+", "-", "*", "//", "%", "min", "max", "at_most", "select"),

@@ -69,7 +69,7 @@ bool report(const char* how, const std::vector<at::Tensor>& outputs, const at::T
 
 bool run(const std::string& folder) {
   const std::vector<at::Tensor> expected = read(folder + "/expected.pt");
-  // single-threaded, which lets CUDA graphs capture it
+  // The last argument makes the loader single-threaded, so that a CUDA graph can capture a call.
   torch::inductor::AOTIModelPackageLoader loader(folder + "/stack.pt2", "model", true);
   const at::Device device(loader.get_metadata()["AOTI_DEVICE_KEY"]);
   bool same = true;
