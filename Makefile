@@ -1,16 +1,16 @@
 # make demo           runs the demonstration.
 # make test           runs lint, types and the whole test suite.
 # make docs           makes the API pages in build/docs.
-# make wheel          makes a wheel with kernels in dist, which needs torch alone where it is installed.
-# make test-engines   tests the wheel inside SGLang and vLLM, with 14 GB of packages in build/engines.
-# Each target does all set-up in .venv first; only make and Python 3.11 or newer have to be installed.
+# make wheel          makes a wheel with kernels in dist; the wheel needs torch alone to run.
+# make test-engines   tests the wheel in SGLang and vLLM; needs 14 GB of packages in build/engines.
+# Each target does all set-up in .venv first. Only make and Python 3.11 or newer must be installed.
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# PYTHON is the first interpreter that is new enough and can make a virtual environment. It is looked
-# for only when an environment has to be made; `make PYTHON=/path/to/python` overrides it.
+# PYTHON is the first interpreter that is new enough and can make a virtual environment. make looks
+# for it only when an environment has to be made; `make PYTHON=/path/to/python` overrides it.
 PYTHON = $(shell for python in python3 python3.12 python3.11 python3.13; do \
 	if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
 		> /dev/null 2>&1; then echo $$python; break; fi; done)
@@ -20,8 +20,8 @@ PYTEST_ARGS ?=
 # The pages cover what users import. The function mhc_ops.prewarm hides the module of that name.
 DOCUMENTED := mhc_ops mhc_ops.nn mhc_ops.integrations.transformers mhc_ops.testing mhc_ops.config
 
-# A wheel carries kernels of these architectures and hidden sizes, and a native library for the release
-# series of each of these versions of torch, whose wheels are fetched once.
+# A wheel carries kernels of these architectures and hidden sizes, and a native library for the
+# release series of each of these versions of torch, whose wheels are fetched once.
 WHEEL_ARCHS ?= sm_90a,sm_100a,sm_120a
 WHEEL_HIDDEN ?= 4096,5120,7168
 WHEEL_TORCH ?= 2.11.0 2.12.1 2.13.0 2.14.1

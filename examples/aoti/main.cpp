@@ -1,5 +1,5 @@
-// This program runs the package that package.py makes, without Python, and compares the results with
-// Python's.
+// This program runs the package that package.py makes, without Python, and compares the results
+// with Python's.
 //
 //   python examples/aoti/package.py DIR
 //   python -m mhc_ops build --arch sm_90a --hidden 256 -o KERNELS
@@ -9,8 +9,8 @@
 //       -L$TORCH/lib -Wl,-rpath,$TORCH/lib -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10 -ldl
 //   ./main KERNELS/host-torch2.14.so DIR
 //
-// With a CUDA build of torch add -ltorch_cuda -lc10_cuda. To replay the package in a CUDA graph, too,
-// add -DWITH_CUDA -I$CUDA_HOME/include, and -lcudart from CUDA_HOME.
+// With a CUDA build of torch add -ltorch_cuda -lc10_cuda. To replay the package in a CUDA graph,
+// too, add -DWITH_CUDA -I$CUDA_HOME/include, and -lcudart from CUDA_HOME.
 
 #include <fstream>
 #include <iostream>
@@ -31,8 +31,8 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
-// Defines the ops of mhc_ops, with the kernels that lie beside the library. This has to happen before
-// any package is loaded.
+// Defines the ops of mhc_ops, with the kernels that lie beside the library. This has to happen
+// before any package is loaded.
 void serve(const char* path) {
   void* const library = dlopen(path, RTLD_NOW);
   if (library == nullptr) {

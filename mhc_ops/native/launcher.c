@@ -222,8 +222,8 @@ MHC_EXPORT int mhc_load(int device, const void* cubin, const char* symbol, const
   return CUDA_SUCCESS;
 }
 
-// Launches a kernel on a stream of the kernel's device. The arguments have the order of the kernel's
-// signature.
+// Launches a kernel on a stream of the kernel's device. The arguments have the order of the
+// kernel's signature.
 MHC_EXPORT int mhc_launch(const mhc_kernel* kernel, unsigned grid_x, unsigned grid_y, void* stream,
                           void** arguments) {
   CUlaunchAttribute attributes[2];
