@@ -46,8 +46,7 @@ want = forward(streams)
 distribute_module(layer, mesh)  # the parameters become replicated DTensors
 with CommDebugMode() as communication:
     got = forward(distribute_tensor(streams, mesh, [Shard(0)], src_data_rank=None))
-# With src_data_rank=None each process takes its share of its own tensor, without communication.
-share = distribute_tensor(want, mesh, [Shard(0)], src_data_rank=None)
+share = distribute_tensor(want, mesh, [Shard(0)], src_data_rank=None)  # this communicates nothing
 equal = torch.equal(got.to_local(), share.to_local())
 print(
     f"rank {dist.get_rank()}: {got.to_local().shape[0]} of {SEQUENCES} sequences, equal: {equal}, "

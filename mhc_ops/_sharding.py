@@ -28,8 +28,8 @@ from ._library import SCHEMAS
 
 _DTENSOR = "torch.distributed.tensor"
 
-# The first of these that is sharded decides the placement of all. The largest tensors, the streams,
-# come first.
+# The first of these that is sharded on tokens decides the placement of all. The largest tensors,
+# the streams, come first.
 _TOKEN_ARGUMENTS = ("residual", "x", "comb_res_mix", "post_layer_mix")
 
 

@@ -36,7 +36,8 @@ DEFAULT_HIDDEN = (4096, 7168)  # V4-Flash and V4-Pro
 # With more tokens the GPU is slower than the host in eager mode, and a call waits for a full queue.
 HOST_MAX_TOKENS = 64
 
-Streams = tuple[Tensor, Tensor, Tensor, Tensor]  # residual, post mix, comb mix, layer input
+# These are the residual streams, the post mix, the comb mix and the layer input.
+Streams = tuple[Tensor, Tensor, Tensor, Tensor]
 Boundary = Callable[..., Streams]
 
 

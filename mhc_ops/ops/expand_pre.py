@@ -1,4 +1,4 @@
-"""``mhc::expand_pre``: the residual streams that a model starts from, and its first pre step."""
+"""Define ``mhc::expand_pre``: the streams that a model starts from, and the first pre step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ define("expand_pre", cpu=_cpu)
 
 @exportable
 class ExpandPreOutput(NamedTuple):
-    """What :func:`expand_pre` returns.
+    """Hold what :func:`expand_pre` returns.
 
     Attributes:
         residual_out: [..., n, H] bf16, the residual streams: n copies of the embedding.

@@ -1,4 +1,4 @@
-"""``mhc::fused_post_pre``: the boundary between two sublayers as one op."""
+"""Define ``mhc::fused_post_pre``: the boundary between two sublayers as one op."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ define("fused_post_pre", cpu=_cpu)
 
 @exportable
 class FusedPostPreOutput(NamedTuple):
-    """What :func:`fused_post_pre` returns.
+    """Hold what :func:`fused_post_pre` returns.
 
     Attributes:
         residual_out: [..., n, H] bf16, the new residual streams.

@@ -1,4 +1,4 @@
-"""``mhc::head``: the residual streams collapsed into the model's last hidden state."""
+"""Define ``mhc::head``, which collapses the streams into the model's last hidden state."""
 
 from __future__ import annotations
 

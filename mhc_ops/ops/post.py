@@ -1,4 +1,4 @@
-"""``mhc::post``: the output of a sublayer written back into the residual streams."""
+"""Define ``mhc::post``, which writes the output of a sublayer back into the streams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``mhc::post_head``: the last post step and the head as one op; the streams are not written."""
+"""Define ``mhc::post_head``: the last post step and the head as one op, without the streams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``mhc::post_head_streams``: ``post_head``, with the new streams written as well."""
+"""Define ``mhc::post_head_streams``: ``post_head``, which returns the new streams as well."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ define("post_head_streams", cpu=_cpu)
 
 @exportable
 class PostHeadOutput(NamedTuple):
-    """What :func:`post_head_streams` returns.
+    """Hold what :func:`post_head_streams` returns.
 
     Attributes:
         residual_out: [..., n, H] bf16, the new residual streams.

@@ -1,4 +1,4 @@
-"""``mhc::pre``: the residual streams collapsed into the input of the next sublayer."""
+"""Define ``mhc::pre``, which collapses the streams into the input of the next sublayer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ define("pre", cpu=reference.pre)
 
 @exportable
 class PreOutput(NamedTuple):
-    """What :func:`pre` returns.
+    """Hold what :func:`pre` returns.
 
     Attributes:
         post_mix: [..., n, 1] fp32, weight of the sublayer's output in each new stream.
