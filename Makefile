@@ -1,8 +1,10 @@
 # make demo           runs the demonstration.
+# make check          runs lint, types and the quick tests, which is enough while working.
 # make test           runs lint, types and the whole test suite.
 # make docs           makes the API pages in build/docs.
 # make wheel          makes a wheel with kernels in dist; the wheel needs torch alone to run.
 # make test-engines   tests the wheel in SGLang and vLLM; needs 14 GB of packages in build/engines.
+# make same-cuda BASE=REVISION   names the kernels whose CUDA differs from that at the revision.
 # Each target does all set-up in .venv first. Only make and Python 3.11 or newer must be installed.
 
 VENV := .venv
@@ -27,15 +29,19 @@ WHEEL_HIDDEN ?= 4096,5120,7168
 WHEEL_TORCH ?= 2.11.0 2.12.1 2.13.0 2.14.1
 WHEEL_TORCH_FOLDERS = $(WHEEL_TORCH:%=build/torch-%)
 
-.PHONY: demo test test-engines docs wheel lint setup clean
+.PHONY: demo check test test-engines docs wheel same-cuda lint setup clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m mhc_ops demo --picture build/demo.png
 
-# Each file runs in one process, because a file lowers its kernels once. The files keep the order of
-# their names, in which the longest files are not the last ones.
+# A process that has no more tests takes some of the other's; both use what either has compiled.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+check: lint
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 docs: $(INSTALLED)
 	$(BIN)/pdoc --docformat google --math --output-directory build/docs $(DOCUMENTED) '!mhc_ops.prewarm'
@@ -55,6 +61,9 @@ build/torch-%: | $(INSTALLED)
 test-engines: wheel
 	$(BIN)/python tests/real_engines/environment.py --folder build/engines \
 		--wheel "$$(ls -t dist/mhc_ops-*-none-*.whl | head -1)"
+
+same-cuda: $(INSTALLED)
+	$(BIN)/python benchmarks/same_cuda.py "$(BASE)"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -22,7 +22,11 @@ from . import compiler, routes, store, support
 from .native import ahead, host, launcher, library, torches
 from .prewarm import DEFAULT_MAX_TOKENS, check_sizes, progress_bar, side_by_side
 
-DEFAULT_HIDDEN = (4096, 5120, 7168)  # V4-Flash and GLM-5.3; V4.1, whose post step alone is served; V4-Pro
+DEFAULT_HIDDEN = (
+    4096,
+    5120,
+    7168,
+)  # V4-Flash and GLM-5.3; V4.1, whose post step alone is served; V4-Pro
 ARCH = re.compile(r"sm_(\d+)(\d)(a?)")
 
 

@@ -3,29 +3,54 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+
+# Threads of OpenMP that wait in a loop take the cores from the other processes of a test run, nine
+# tenths of some tests' time. Read when torch is imported, here and in what tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import hypothesis
 import torch
 
 import mhc_ops
 from emulated import lower_key
 from fake_driver import FakeDriver, install, restore
+from kept import Kept
 from mhc_ops.compiler import Lowered
 from mhc_ops.native import host
 from mhc_ops.routes import Key
+from paths import Paths
+
+pytest_plugins = ["pytester"]
 
 # What the GPU tests use: compiled side by side before the first of many, not one by one in them.
 HIDDEN_SIZES = (256, 512, 768, 2816, 4096, 5120, 7168)
 MANY = 100
 
+SLOW_SECONDS = 5
+
+
+# A slow machine is no failure.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device that the TileLang kernels serve")
+    config.addinivalue_line("markers", f"slow: takes more than {SLOW_SECONDS} s; not of make check")
+    paths = Paths()
+    paths.install()
+    config.pluginmanager.register(paths)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses among them
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if "kept" in item.fixturenames:  # lowers and compiles kernels
+            item.add_marker(pytest.mark.slow)
     supported, reason = mhc_ops.is_supported("cuda")
     if supported:
         return
@@ -33,6 +58,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name the tests that took long and are not marked ``slow``, so that the marker stays true."""
+    for report in terminalreporter.getreports("passed"):
+        if report.when != "call" or isinstance(report, pytest.SubtestReport):
+            continue
+        if report.duration > SLOW_SECONDS and not {"slow", "gpu"} & report.keywords.keys():
+            terminalreporter.write_line(
+                f"not marked slow, took {report.duration:.1f} s: {report.nodeid}"
+            )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -80,12 +116,18 @@ def driver(_driver, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """Where the emulation builds."""
-    return tmp_path_factory.mktemp("emulation")
+def kept(pytestconfig, tmp_path_factory) -> Kept:
+    """What was lowered and compiled, in pytest's cache folder where there is one."""
+    try:
+        folder = pytestconfig.cache.mkdir("built")
+    except (AttributeError, OSError):  # without pytest's plugin, or in a checkout to read alone
+        folder = tmp_path_factory.mktemp("built")
+    found = Kept(folder)
+    found.drop_unused()
+    return found
 
 
 @pytest.fixture(scope="session")
-def lowered() -> Callable[[Key], Lowered]:
+def lowered(kept) -> Callable[[Key], Lowered]:
     """Key to lowered kernel, each lowered once."""
-    return functools.cache(lower_key)
+    return functools.cache(lambda key: lower_key(key, kept))

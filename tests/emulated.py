@@ -6,14 +6,20 @@ oracle is host code and kernels together.
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import pickle
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from emulation import Kernel
-from mhc_ops import compiler, jit, routes, support
+from kept import Kept
+from mhc_ops import compiler, formula, jit, routes, support
 from mhc_ops._arguments import recipe
 from mhc_ops.compiler import Compiled, Lowered
 from mhc_ops.native import host, launcher, serve
@@ -49,9 +55,26 @@ def runs_in_clusters(op: str, hidden: int, arch: str, tokens: int) -> bool:
     return any(launch.kernel in IN_CLUSTERS for launch in launches)
 
 
-def lower_key(key: Key) -> Lowered:
-    """The kernel of a key as it ships."""
-    return compiler.lower(compiler.program(key), key.arch)
+@functools.cache
+def _lowered_by() -> tuple[str, ...]:
+    """What decides how a program is lowered, besides the program and the architecture."""
+    texts = [Path(str(module.__file__)).read_text() for module in (compiler, formula)]
+    return (importlib.metadata.version("tilelang"), sys.version, *texts)
+
+
+def lower_key(key: Key, kept: Kept) -> Lowered:
+    """The kernel of a key as it ships, lowered unless that was kept of the same program."""
+    from tilelang import tvm
+
+    program = compiler.program(key)
+
+    def lower(output: Path) -> None:
+        output.write_bytes(pickle.dumps(compiler.lower(program, key.arch)))
+
+    # the whole program, so also what a test has changed in its factory or in its sizes
+    text = tvm.ir.save_json(program)
+    file = kept.get(key.kernel, ".lowered", (*_lowered_by(), key.arch, text), lower)
+    return pickle.loads(file.read_bytes())
 
 
 def _as_compiled(lowered: Lowered) -> Compiled:

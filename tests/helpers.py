@@ -23,6 +23,9 @@ STREAMS = {op: "x" if op == "expand_pre" else "residual" for op in OPS}  # the l
 NORMS = {op: (False,) if op == "post" else (False, True) for op in OPS}
 
 
+# Seconds before what is waited for counts as hung: no limit for a slow machine, and below pytest's.
+HANG = 1800
+
 # Kernels of a size that nobody has built ahead.
 needs_jit = pytest.mark.skipif(
     config.switch("MHC_OPS_DISABLE_JIT"), reason="compiles, which MHC_OPS_DISABLE_JIT forbids"
@@ -164,10 +167,15 @@ def bounds(hidden: int) -> set[int]:
     return {t for start in starts for t in (start - 1, start)} - {0}
 
 
+def tokens_of(hidden: int, *tokens: int, at_bounds: bool = False) -> list[int]:
+    """These token counts, and those on both sides of every bound of the table."""
+    return sorted({*tokens, *(bounds(hidden) if at_bounds else ())})
+
+
 def sizes(op: str, hidden: Iterable[int], *tokens: int, at_bounds: bool = False) -> list[Any]:
     """(hidden, tokens) as parameters, each with the path that it reaches on CUDA in its id."""
     return [
         pytest.param(h, t, id=f"{h}-{t}-{path(op, h, t)}")
         for h in hidden
-        for t in sorted({*tokens, *(bounds(h) if at_bounds else ())})
+        for t in tokens_of(h, *tokens, at_bounds=at_bounds)
     ]

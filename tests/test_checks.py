@@ -122,8 +122,8 @@ CASES |= {
     "sinkhorn_repeat of hours": Case("sinkhorn_repeat", PRE, value(10_001)),
 }
 
-ROWS_OF_CASES = [(op, name) for op in OPS for name, case in CASES.items() if op in case.ops]
-per_case = pytest.mark.parametrize(("op", "name"), ROWS_OF_CASES)
+CASES_OF = {op: [name for name, case in CASES.items() if op in case.ops] for op in OPS}
+per_op = pytest.mark.parametrize("op", OPS)
 
 
 def wrong_inputs(op, name, device="cpu"):
@@ -149,8 +149,7 @@ def transcript(op):
             break_long_words=False,
             break_on_hyphens=False,
         )
-        for case_op, name in ROWS_OF_CASES
-        if case_op == op
+        for name in CASES_OF[op]
     ]
     return "\n".join(lines)
 
@@ -429,15 +428,17 @@ norm_eps without norm_weight: mhc::head: expected norm_weight and norm_eps toget
     )
 
 
-@per_case
-def test_refused_inputs_are_left_alone(op, name):
-    inputs = wrong_inputs(op, name)
-    before = clone(inputs)
-    refusal(op, inputs)
-    for key in ("norm_eps", CASES[name].argument):  # NaN is not equal to itself
-        if not isinstance(inputs.get(key), torch.Tensor):
-            inputs.pop(key, None), before.pop(key, None)
-    assert_equal(inputs, before)
+@per_op
+def test_refused_inputs_are_left_alone(op, subtests):
+    for name in CASES_OF[op]:
+        with subtests.test(name):
+            inputs = wrong_inputs(op, name)
+            before = clone(inputs)
+            refusal(op, inputs)
+            for key in ("norm_eps", CASES[name].argument):  # NaN is not equal to itself
+                if not isinstance(inputs.get(key), torch.Tensor):
+                    inputs.pop(key, None), before.pop(key, None)
+            assert_equal(inputs, before)
 
 
 def test_messages_of_expand_pre():
@@ -605,27 +606,37 @@ def test_messages_of_post_head_streams():
     assert short == long
 
 
-@per_case
-def test_meta_tensors_are_refused_alike(op, name):
-    assert refusal(op, wrong_inputs(op, name, "meta")) == refusal(op, wrong_inputs(op, name))
+@per_op
+def test_meta_tensors_are_refused_alike(op, subtests):
+    for name in CASES_OF[op]:
+        with subtests.test(name):
+            message = refusal(op, wrong_inputs(op, name, "meta"))
+            assert message == refusal(op, wrong_inputs(op, name))
 
 
-@per_case
-def test_fake_tensors_are_refused_alike(op, name):
-    inputs = wrong_inputs(op, name)
-    with FakeTensorMode() as mode:
-        fakes = inputs | {key: mode.from_tensor(t) for key, t in tensors(inputs).items()}
-        message = refusal(op, fakes)
-    assert message == refusal(op, inputs)
+@per_op
+def test_fake_tensors_are_refused_alike(op, subtests):
+    for name in CASES_OF[op]:
+        with subtests.test(name):
+            inputs = wrong_inputs(op, name)
+            with FakeTensorMode() as mode:
+                fakes = inputs | {key: mode.from_tensor(t) for key, t in tensors(inputs).items()}
+                message = refusal(op, fakes)
+            assert message == refusal(op, inputs)
 
 
-@per_case
-def test_compiled_code_is_refused_alike(op, name, fresh_dynamo):
-    inputs = wrong_inputs(op, name)
-    compiled = torch.compile(lambda: overload(op)(**inputs), backend="eager", fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.TorchRuntimeError) as error:
-        compiled()
-    assert refusal(op, inputs) in str(error.value)
+@per_op
+def test_compiled_code_is_refused_alike(op, subtests, fresh_dynamo):
+    for name in CASES_OF[op]:
+        with subtests.test(name):
+            torch._dynamo.reset()
+            inputs = wrong_inputs(op, name)
+            compiled = torch.compile(
+                lambda inputs=inputs: overload(op)(**inputs), backend="eager", fullgraph=True
+            )
+            with pytest.raises(torch._dynamo.exc.TorchRuntimeError) as error:
+                compiled()
+            assert refusal(op, inputs) in str(error.value)
 
 
 def at_address(tensor, beyond):
@@ -649,7 +660,7 @@ def at_odd_offset(tensor):
     return view.copy_(tensor)
 
 
-ALIGNED = [(op, name) for name in (*ROWS, "post_layer_mix") for op in ARGUMENTS[name]]
+ALIGNED = {op: [name for name in (*ROWS, "post_layer_mix") if op in ARGUMENTS[name]] for op in OPS}
 
 
 @pytest.fixture(params=["as_on_cuda", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -661,66 +672,71 @@ def aligned_device(request, monkeypatch):
     return "cpu"
 
 
-@pytest.mark.parametrize(("op", "name"), ALIGNED)
-def test_alignment_is_judged_by_address(op, name, aligned_device):
+@per_op
+def test_alignment_is_judged_by_address(op, aligned_device, subtests):
     """Memory of somebody else's starts anywhere, whatever its storage offset says."""
     inputs = make_inputs(op, TOKENS, HIDDEN, device=aligned_device, norm=True, sinkhorn_repeat=2)
-    step = inputs[name].element_size()
-    assert refusal(op, inputs | {name: at_address(inputs[name], step)}) == (
-        f"mhc::{op}: expected {name} to start at a multiple of 16 bytes, "
-        f"got an address {step} bytes beyond one"
-    )
-    odd = call(op, inputs | {name: at_odd_offset(inputs[name])})  # the context is alive, too
-    assert_equal(odd, call(op, inputs))
+    for name in ALIGNED[op]:
+        with subtests.test(name):
+            step = inputs[name].element_size()
+            assert refusal(op, inputs | {name: at_address(inputs[name], step)}) == (
+                f"mhc::{op}: expected {name} to start at a multiple of 16 bytes, "
+                f"got an address {step} bytes beyond one"
+            )
+            # the context is alive, too
+            odd = call(op, inputs | {name: at_odd_offset(inputs[name])})
+            assert_equal(odd, call(op, inputs))
 
 
-@pytest.mark.parametrize(("op", "name"), ALIGNED)
-def test_a_cpu_takes_any_address(op, name):
+@per_op
+def test_a_cpu_takes_any_address(op, subtests):
     """As of weights that were mapped from a file."""
     inputs = make_inputs(op, TOKENS, HIDDEN, norm=True, sinkhorn_repeat=2)
-    for beyond in (inputs[name].element_size(), 8):
-        moved = inputs | {name: at_address(inputs[name], beyond)}
-        assert_equal(call(op, moved), call(op, inputs))
+    for name in ALIGNED[op]:
+        with subtests.test(name):
+            for beyond in (inputs[name].element_size(), 8):
+                moved = inputs | {name: at_address(inputs[name], beyond)}
+                assert_equal(call(op, moved), call(op, inputs))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("op", "name"),
-    # CUDA refuses any hc_mult but 4 before it looks at the other shapes: test_hc_mult_on_cuda
-    [row for row in ROWS_OF_CASES if row[1] != "residual hc_mult"],
-)
-def test_cuda_tensors_are_refused_alike(op, name):
-    assert refusal(op, wrong_inputs(op, name, "cuda")) == refusal(op, wrong_inputs(op, name))
+@per_op
+def test_cuda_tensors_are_refused_alike(op, subtests):
+    for name in CASES_OF[op]:
+        if name == "residual hc_mult":
+            continue  # CUDA refuses any hc_mult but 4 before other shapes: test_hc_mult_on_cuda
+        with subtests.test(name):
+            message = refusal(op, wrong_inputs(op, name, "cuda"))
+            assert message == refusal(op, wrong_inputs(op, name))
 
 
-@pytest.mark.parametrize(
-    ("op", "name"), [(op, n) for op in OPS for n, ops in ARGUMENTS.items() if op in ops]
-)
-def test_mixed_devices(op, name):
+@per_op
+def test_mixed_devices(op, subtests):
     """Every tensor is compared with the streams, which are on another device than the rest."""
     inputs = make_inputs(op, TOKENS, HIDDEN, norm=True)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = inputs | {key: mode.from_tensor(t) for key, t in tensors(inputs).items()}
-        fakes[name] = torch.empty_like(fakes[name], device="cuda:0")
-        if name == STREAMS[op]:
-            first, here, there = next(n for n in fakes if n != name), "cuda:0", "cpu"
-        else:
-            first, here, there = name, "cpu", "cuda:0"
-        assert refusal(op, fakes) == f"mhc::{op}: expected {first} on {here}, got {there}"
+    for name in tensors(inputs):
+        with subtests.test(name), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fakes = inputs | {key: mode.from_tensor(t) for key, t in tensors(inputs).items()}
+            fakes[name] = torch.empty_like(fakes[name], device="cuda:0")
+            if name == STREAMS[op]:
+                first, here, there = next(n for n in fakes if n != name), "cuda:0", "cpu"
+            else:
+                first, here, there = name, "cpu", "cuda:0"
+            assert refusal(op, fakes) == f"mhc::{op}: expected {first} on {here}, got {there}"
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("op", "name"), [(op, n) for op in OPS for n, ops in ARGUMENTS.items() if op in ops]
-)
-def test_mixed_devices_on_cuda(op, name):
+@per_op
+def test_mixed_devices_on_cuda(op, subtests):
     inputs = make_inputs(op, TOKENS, HIDDEN, device="cuda", norm=True)
-    inputs[name] = inputs[name].cpu()
-    if name == STREAMS[op]:
-        first, here, there = next(n for n in inputs if n != name), "cpu", "cuda:0"
-    else:
-        first, here, there = name, "cuda:0", "cpu"
-    assert refusal(op, inputs) == f"mhc::{op}: expected {first} on {here}, got {there}"
+    for name in tensors(inputs):
+        with subtests.test(name):
+            mixed = inputs | {name: inputs[name].cpu()}
+            if name == STREAMS[op]:
+                first, here, there = next(n for n in mixed if n != name), "cpu", "cuda:0"
+            else:
+                first, here, there = name, "cuda:0", "cpu"
+            assert refusal(op, mixed) == f"mhc::{op}: expected {first} on {here}, got {there}"
 
 
 def fake_cuda(op, hidden, hc_mult):
@@ -729,7 +745,7 @@ def fake_cuda(op, hidden, hc_mult):
     return inputs | {key: torch.empty_like(t, device="cuda") for key, t in tensors(inputs).items()}
 
 
-@pytest.mark.parametrize("op", OPS)
+@per_op
 def test_hc_mult_on_cuda(op):
     with FakeTensorMode(allow_non_fake_inputs=True):
         message = refusal(op, fake_cuda(op, HIDDEN, hc_mult=3))
@@ -737,7 +753,7 @@ def test_hc_mult_on_cuda(op):
     assert message == f"mhc::{op}: expected {where} hc_mult 4 on CUDA, got 3"
 
 
-@pytest.mark.parametrize("op", OPS)
+@per_op
 def test_hidden_size_on_cuda(op):
     with FakeTensorMode(allow_non_fake_inputs=True):
         message = refusal(op, fake_cuda(op, 384, hc_mult=4))
@@ -748,19 +764,21 @@ def test_hidden_size_on_cuda(op):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("hidden", "hc_mult"), [(HIDDEN, 3), (384, 4)])
-@pytest.mark.parametrize("op", OPS)
-def test_shapes_that_the_kernels_do_not_take(op, hidden, hc_mult):
-    inputs = make_inputs(op, TOKENS, hidden, hc_mult=hc_mult, device="cuda")
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        message = refusal(op, fake_cuda(op, hidden, hc_mult))
-    assert refusal(op, inputs) == message
+@per_op
+def test_shapes_that_the_kernels_do_not_take(op, subtests):
+    for hidden, hc_mult in ((HIDDEN, 3), (384, 4)):
+        with subtests.test(hidden=hidden, hc_mult=hc_mult):
+            inputs = make_inputs(op, TOKENS, hidden, hc_mult=hc_mult, device="cuda")
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                message = refusal(op, fake_cuda(op, hidden, hc_mult))
+            assert refusal(op, inputs) == message
 
 
-@pytest.mark.parametrize("hc_mult", [1, 2, 3, 5])
-@pytest.mark.parametrize("op", OPS)
-def test_any_hc_mult_is_taken_on_the_cpu(op, hc_mult):
-    overload(op)(**make_inputs(op, TOKENS, 24, hc_mult=hc_mult, norm=True))
+@per_op
+def test_any_hc_mult_is_taken_on_the_cpu(op, subtests):
+    for hc_mult in (1, 2, 3, 5):
+        with subtests.test(hc_mult=hc_mult):
+            overload(op)(**make_inputs(op, TOKENS, 24, hc_mult=hc_mult, norm=True))
 
 
 @pytest.mark.parametrize("op", POST)

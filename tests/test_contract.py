@@ -16,19 +16,16 @@ from helpers import (
     call,
     check_against_oracle,
     clone,
-    sizes,
+    path,
     strided,
     tensors,
+    tokens_of,
 )
 from mhc_ops.testing import KINDS, OUTPUTS, make_inputs, poisoned_memory
 
 HIDDEN = 256
 OP_AND_NORM = [pytest.param(op, n, id=f"{op}-{n}") for op in OPS for n in NORMS[op]]
-EVERY_PATH = [
-    pytest.param(op, *row.values, id=f"{op}-{row.id}")
-    for op in OPS
-    for row in sizes(op, (HIDDEN,), 5, 200, at_bounds=True)
-]
+EVERY_PATH = tokens_of(HIDDEN, 5, 200, at_bounds=True)
 
 
 def shapes(leading, n, hidden):
@@ -40,10 +37,7 @@ def shapes(leading, n, hidden):
     }
 
 
-@pytest.mark.parametrize("leading", [(0,), (1,), (17,), (2, 3), (2, 0, 3), (1, 2, 1, 3)], ids=str)
-@pytest.mark.parametrize(("op", "norm"), OP_AND_NORM)
-def test_outputs(device, op, norm, leading):
-    """Right shape and dtype, contiguous, written whole, each with memory of its own."""
+def check_outputs(device, op, norm, leading):
     inputs = make_inputs(op, leading, HIDDEN, device=device, norm=norm)
     before = clone(inputs)
     with poisoned_memory():
@@ -66,6 +60,14 @@ def test_outputs(device, op, norm, leading):
 
 
 @pytest.mark.parametrize(("op", "norm"), OP_AND_NORM)
+def test_outputs(device, op, norm, subtests):
+    """Right shape and dtype, contiguous, written whole, each with memory of its own."""
+    for leading in ((0,), (1,), (17,), (2, 3), (2, 0, 3), (1, 2, 1, 3)):
+        with subtests.test(leading=leading):
+            check_outputs(device, op, norm, leading)
+
+
+@pytest.mark.parametrize(("op", "norm"), OP_AND_NORM)
 def test_leading_dimensions_are_flattened_and_restored(device, op, norm):
     inputs = make_inputs(op, (2, 3), HIDDEN, device=device, norm=norm)
     flat = dict(inputs)
@@ -76,11 +78,12 @@ def test_leading_dimensions_are_flattened_and_restored(device, op, norm):
     assert_equal({name: out.flatten(0, 1) for name, out in outputs.items()}, call(op, flat))
 
 
-@pytest.mark.parametrize("leading", [(17,), (2, 3)], ids=str)
 @pytest.mark.parametrize(("op", "norm"), OP_AND_NORM)
-def test_strided_inputs(device, op, norm, leading):
-    inputs = make_inputs(op, leading, HIDDEN, device=device, norm=norm, kind="large_logits")
-    assert_equal(call(op, strided(inputs)), call(op, inputs))
+def test_strided_inputs(device, op, norm, subtests):
+    for leading in ((17,), (2, 3)):
+        with subtests.test(leading=leading):
+            inputs = make_inputs(op, leading, HIDDEN, device=device, norm=norm, kind="large_logits")
+            assert_equal(call(op, strided(inputs)), call(op, inputs))
 
 
 @pytest.mark.parametrize("op", ["post", "fused_post_pre", "post_head"])
@@ -94,13 +97,6 @@ def test_inputs_expanded_over_the_tokens(device, op):
     assert inputs["x"].stride(0) == 0
     assert dense["x"].is_contiguous()
     assert_equal(call(op, inputs), call(op, dense))
-
-
-@pytest.mark.parametrize("op", ["post", "fused_post_pre", "post_head", "post_head_streams"])
-def test_posts_without_their_last_dimension(device, op):
-    inputs = make_inputs(op, (2, 3), HIDDEN, device=device)
-    squeezed = inputs | {"post_layer_mix": inputs["post_layer_mix"].squeeze(-1)}
-    assert_equal(call(op, squeezed), call(op, inputs))
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op != "post"])
@@ -128,27 +124,30 @@ def test_every_argument_matters(device, op, norm):
         assert any(not torch.equal(changed[k], outputs[k]) for k in outputs), name
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize(("op", "hidden", "tokens"), EVERY_PATH)
-def test_a_bad_value_stays_in_its_token(device, op, hidden, tokens, bad):
-    inputs = make_inputs(op, tokens, hidden, device=device, norm=op != "post")
-    clean = call(op, inputs)
-    token = tokens // 2
-    poisoned = clone(inputs)
-    poisoned[STREAMS[op]][token].view(-1, HIDDEN)[-1, 77] = bad
-    outputs = call(op, poisoned)
-    others = torch.arange(tokens, device=device) != token
-    for name, out in outputs.items():
-        assert_equal({name: out[others]}, {name: clean[name][others]})
-        assert not out[token].isfinite().all(), name
+@pytest.mark.parametrize("op", OPS)
+def test_a_bad_value_stays_in_its_token(device, op, subtests):
+    for tokens in EVERY_PATH:
+        inputs = make_inputs(op, tokens, HIDDEN, device=device, norm=op != "post")
+        clean = call(op, inputs)
+        token = tokens // 2
+        others = torch.arange(tokens, device=device) != token
+        for bad in (float("nan"), float("inf")):
+            with subtests.test(path(op, HIDDEN, tokens), tokens=tokens, bad=bad):
+                poisoned = clone(inputs)
+                poisoned[STREAMS[op]][token].view(-1, HIDDEN)[-1, 77] = bad
+                for name, out in call(op, poisoned).items():
+                    assert_equal({name: out[others]}, {name: clean[name][others]})
+                    assert not out[token].isfinite().all(), name
 
 
-@pytest.mark.parametrize(("op", "hidden", "tokens"), EVERY_PATH)
-def test_the_same_bits_every_time(device, op, hidden, tokens):
-    inputs = make_inputs(op, tokens, hidden, device=device, kind="large_logits")
-    first = call(op, inputs)
-    for _ in range(3):
-        assert_equal(call(op, inputs), first)
+@pytest.mark.parametrize("op", OPS)
+def test_the_same_bits_every_time(device, op, subtests):
+    for tokens in EVERY_PATH:
+        with subtests.test(path(op, HIDDEN, tokens), tokens=tokens):
+            inputs = make_inputs(op, tokens, HIDDEN, device=device, kind="large_logits")
+            first = call(op, inputs)
+            for _ in range(3):
+                assert_equal(call(op, inputs), first)
 
 
 @given(

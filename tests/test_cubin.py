@@ -7,9 +7,10 @@ TileLang gives it, two kernels at a time.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,8 +18,10 @@ import pytest
 
 pytest.importorskip("tilelang", reason="needs TileLang, which lowers the kernels")
 
-from emulated import IN_CLUSTERS, lower_key
+from emulated import IN_CLUSTERS
+from kept import Kept
 from mhc_ops import routes
+from mhc_ops.compiler import Lowered
 from mhc_ops.routes import Key
 
 MAX_TOKENS = 8192
@@ -62,45 +65,59 @@ def nvcc_command(arch: str) -> list[str]:
     return [*command, "-I", TILELANG_TEMPLATE_PATH, "-I", CUTLASS_INCLUDE_DIR]
 
 
-def compile_all(sources: Sequence[str], arch: str, folder: Path) -> list[str]:
-    """Compile each source to a cubin; returns what ptxas said of each."""
+@functools.cache
+def nvcc_version() -> str:
+    """Which compiler it is."""
+    command = [str(nvcc()), "--version"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    def compile_one(i: int) -> str:
-        source, cubin = folder / f"{i}.cu", folder / f"{i}.cubin"
-        source.write_text(sources[i])
+
+def compile_one(lowered: Lowered, arch: str, kept: Kept) -> str:
+    """Compile a kernel to a cubin, unless that was done; returns what ptxas said."""
+
+    def compile_it(report: Path) -> None:
+        source, cubin = report.with_suffix(".cu"), report.with_suffix(".cubin")
+        source.write_text(lowered.source)
         command = [*nvcc_command(arch), "-o", str(cubin), str(source)]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, f"{arch}:\n{result.stderr}"
         assert cubin.read_bytes()[:4] == b"\x7fELF"
-        return result.stderr
+        report.write_text(result.stderr)
 
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(compile_one, range(len(sources))))
+    # the headers that it includes are TileLang's
+    versions = (nvcc_version(), importlib.metadata.version("tilelang"))
+    depends_on = (*versions, *nvcc_command(arch), lowered.source)
+    return kept.get(lowered.symbol, ".ptxas", depends_on, compile_it).read_text()
 
 
-@functools.cache
-def sources(arch: str, hidden: int) -> dict[Key, str]:
-    """The CUDA source of every kernel that a call on this architecture can reach.
+def kernels(arch: str, hidden: int) -> list[Key]:
+    """Every kernel that a call on this architecture can reach.
 
     Kernels in clusters take long to lower and differ by the norm or the streams alone: the largest
     is enough in most places.
     """
-    return {
-        key: lower_key(key).source
+    return [
+        key
         for key in routes.keys(hidden, arch, MAX_TOKENS)
         if (arch, hidden) != POST_HEAD_CASE or key.kernel.startswith("post_head")
         if key.kernel not in IN_CLUSTERS
         or all(dict(key.options).values())
         or ((arch, hidden) == ("sm_90a", 4096) and key.kernel not in LONGEST_TO_LOWER)
-    }
+    ]
 
 
 @pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
 @pytest.mark.parametrize(("arch", "hidden"), [*CASES, POST_HEAD_CASE])
-def test_every_kernel_compiles(arch, hidden, tmp_path):
-    kernels = sources(arch, hidden)
-    reports = compile_all(list(kernels.values()), arch, tmp_path)
-    for key, report in zip(kernels, reports, strict=True):
+def test_every_kernel_compiles(
+    arch: str, hidden: int, kept: Kept, lowered: Callable[[Key], Lowered]
+) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        # one is compiled while the next is lowered
+        reports = {
+            key: pool.submit(compile_one, lowered(key), arch, kept) for key in kernels(arch, hidden)
+        }
+    for key, running in reports.items():
+        report = running.result()
         usage = USAGE.findall(report)
         assert len(usage) == 1, f"{key}: expected the usage of one kernel in {report!r}"
         if arch == "sm_90a":
@@ -110,8 +127,11 @@ def test_every_kernel_compiles(arch, hidden, tmp_path):
 
 
 @pytest.mark.parametrize(("arch", "hidden"), [case for case in CASES if case[1] == 4096])
-def test_programmatic_launch_from_hopper_on(arch, hidden):
-    for key, source in sources(arch, hidden).items():
+def test_programmatic_launch_from_hopper_on(
+    arch: str, hidden: int, lowered: Callable[[Key], Lowered]
+) -> None:
+    for key in kernels(arch, hidden):
+        source = lowered(key).source
         if arch == "sm_80":
             assert not any(word in source for word in PDL), key
         else:

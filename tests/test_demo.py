@@ -32,6 +32,7 @@ def case(small):
     return steps.make_case(0, models.readme()[1], "cpu")
 
 
+@pytest.mark.slow
 def test_demo_on_the_cpu(capsys, tmp_path):
     """As ``make demo`` runs it where there is no GPU."""
     picture = tmp_path / "new" / "demo.png"
@@ -138,6 +139,7 @@ class TestTheVerdictDependsOnTheMathematics:
         steps.continue_greedily(report, case, stock_error=0.025)
         assert len(report.failures) == len(models.PATHS)
 
+    @pytest.mark.slow
     def test_unfused_graph(self, report, case, monkeypatch):
         monkeypatch.setitem(models.PATHS, "mhc-ops fused", models.PATHS["mhc-ops unfused"])
         monkeypatch.setattr(steps.shutil, "which", lambda name: None)  # a quick backend

@@ -52,6 +52,7 @@ def test_every_public_function_has_an_example():
     assert [name for name in FUNCTIONS if f"mhc_ops.{name}(" not in source] == []
 
 
+@pytest.mark.slow
 def test_pages(tmp_path):
     pytest.importorskip("pdoc")
     command = re.search(r"^\t\$\(BIN\)/pdoc (.*)$", MAKEFILE, re.MULTILINE)[1]

@@ -41,11 +41,11 @@ def without(lowered: Lowered, pattern: re.Pattern[str], i: int = 0) -> Lowered:
 
 
 @pytest.mark.parametrize("arch", [ARCH, "sm_80"])
-def test_no_races(monkeypatch, folder, lowered, arch):
+def test_no_races(monkeypatch, kept, lowered, arch):
     def kernel(key: Key) -> Kernel:
         first = key not in device.launched
         # two CTAs side by side: they must not write the same elements
-        return Kernel(lowered(key), folder, sanitize_threads=first, resident=1 + first)
+        return Kernel(lowered(key), kept, sanitize_threads=first, resident=1 + first)
 
     device = Device(monkeypatch, kernel)
     device.arch = arch
@@ -105,10 +105,10 @@ def cluster_inputs(op: str, tokens: int, key: Key) -> dict[str, Any]:
 
 
 @per_racing_key
-def test_no_races_in_clusters(monkeypatch, folder, small_clusters, op, tokens, key):
-    lowered = lower_key(key)
+def test_no_races_in_clusters(monkeypatch, kept, small_clusters, op, tokens, key):
+    lowered = lower_key(key, kept)
     device = Device(
-        monkeypatch, lambda key: Kernel(lowered, folder, sanitize_threads=True, resident=4)
+        monkeypatch, lambda key: Kernel(lowered, kept, sanitize_threads=True, resident=4)
     )
     with other_routes(CLUSTERS=1):  # groups of the ends as large as they get
         device.check(op, cluster_inputs(op, tokens, key))
@@ -122,7 +122,7 @@ LOOPING_KEYS = {
 
 
 @pytest.fixture(scope="module")
-def small_looping_kernel() -> Callable[[str], Lowered]:
+def small_looping_kernel(kept) -> Callable[[str], Lowered]:
     """Op to a kernel in clusters of 8 with tiles of 8: as many threads as ThreadSanitizer holds."""
 
     @functools.cache
@@ -130,15 +130,15 @@ def small_looping_kernel() -> Callable[[str], Lowered]:
         key = LOOPING_KEYS[op]
         names = ("_operands", "fused_post_pre", "_persistent", key.kernel)
         with kernels_with(*names, CLUSTER=8, WIDE_TILE_HIDDEN=0):
-            return lower_key(key)
+            return lower_key(key, kept)
 
     return get
 
 
-def run_loop(monkeypatch, folder, op: str, lowered: Lowered, sanitize_threads: bool = True) -> None:
+def run_loop(monkeypatch, kept, op: str, lowered: Lowered, sanitize_threads: bool = True) -> None:
     """In one cluster, the last tile short: every buffer, gate and inbox is used again."""
     options = {"sanitize_threads": True, "resident": 8} if sanitize_threads else {}
-    device = Device(monkeypatch, lambda key: Kernel(lowered, folder, **options))
+    device = Device(monkeypatch, lambda key: Kernel(lowered, kept, **options))
     tokens = 27 if op == "fused_post_pre" else 61  # 3 and 6 buffers
     with other_routes(CLUSTERS=1, FEW_CLUSTERS_TOKENS=0, ONE_ROUND_TOKENS=0, WIDE_TILE_HIDDEN=0):
         device.check(op, cluster_inputs(op, tokens, LOOPING_KEYS[op]))
@@ -146,29 +146,29 @@ def run_loop(monkeypatch, folder, op: str, lowered: Lowered, sanitize_threads: b
 
 
 @pytest.mark.parametrize("op", LOOPING_KEYS)
-def test_no_races_in_kernels_that_loop(monkeypatch, folder, small_looping_kernel, op):
-    run_loop(monkeypatch, folder, op, small_looping_kernel(op))
+def test_no_races_in_kernels_that_loop(monkeypatch, kept, small_looping_kernel, op):
+    run_loop(monkeypatch, kept, op, small_looping_kernel(op))
 
 
 FENCE = re.compile(r"^ *mhc::bulk_fence\(\);\n", re.M)
 
 
 @pytest.mark.parametrize("op", LOOPING_KEYS)
-def test_the_fence_of_bulk_copies_is_needed(monkeypatch, folder, small_looping_kernel, op):
+def test_the_fence_of_bulk_copies_is_needed(monkeypatch, kept, small_looping_kernel, op):
     lowered = small_looping_kernel(op)
     assert len(FENCE.findall(lowered.source)) == 1
     with pytest.raises(EmulationError, match="load_bulk: no bulk_fence"):
-        run_loop(monkeypatch, folder, op, without(lowered, FENCE), sanitize_threads=False)
+        run_loop(monkeypatch, kept, op, without(lowered, FENCE), sanitize_threads=False)
 
 
 MIXES_WAIT = re.compile(r"^ *mhc::loads_wait_but<1>\(\);\n", re.M)
 
 
-def test_mixes_of_token_warps_are_waited_for(monkeypatch, folder, small_looping_kernel):
+def test_mixes_of_token_warps_are_waited_for(monkeypatch, kept, small_looping_kernel):
     lowered = small_looping_kernel("fused_post_pre")
     assert len(MIXES_WAIT.findall(lowered.source)) == 1
     with pytest.raises(EmulationError, match=r"data race|loaded twice without a wait"):
-        run_loop(monkeypatch, folder, "fused_post_pre", without(lowered, MIXES_WAIT))
+        run_loop(monkeypatch, kept, "fused_post_pre", without(lowered, MIXES_WAIT))
 
 
 WAIT = re.compile(
@@ -185,14 +185,14 @@ WAITS = {"fused_post_pre": 6, "expand_pre": 3, "post_head": 5, "post_head_persis
     ],
     ids=WAITS,
 )
-def test_each_wait_of_a_cluster_is_needed(monkeypatch, folder, small_clusters, op, tokens, key):
-    lowered = lower_key(key)
+def test_each_wait_of_a_cluster_is_needed(monkeypatch, kept, small_clusters, op, tokens, key):
+    lowered = lower_key(key, kept)
     assert len(WAIT.findall(lowered.source)) == WAITS[key.kernel]
     for wait in range(WAITS[key.kernel]):
         broken = without(lowered, WAIT, wait)
         device = Device(
             monkeypatch,
-            lambda key, broken=broken: Kernel(broken, folder, sanitize_threads=True),
+            lambda key, broken=broken: Kernel(broken, kept, sanitize_threads=True),
         )
         refused = pytest.raises(EmulationError, match=r"data race|waited for|waits for")
         with other_routes(CLUSTERS=1), refused:
@@ -214,16 +214,16 @@ BARRIER = re.compile(r"^ *(__syncthreads|tl::__sync_thread_partial|__syncwarp)\(
     ],
     ids=lambda value: value.kernel if isinstance(value, Key) else None,
 )
-def test_each_barrier_is_needed(monkeypatch, folder, lowered, op, key, barriers):
+def test_each_barrier_is_needed(monkeypatch, kept, lowered, op, key, barriers):
     inputs = make_inputs(op, TOKENS, HIDDEN, norm=True)
     assert len(BARRIER.findall(lowered(key).source)) == barriers
     for barrier in range(barriers):
 
         def kernel(launched: Key, barrier: int = barrier) -> Kernel:
             if launched != key:
-                return Kernel(lowered(launched), folder)
+                return Kernel(lowered(launched), kept)
             broken = without(lowered(key), BARRIER, barrier)
-            return Kernel(broken, folder, sanitize_threads=True)
+            return Kernel(broken, kept, sanitize_threads=True)
 
         device = Device(monkeypatch, kernel)
         device.sms = 1  # both token tiles in turn: one may run into the next

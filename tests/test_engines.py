@@ -860,6 +860,7 @@ if len(sys.argv) == 4:
             cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
         )  # fmt: skip
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("engine", ENGINES)
     def test_in_a_fresh_process(self, engine, tmp_path):
         engines.write(engine, tmp_path)
@@ -870,6 +871,7 @@ if len(sys.argv) == 4:
             "the engine's own mHC functions run: device meta is not a CUDA device\n"
         )
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("raised", ["ImportError('x')", "BaseException('x')", "OSError('x')"])
     @pytest.mark.parametrize("engine", ENGINES)
     def test_an_engine_that_fails_in_a_fresh_process(self, engine, raised, tmp_path):

@@ -9,10 +9,13 @@ import engines
 import pytest
 
 import mhc_ops
+from helpers import HANG
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PACKAGE = Path(mhc_ops.__file__).parents[1]
+
+pytestmark = pytest.mark.slow  # a process or more each
 
 
 def run(name, *arguments, beside=(), processes=0, **environment):
@@ -32,7 +35,7 @@ def run(name, *arguments, beside=(), processes=0, **environment):
         env=os.environ | {"PYTHONPATH": path} | environment,
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=HANG,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

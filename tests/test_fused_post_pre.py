@@ -1,13 +1,13 @@
-"""fused_post_pre: against post then pre, and against the float64 oracle."""
+"""fused_post_pre: against post then pre, its rounds of Sinkhorn, and its paths."""
 
 import pytest
 import torch
 
 import mhc_ops
-from helpers import EPSILONS, OPS, bounds, check_against_oracle, path, sizes
+from helpers import OPS, bounds, check_against_oracle, path, sizes, tokens_of
 from mhc_ops import jit, routes, support
 from mhc_ops.native import host, launcher
-from mhc_ops.testing import KINDS, make_inputs, poisoned_memory
+from mhc_ops.testing import make_inputs, poisoned_memory
 
 OP = "fused_post_pre"
 POST_ARGUMENTS = ("x", "residual", "post_layer_mix", "comb_res_mix")
@@ -43,59 +43,34 @@ def assert_fused_is_post_then_pre(device, tokens, hidden, norm, sinkhorn_repeat)
     )
 
 
-@pytest.mark.parametrize("sinkhorn_repeat", [2, 20])
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize(("hidden", "tokens"), sizes(OP, (4096, 7168), 0, 1, 8, 17, 32, 64))
-def test_classical_matrix(device, hidden, tokens, norm, sinkhorn_repeat):
-    assert_fused_is_post_then_pre(device, tokens, hidden, norm, sinkhorn_repeat)
+per_norm = pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+
+
+@per_norm
+@pytest.mark.parametrize("hidden", [4096, 7168])
+def test_classical_matrix(device, hidden, norm, subtests):
+    for tokens in (0, 1, 8, 17, 32, 64):
+        for repeat in (2, 20):
+            with subtests.test(path(OP, hidden, tokens), tokens=tokens, repeat=repeat):
+                assert_fused_is_post_then_pre(device, tokens, hidden, norm, repeat)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize(
-    ("hidden", "tokens"), sizes(OP, (256, 768, 2816, 5120), 3, 17, 200, 300, at_bounds=True)
-)
-def test_classical_at_other_hidden_sizes(hidden, tokens, norm):
-    assert_fused_is_post_then_pre("cuda", tokens, hidden, norm, sinkhorn_repeat=20)
+@per_norm
+@pytest.mark.parametrize("hidden", [256, 768, 2816, 5120])
+def test_classical_at_other_hidden_sizes(hidden, norm, subtests):
+    for tokens in tokens_of(hidden, 3, 17, 200, 300, at_bounds=True):
+        with subtests.test(path(OP, hidden, tokens), tokens=tokens):
+            assert_fused_is_post_then_pre("cuda", tokens, hidden, norm, sinkhorn_repeat=20)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize(
-    ("hidden", "tokens"), sizes(OP, (4096, 7168), 3, 129, 200, 513, 1000, 4096, at_bounds=True)
-)
-def test_classical_at_more_tokens(hidden, tokens, norm):
-    assert_fused_is_post_then_pre("cuda", tokens, hidden, norm, sinkhorn_repeat=20)
-
-
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("hidden", [256, 4096])
-@pytest.mark.parametrize("kind", KINDS)
-def test_oracle(device, kind, hidden, norm):
-    check_against_oracle(OP, device, tokens=17, hidden=hidden, norm=norm, kind=kind)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize(("hidden", "tokens"), sizes(OP, (4096,), 8, 64, 200, 513, at_bounds=True))
-@pytest.mark.parametrize("kind", KINDS)
-def test_oracle_on_every_path(kind, hidden, tokens, norm):
-    check_against_oracle(OP, "cuda", tokens=tokens, hidden=hidden, norm=norm, kind=kind)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("hidden", "tokens"), sizes(OP, (256, 768, 2816, 5120, 7168), 5, 300, at_bounds=True)
-)
-def test_oracle_at_other_hidden_sizes(hidden, tokens):
-    check_against_oracle(
-        OP, "cuda", tokens=tokens, hidden=hidden, norm=True, kind="large_logits", seed=1
-    )
-
-
-@pytest.mark.gpu
-def test_oracle_at_a_prefill():
-    check_against_oracle(OP, "cuda", tokens=4096, hidden=7168, norm=True, kind="large_logits")
+@per_norm
+@pytest.mark.parametrize("hidden", [4096, 7168])
+def test_classical_at_more_tokens(hidden, norm, subtests):
+    for tokens in tokens_of(hidden, 3, 129, 200, 513, 1000, 4096, at_bounds=True):
+        with subtests.test(path(OP, hidden, tokens), tokens=tokens):
+            assert_fused_is_post_then_pre("cuda", tokens, hidden, norm, sinkhorn_repeat=20)
 
 
 @pytest.mark.parametrize("sinkhorn_repeat", [1, 2, 3, 50])
@@ -114,8 +89,16 @@ def test_sinkhorn_rounds(device, sinkhorn_repeat):
 @pytest.mark.parametrize("hidden", [256, 768, 2816, 4096, 5120, 7168])
 @pytest.mark.parametrize("op", OPS)
 def test_the_bounds_reach_every_path(op, hidden):
-    reached = {path(op, hidden, tokens) for tokens in bounds(hidden)}
-    assert reached == {path(op, hidden, tokens) for tokens in range(1, 5000)}
+    ends = [row.max_tokens for row in routes.routes(op, hidden, "sm_90a")[:-1]]
+
+    def rows(counts):
+        return {sum(end < tokens for end in ends) for tokens in counts}
+
+    assert rows(bounds(hidden)) == rows(range(1, 5000))
+    # and a row's name is that of all its token counts
+    firsts = [1, *(end + 1 for end in ends)]
+    names = {path(op, hidden, first) for first in firsts if first < 5000}
+    assert names == {path(op, hidden, tokens) for tokens in bounds(hidden)}
 
 
 @pytest.mark.gpu
@@ -134,19 +117,3 @@ def test_the_path_is_the_one_that_its_row_says(hidden, tokens, monkeypatch):
     arch = support.arch(torch.device("cuda", 0))
     launches = routes.row(OP, hidden, arch, tokens).launches if tokens else ()
     assert launched == [launch.key(hidden, arch, norm=False) for launch in launches]
-
-
-@pytest.mark.parametrize("epsilons", EPSILONS)
-def test_epsilons(device, epsilons):
-    check_against_oracle(
-        OP, device, EPSILONS[epsilons], tokens=17, hidden=256, norm=True, kind="large_logits"
-    )
-
-
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-def test_streams_of_zero(device, norm):
-    """Zero in, zero out: the epsilons keep every division finite."""
-    make = {"tokens": 5, "hidden": 256, "norm": norm, "kind": "signed_bases"}
-    inputs = make_inputs(OP, device=device, **make)
-    zero = {name: torch.zeros_like(inputs[name]) for name in ("x", "residual") if name in inputs}
-    check_against_oracle(OP, device, zero, **make)

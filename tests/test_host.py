@@ -27,7 +27,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mhc_ops
 from fake_driver import ARCH, CPU
-from helpers import NORMS, OPS, assert_equal, call, clone, overload, split, stride_out, tensors
+from helpers import (
+    HANG,
+    NORMS,
+    OPS,
+    assert_equal,
+    call,
+    clone,
+    overload,
+    split,
+    stride_out,
+    tensors,
+)
 from mhc_ops import jit, reference, routes, store
 from mhc_ops._arguments import recipe
 from mhc_ops.native import early, host, launcher, library, torches
@@ -635,7 +646,7 @@ def test_many_threads_load_once(untried, monkeypatch):
     gate = threading.Event()
 
     def load():
-        loads.append(gate.wait(5))
+        loads.append(gate.wait(HANG))
         return object()
 
     monkeypatch.setattr(host, "_load", load)
@@ -697,6 +708,7 @@ def host_folder(cache):
     return folder
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_processes_that_build_at_once(tmp_path):
     """One builds it, the other waits; nothing else is left behind."""
@@ -715,7 +727,7 @@ def test_processes_that_build_at_once(tmp_path):
         )
         for _ in range(2)
     ]
-    said = [process.communicate(timeout=280) for process in running]
+    said = [process.communicate(timeout=HANG) for process in running]
     assert [out for out, _ in said] == [b"True True\n"] * 2
     for name in (NAME, "launcher"):
         assert sum(log.count(f"building {name}\n".encode()) for _, log in said) == 1

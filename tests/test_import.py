@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import mhc_ops
+from helpers import HANG
 from mhc_ops.testing import OUTPUTS
 
 ROOT = Path(mhc_ops.__file__).parents[1]
@@ -21,7 +22,7 @@ def run(code, **environment):
         env=os.environ | {"PYTHONPATH": path} | environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=HANG,
         check=False,
     )
     assert result.returncode == 0, result.stderr

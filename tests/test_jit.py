@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import types
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import mhc_ops
+from helpers import HANG
 from mhc_ops import compiler, formula, jit, routes, store
 from mhc_ops.native import launcher
 
@@ -55,7 +57,7 @@ def compile_calls(monkeypatch, empty):
 
     def compile_kernel(key):
         calls.append(key)
-        gate.wait(5)
+        gate.wait(HANG)
         return compiled(key)
 
     monkeypatch.setattr(compiler, "compile_kernel", compile_kernel)
@@ -82,12 +84,10 @@ def test_other_keys_compile_side_by_side(compile_calls):
     threads = [threading.Thread(target=jit.compile_key, args=(key,)) for key in (KEY, other)]
     for thread in threads:
         thread.start()
-    deadline = threading.Event()
-    for _ in range(100):
-        if len(compile_calls.calls) == 2:
-            break
-        deadline.wait(0.05)
-    assert len(compile_calls.calls) == 2, "the second key waited for the first"
+    deadline = time.monotonic() + HANG
+    while len(compile_calls.calls) < 2:
+        assert time.monotonic() < deadline, "the second key waited for the first"
+        time.sleep(0.01)
     compile_calls.gate.set()
     for thread in threads:
         thread.join()
@@ -226,6 +226,7 @@ print(len(jit.compile_key(routes.Key("post", "sm_90a", 256)).cubin))
 """
 
 
+@pytest.mark.slow
 def test_many_processes_one_compile(tmp_path):
     environment = {"TILELANG_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     running = [
@@ -240,7 +241,7 @@ def test_many_processes_one_compile(tmp_path):
     ]
     logs = []
     for process in running:
-        out, log = process.communicate(timeout=200)
+        out, log = process.communicate(timeout=HANG)
         assert process.returncode == 0, log
         assert int(out) > 1000
         logs.append([line for line in log.splitlines() if line.startswith("mhc_ops ")])

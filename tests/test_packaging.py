@@ -30,6 +30,8 @@ SOURCES = ("mhc_ops", "csrc_tilelang", "setup.py", "pyproject.toml", "MANIFEST.i
            "benchmarks", "examples")  # fmt: skip
 IGNORED = shutil.ignore_patterns("__pycache__", "*.bak")
 
+pytestmark = pytest.mark.slow  # wheels are built and installed
+
 RUN_EVERY_OP = """
 import sys
 import mhc_ops

@@ -12,6 +12,7 @@ import sharded
 from test_import import run as run_code
 
 import mhc_ops
+from helpers import HANG
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(mhc_ops.__file__).parents[1]
@@ -43,12 +44,13 @@ def results(request):
         )
         for rank in range(request.param)
     ]
-    outputs = [process.communicate(timeout=250) for process in processes]
+    outputs = [process.communicate(timeout=HANG) for process in processes]
     for process, (_, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, errors
     return [json.loads(output) for output, _ in outputs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", sharded.CHECKS)
 def test_group(results, check):
     for rank, said in enumerate(results):

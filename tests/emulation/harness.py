@@ -6,7 +6,7 @@ Every run is a process of its own: a fault, a deadlock or a race ends that proce
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import math
 import os
 import re
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kept import Kept
 from mhc_ops.compiler import Argument, Lowered
 
 INCLUDE = Path(__file__).parent / "include"
@@ -32,7 +33,9 @@ KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(.*?\) (\w+)\
 DEPENDENCY = "cudaGridDependencySynchronize()"
 
 FLAGS = (
-    "-std=c++20", "-g", "-fno-strict-aliasing", "-Wno-unknown-pragmas",
+    "-std=c++20", "-fno-strict-aliasing", "-Wno-unknown-pragmas",
+    # lines for reports, and nothing of variables, which takes g++ as long as all the rest
+    "-g1",
     # one rounding an operation on every machine
     "-ffp-contract=off",
     # a variable that is read before it is written gets a wild value, always the same
@@ -44,8 +47,8 @@ FIBER_FLAGS = (
     "-fno-sanitize-recover=all",
 )  # fmt: skip
 THREAD_FLAGS = ("-O1", "-DEMULATION_THREADS", "-fsanitize=thread", "-pthread")
-TIMEOUT = 120  # seconds a run
-PATIENCE = 60  # seconds before an OS thread that waits reports a deadlock
+TIMEOUT = 900  # seconds a run: a hang, not a slow machine
+PATIENCE = 300  # seconds before an OS thread that waits reports a deadlock
 MAX_OS_THREADS = 6000  # ThreadSanitizer holds 8128, couriers of inboxes among them
 
 
@@ -90,34 +93,42 @@ def _kernel(source: str) -> re.Match[str]:
     return kernels[0]
 
 
-def _compile(name: str, inputs: list[str], flags: tuple[str, ...], folder: Path) -> Path:
-    """Run g++ unless ``folder`` holds ``name`` already."""
-    output = folder / name
-    if not output.exists():
-        # under another name first: two processes may build the same at once
-        partial = Path(tempfile.mkdtemp(dir=folder)) / name
-        command = ["g++", *flags, "-o", str(partial), *inputs]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise EmulationError(f"g++ failed:\n{result.stderr}")
-        partial.rename(output)
-    return output
+@functools.cache
+def _gpp() -> str:
+    """Which compiler it is: version, target and configuration."""
+    return subprocess.run(["g++", "-v"], capture_output=True, text=True, check=True).stderr
 
 
-def _build(source: str, mode: tuple[str, ...], folder: Path) -> Path:
+@functools.cache
+def _texts() -> tuple[str, ...]:
+    """The harness' own sources."""
+    files = (*sorted(INCLUDE.iterdir()), *sorted(RUNTIME.iterdir()))
+    return tuple(f"{path.name}\n{path.read_text()}" for path in files)
+
+
+def _run_gpp(inputs: Sequence[Path], flags: Sequence[str], output: Path) -> None:
+    command = ["g++", *flags, "-o", str(output), *map(str, inputs)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise EmulationError(f"g++ failed:\n{result.stderr}")
+
+
+def _build(lowered: Lowered, mode: tuple[str, ...], kept: Kept) -> Path:
     """The program of a kernel, built once a source and mode; the runtime once a mode."""
-    code = translate(source)
+    code = translate(lowered.source)
     flags = (*FLAGS, *mode)
-    digest = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:8]
-    runtime = _compile(
-        f"runtime-{digest}.o", [str(RUNTIME / "runtime.cpp")], (*flags, "-c"), folder
-    )
-    name = hashlib.sha256(code.encode()).hexdigest()[:16]
-    text = folder / f"{name}.cpp"
-    text.write_text(code)
-    return _compile(
-        f"{name}-{digest}", [str(text), str(runtime)], (*flags, "-I", str(INCLUDE)), folder
-    )
+    common = (_gpp(), *flags, *_texts())
+
+    def compile_runtime(output: Path) -> None:
+        _run_gpp([RUNTIME / "runtime.cpp"], (*flags, "-c"), output)
+
+    def compile_program(output: Path) -> None:
+        runtime = kept.get("runtime", ".o", common, compile_runtime)
+        # kept too: reports name its lines
+        text = kept.get(lowered.symbol, ".cpp", (code,), lambda output: output.write_text(code))
+        _run_gpp([text, runtime], (*flags, "-I", str(INCLUDE)), output)
+
+    return kept.get(lowered.symbol, ".program", (*common, code), compile_program)
 
 
 class Kernel:
@@ -125,7 +136,7 @@ class Kernel:
 
     Args:
         lowered: what to run.
-        folder: where programs and arguments are kept; the same for a whole session.
+        kept: where programs are kept.
         sanitize_threads: run every CUDA thread as an OS thread under ThreadSanitizer.
         resident: CTAs that run side by side, rounded up to whole clusters.
         early: parameters that may be read before the previous kernel has finished.
@@ -139,7 +150,7 @@ class Kernel:
     def __init__(
         self,
         lowered: Lowered,
-        folder: Path,
+        kept: Kept,
         *,
         sanitize_threads: bool = False,
         resident: int = 1,
@@ -148,12 +159,11 @@ class Kernel:
     ) -> None:
         self.lowered = lowered
         self.early = early
-        self._folder = folder
         self._sanitize_threads = sanitize_threads
         self._resident = resident
         self._waits = DEPENDENCY in lowered.source if waits is None else waits
         flags = THREAD_FLAGS if sanitize_threads else FIBER_FLAGS
-        self._program = _build(lowered.source, flags, folder)
+        self._program = _build(lowered, flags, kept)
         self._signature = [
             (word.split()[-1].lstrip("*"), "*" in word, word.lstrip().startswith("const "))
             for word in _kernel(lowered.source).group(2).split(",")
@@ -188,7 +198,7 @@ class Kernel:
             )
         # global memory is closed to one cluster at a time, which ends before the next begins
         waits = self._waits and not self._sanitize_threads and resident == cluster
-        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+        with tempfile.TemporaryDirectory() as folder:
             words, written = [], []
             for name, is_pointer, is_const in self._signature:
                 value = bound[name]

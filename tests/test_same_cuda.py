@@ -1,0 +1,92 @@
+"""The gate of restructurings: what counts as the same CUDA, and what does not."""
+
+import pytest
+
+import same_cuda
+from same_cuda import compare, difference
+
+KERNEL = """
+#include <tl_templates/cuda/gemm.h>
+__device__ __forceinline__ float twice(float v) { return v * 2.0f; }  // a helper
+extern "C" __global__ void __launch_bounds__(128, 1) k(const float* a, const float* b, int n);
+extern "C" __global__ void __launch_bounds__(128, 1) k(const float* a, const float* b, int n) {
+  float local[4];
+  /* the sum */
+  for (int i = 0; i < n; ++i) {
+    local[i] = twice(a[i]) + __expf(b[i]);
+  }
+  asm volatile("mov.u32 %0, %1;" : "=r"(local[0]) : "r"(n));
+}
+"""
+
+SAME = {
+    "itself": lambda text: text,
+    "a comment": lambda text: text.replace("the sum", "another word"),
+    "line breaks": lambda text: text.replace("{\n", "\n{\n").replace("; ", ";\n"),
+    "a variable": lambda text: text.replace("local", "sums"),
+    "a loop variable": lambda text: text.replace("int i =", "int j =")
+    .replace("i < n; ++i", "j < n; ++j")
+    .replace("[i]", "[j]"),
+    "a device function": lambda text: text.replace("twice", "doubled"),
+    "the kernel": lambda text: text.replace(" k(", " kernel("),
+    # TileLang sorts the signature by name
+    "a parameter that moves": lambda text: text.replace(
+        "const float* a, const float* b, int n", "const float* b, int n, const float* z"
+    ).replace("a[i]", "z[i]"),
+}  # fmt: skip
+OTHER = {
+    "a number": lambda text: text.replace("2.0f", "3.0f"),
+    "an intrinsic": lambda text: text.replace("__expf", "__logf"),
+    "an operator": lambda text: text.replace(") + __", ") - __"),
+    "a bound": lambda text: text.replace("i < n", "i <= n"),
+    "a type": lambda text: text.replace("float local", "double local"),
+    "a parameter's type": lambda text: text.replace("const float* a", "const double* a"),
+    "a parameter more": lambda text: text.replace("int n)", "int n, int m)"),
+    "launch bounds": lambda text: text.replace("(128, 1)", "(256, 1)"),
+    "assembly": lambda text: text.replace("mov.u32", "mov.b32"),
+    "another variable": lambda text: text.replace("twice(a[i])", "twice(b[i])"),
+    "a line less": lambda text: text.replace("local[i] = twice(a[i]) + __expf(b[i]);", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", SAME)
+def test_the_same(change):
+    assert difference(KERNEL, SAME[change](KERNEL)) is None
+
+
+@pytest.mark.parametrize("change", OTHER)
+def test_another(change):
+    changed = OTHER[change](KERNEL)
+    assert changed != KERNEL
+    assert difference(KERNEL, changed)
+
+
+def test_parameters_exchanged_are_another():
+    """The launcher binds parameters by name."""
+    assert difference(
+        KERNEL, KERNEL.replace("a[i]", "?").replace("b[i]", "a[i]").replace("?", "b[i]")
+    )
+
+
+def test_a_long_difference_is_cut():
+    lines = difference(KERNEL, "int x;\n" * 40)
+    assert len(lines) == 13
+    assert lines[-1].startswith("… and ")
+
+
+def test_kernels_of_one_revision_alone():
+    said = compare({"a": KERNEL, "b": KERNEL}, {"a": KERNEL, "c": KERNEL})
+    assert said == ["b: only at the base", "c: only now"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (same_cuda.ROOT / ".git").exists(), reason="needs a git repository")
+def test_the_head_against_itself(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(same_cuda, "KEPT", tmp_path)
+    assert same_cuda.main(["HEAD", "--arch", "sm_80", "--hidden", "256"]) == 0
+    assert capsys.readouterr().out == "11 kernels have the same CUDA\n"
+
+
+def test_an_unknown_revision():
+    with pytest.raises(SystemExit, match="expected a revision that git knows, got nowhere"):
+        same_cuda.main(["nowhere"])
