@@ -572,7 +572,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     supported, reason = support.is_supported()
     if not supported:
-        print(f"needs a GPU that the ops support: {reason}", file=sys.stderr)
+        print(f"expected a GPU that the ops support: {reason}", file=sys.stderr)
         return 2
     settings = defaults._replace(
         boundaries=arguments.boundaries,

@@ -393,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device, sizes = arguments.device, TINY if arguments.tiny else Sizes()
     supported, reason = support.is_supported("cuda")
     if device == "cuda" and not supported:
-        print(f"needs a GPU that the ops support: {reason}", file=sys.stderr)
+        print(f"expected a GPU that the ops support: {reason}", file=sys.stderr)
         return 2
     try:
         import transformers

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
 
     Returns:
         The exit status: 0 when the command worked, 2 for wrong arguments or where the command
-        cannot run. A command may have further ones, which its own help lists.
+        cannot run. A command may have others, which the docstring of its ``main`` or module lists.
     """
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(

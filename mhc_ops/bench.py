@@ -282,7 +282,7 @@ def run(
     """
     supported, reason = support.is_supported(device)
     if not supported:
-        raise RuntimeError(f"mhc_ops bench: needs a GPU that the ops support: {reason}")
+        raise RuntimeError(f"mhc_ops bench: expected a GPU that the ops support: {reason}")
     target = support.cuda_device(device)
     copy_tb_s = timing.copy_bandwidth(target)
     for case in cases:

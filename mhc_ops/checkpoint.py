@@ -82,7 +82,10 @@ def stack_names(layers: int, style: str) -> dict[str, str]:
         ValueError: the style is another one.
     """
     if style not in _PREFIX:
-        raise ValueError(f"expected style to be one of {', '.join(_PREFIX)}, got {style!r}")
+        raise ValueError(
+            f"mhc_ops.checkpoint.stack_names: expected style to be one of {', '.join(_PREFIX)}, "
+            f"got {style!r}"
+        )
     prefix = _PREFIX[style]
     names = {
         f"layers.{index}.{ours}": f"{prefix}layers.{index}.{theirs}"

@@ -200,7 +200,7 @@ def require_trusted(folder: Path) -> None:
         path, said = found
         raise RuntimeError(
             f"mhc: no kernel is loaded from {folder}: {said}, and what lies there would "
-            f"run in this process; take their rights (chmod go-w {path}), let "
+            f"run in this process; take the rights of others (chmod go-w {path}), let "
             "TILELANG_CACHE_DIR or MHC_OPS_KERNELS name a folder of your own, or set "
             "MHC_OPS_TRUST_CACHE=1"
         )

@@ -168,7 +168,8 @@ def evaluate(formula: Formula, values: Mapping[str, int]) -> int:
         return formula.function_of_names(values)
     except KeyError:
         raise ValueError(
-            f"expected the size of every name in {formula}, got {dict(values)}"
+            f"mhc_ops.formula.evaluate: expected the size of every name in {formula}, "
+            f"got {dict(values)}"
         ) from None
 
 
@@ -189,7 +190,8 @@ def code(formula: Formula) -> list[int]:
     if formula.function == "name":
         if formula.leaf not in _OPEN:
             raise ValueError(
-                f"expected a formula of tokens and multiprocessors alone, got one of {formula}"
+                "mhc_ops.formula.code: expected a formula of tokens and multiprocessors alone, "
+                f"got {formula}"
             )
         return [STEPS.index(str(formula.leaf))]
     steps = [step for part in formula.parts for step in code(part)]
@@ -213,7 +215,7 @@ def parse(text: str) -> Formula:
     try:
         return _from_tree(ast.parse(text, mode="eval").body)
     except (SyntaxError, TypeError, KeyError, ZeroDivisionError) as error:
-        raise ValueError(f"expected a formula, got {text!r}") from error
+        raise ValueError(f"mhc_ops.formula.parse: expected a formula, got {text!r}") from error
 
 
 def _from_tree(node: ast.expr) -> Formula:

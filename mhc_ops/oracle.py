@@ -201,7 +201,7 @@ def oracle(
         copies = _expected_copies(inputs)
         return {"residual_out": copies} | _expected_pre(inputs, copies.value.to(inputs["x"].dtype))
     if residual_out is None:
-        raise ValueError(f"expected residual_out for {op}, got None")
+        raise ValueError(f"mhc_ops.testing.oracle: expected residual_out for {op}, got None")
     if op == "post_head":
         return {"layer_input": _expected_head(inputs, residual_out)}
     streams = {"residual_out": _expected_residual(inputs)}

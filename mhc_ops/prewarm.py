@@ -192,7 +192,7 @@ def prewarm(
     check_sizes("mhc_ops.prewarm", hidden, max_tokens)
     supported, reason = support.is_supported(device)
     if not supported:
-        raise RuntimeError(f"mhc_ops.prewarm: {reason}")
+        raise RuntimeError(f"mhc_ops.prewarm: expected a GPU that the ops support: {reason}")
     target = support.cuda_device(device)
 
     start = time.perf_counter()

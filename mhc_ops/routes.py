@@ -32,8 +32,8 @@ ONE_ROUND_TOKENS = 128  # the clusters of fused_post_pre take at most so many to
 # Up to so many tokens few clusters are faster, because the next kernel's clusters fit beside them.
 FEW_CLUSTERS_TOKENS = 48
 MORE_CLUSTERS = 5
-# Above that the clusters are at least MORE_CLUSTERS, and more only where a group would be larger
-# than MORE_GROUP_TOKENS, which are two token tiles.
+# For more tokens there are at least MORE_CLUSTERS clusters, and further ones only where a group
+# would be larger than MORE_GROUP_TOKENS, which are two token tiles.
 MORE_GROUP_TOKENS = 16
 # head cuts K into the same splits for any token count, so a token has the same bits in any batch.
 HEAD_SPLITS = 64

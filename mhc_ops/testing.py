@@ -182,9 +182,15 @@ def make_inputs(
         ValueError: the op or the kind is unknown.
     """
     if op not in OUTPUTS:
-        raise ValueError(f"expected op to be one of {', '.join(OUTPUTS)}, got {op!r}")
+        raise ValueError(
+            f"mhc_ops.testing.make_inputs: expected op to be one of {', '.join(OUTPUTS)}, "
+            f"got {op!r}"
+        )
     if kind not in KINDS:
-        raise ValueError(f"expected kind to be one of {', '.join(KINDS)}, got {kind!r}")
+        raise ValueError(
+            f"mhc_ops.testing.make_inputs: expected kind to be one of {', '.join(KINDS)}, "
+            f"got {kind!r}"
+        )
     leading = (tokens,) if isinstance(tokens, int) else tuple(tokens)
     random = _Random(seed)
     columns, rows = hc_mult * hidden, mixes(hc_mult)

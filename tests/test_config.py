@@ -112,9 +112,9 @@ def test_a_folder_that_everyone_can_write(folder, mode):
     folder.chmod(mode)
     assert refusal(folder) == (
         f"mhc: no kernel is loaded from {folder}: {folder} can be written by others (mode "
-        f"{mode:04o}), and what lies there would run in this process; take their rights (chmod "
-        f"go-w {folder}), let TILELANG_CACHE_DIR or MHC_OPS_KERNELS name a folder of your own, or "
-        "set MHC_OPS_TRUST_CACHE=1"
+        f"{mode:04o}), and what lies there would run in this process; take the rights of "
+        f"others (chmod go-w {folder}), let TILELANG_CACHE_DIR or MHC_OPS_KERNELS name a folder of "
+        "your own, or set MHC_OPS_TRUST_CACHE=1"
     )
 
 

@@ -12,9 +12,9 @@ checked, and the exit status is 1 where a claim does not hold:
 4. On a GPU a CUDA graph is replayed on new input, and a boundary is timed.
 
 The comparison is made twice (:mod:`mhc_ops.demo.models` says why). In the first both runs are given
-the choices of the float32 run, so that the error is that of the arithmetic; this error is checked
-seed by seed. In the second every run chooses for itself, as in use; the error over all seeds
-together is checked.
+the choices of the float32 run, so that the error comes from the arithmetic alone; this error is
+checked seed by seed. In the second every run chooses for itself, as in use; the error over all
+seeds together is checked.
 
 The demo ends with a table, and with a picture where matplotlib is installed.
 """

@@ -4,7 +4,7 @@ A model of this kind is not continuous: where two experts (or two compressed ent
 attention) have almost the same score, one rounding changes the choice, and the logits of that
 position jump. Such jumps make most of the error of any bf16 run on any path (benchmarks/NOTES.md,
 "Jumps of a mixture of experts"). So runs are best compared with the choices of the float32 run
-given to all of them (:class:`Choices`), where the error is that of the arithmetic.
+given to all of them (:class:`Choices`), where the error comes from the arithmetic alone.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Hand calls that the ops do not serve to the engine's own functions, and log the reason once.
 
-Whether the ops serve a *kind* of call (number of streams, hidden size, dtype and device) is decided
-at the first call of the kind, which also loads every kernel of the hidden size. Engines run a model
-once before they capture it, and SGLang calls ``mhc_pre`` when it has loaded the weights. Layouts,
-addresses and numbers are checked by the ops themselves before they launch anything, so this module
-adds no second check to a call that the ops serve.
+The *place* of a call is its number of streams, hidden size, dtype and device. Whether the ops serve
+a place is decided at the first call of the place, which also loads every kernel of the hidden size.
+Engines run a model once before they capture it, and SGLang calls ``mhc_pre`` when it has loaded the
+weights. Layouts, addresses and numbers are checked by the ops themselves before they launch
+anything, so this module adds no second check to a call that the ops serve.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 _NUMBERS = re.compile(r"\d+")
 
-# A place is the kind of a call: hc_mult, hidden size, and dtype and device of the streams.
+# A place is hc_mult, the hidden size, and dtype and device of the streams.
 Place = tuple[int, int, torch.dtype, torch.device]
 
 
@@ -211,7 +211,7 @@ def falls_back(
             except jit.KernelUnavailable as error:
                 reason = str(error)
                 # The failure is remembered, because each further call would take as long to fail. A
-                # failure during a capture is not: the same call may succeed outside.
+                # failure during a capture is not remembered: the same call may succeed outside.
                 if not torch.cuda.is_current_stream_capturing():
                     _decided[place] = reason
             _tell(reason)

@@ -4,7 +4,7 @@
 
 * ``mhc_pre``, ``mhc_post`` and ``mhc_fused_post_pre`` of ``kernels.ops.layernorm.mhc``, which
   DeepSeek-V4 and GLM-5.3 call, and ``fused_hc_head`` of ``mhc_head`` beside it;
-* of DeepSeek-V4, whatever SGLang's switches for other implementations say (FlashInfer's,
+* of DeepSeek-V4, with any setting of SGLang's switches for other implementations (FlashInfer's,
   DeepGEMM's): ``DeepseekV4DecoderLayerBase.hc_pre``, ``deepseek_v4_mhc.post``, and the heads
   ``hc_head_torch`` (DSpark) and ``DeepseekV4ModelNextN.hc_head``;
 * of GLM-5.3, ``Glm5NextDecoderLayer.hc_ffn_post_pre``, for any number of tokens.

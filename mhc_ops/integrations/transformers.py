@@ -163,8 +163,8 @@ def _decoder(model: torch.nn.Module) -> DeepseekV4Model:
     if isinstance(model, DeepseekV4Model):
         return model
     raise TypeError(
-        "expected a DeepseekV4ForCausalLM or DeepseekV4Model of transformers, got "
-        f"{type(model).__name__}"
+        "mhc_ops.integrations.transformers: expected a DeepseekV4ForCausalLM or DeepseekV4Model of "
+        f"transformers, got {type(model).__name__}"
     )
 
 
@@ -172,31 +172,39 @@ def _check_settings(decoder: DeepseekV4Model) -> None:
     """Refuse a model whose dtypes or settings no op takes."""
     activation = decoder.embed_tokens.weight.dtype
     if activation != ACTIVATION:
-        raise ValueError(f"expected a model in {ACTIVATION}, got {activation}")
+        raise ValueError(
+            f"mhc_ops.integrations.transformers: expected a model in {ACTIVATION}, got {activation}"
+        )
     config = decoder.config
     if config.hc_sinkhorn_iters < 1:
         raise ValueError(
-            f"expected hc_sinkhorn_iters of at least 1, got {config.hc_sinkhorn_iters}"
+            "mhc_ops.integrations.transformers: expected hc_sinkhorn_iters of at least 1, got "
+            f"{config.hc_sinkhorn_iters}"
         )
     for name in ("hc_eps", "rms_norm_eps"):
         if not 0 <= getattr(config, name) <= LARGEST:  # NaN fails both comparisons
             raise ValueError(
-                f"expected {name} to be finite and at least 0, got {getattr(config, name)}"
+                f"mhc_ops.integrations.transformers: expected {name} to be finite and at least 0, "
+                f"got {getattr(config, name)}"
             )
     devices = {parameter.device for parameter in decoder.parameters()}
     cuda = next((device for device in devices if device.type == "cuda"), None)
     if cuda is not None:
         if config.hc_mult != geometry.HC_MULT:
-            raise ValueError(f"expected hc_mult {geometry.HC_MULT} on CUDA, got {config.hc_mult}")
+            raise ValueError(
+                f"mhc_ops.integrations.transformers: expected hc_mult {geometry.HC_MULT} on CUDA, "
+                f"got {config.hc_mult}"
+            )
         if config.hidden_size % geometry.HIDDEN_MULTIPLE != 0:
             raise ValueError(
-                f"expected a hidden_size that is a multiple of {geometry.HIDDEN_MULTIPLE} on "
-                f"CUDA, got {config.hidden_size}"
+                "mhc_ops.integrations.transformers: expected a hidden_size that is a multiple of "
+                f"{geometry.HIDDEN_MULTIPLE} on CUDA, got {config.hidden_size}"
             )
         reason = _fallback.no_kernels(config.hidden_size, cuda)
         if reason is not None:
             raise RuntimeError(
-                f"expected kernels for hidden size {config.hidden_size} on {cuda}: {reason}"
+                "mhc_ops.integrations.transformers: expected kernels for hidden size "
+                f"{config.hidden_size} on {cuda}: {reason}"
             )
 
 
@@ -205,20 +213,22 @@ def _check_parts(decoder: DeepseekV4Model) -> None:
     for name, module, stock, swapped in _parts(decoder):
         if type(module) not in (stock, swapped):
             raise ValueError(
-                f"expected {name} to be a {stock.__name__}, got {type(module).__qualname__}"
+                f"mhc_ops.integrations.transformers: expected {name} to be a {stock.__name__}, "
+                f"got {type(module).__qualname__}"
             )
         if "forward" in vars(module):
             raise ValueError(
-                f"expected {name} to run the forward of its class, got one set on the module; "
-                "call apply before what replaces forwards"
+                f"mhc_ops.integrations.transformers: expected {name} to run the forward of its "
+                "class, got a forward that is set on the module; call apply before other code "
+                "replaces forwards"
             )
         if isinstance(module, (DeepseekV4HyperConnection, DeepseekV4HyperHead)):
             for parameter, value in module.named_parameters():
                 if value.dtype != MIX:
                     raise ValueError(
-                        f"expected {name}.{parameter} in {MIX}, got {value.dtype}; "
-                        "from_pretrained(dtype=torch.bfloat16) keeps it so, model.bfloat16() "
-                        "does not"
+                        f"mhc_ops.integrations.transformers: expected {name}.{parameter} in {MIX}, "
+                        f"got {value.dtype}; from_pretrained(dtype=torch.bfloat16) keeps the "
+                        "parameter in this dtype, model.bfloat16() does not"
                     )
 
 
@@ -246,8 +256,8 @@ def apply(model: torch.nn.Module) -> None:
     decoder = _decoder(model)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
-            "expected a model without gradient checkpointing, got one with it enabled: "
-            "mhc_ops is forward only"
+            "mhc_ops.integrations.transformers: expected a model without gradient checkpointing, "
+            "got a model that has it enabled; mhc_ops is forward only"
         )
     _check_settings(decoder)
     _check_parts(decoder)

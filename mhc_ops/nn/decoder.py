@@ -126,7 +126,9 @@ class DecoderStack(torch.nn.Module):
     ) -> None:
         super().__init__()
         if not sublayers:
-            raise ValueError("DecoderStack: expected at least one pair of sublayers, got none")
+            raise ValueError(
+                "mhc_ops.nn.DecoderStack: expected at least one pair of sublayers, got none"
+            )
         self.hc_mult = hc_mult
         self.layers = torch.nn.ModuleList(
             DecoderLayer(
@@ -152,15 +154,15 @@ class DecoderStack(torch.nn.Module):
             the layers.
 
         Raises:
-            ValueError: an index is not that of a layer.
+            ValueError: ``capture`` has an index that no layer has.
             RuntimeError: the stack is not wired.
         """
         count = len(self.layers)
         for index in capture:
             if not 0 <= index < count:
                 raise ValueError(
-                    f"DecoderStack: expected capture to name layers from 0 to {count - 1}, "
-                    f"got {index}"
+                    "mhc_ops.nn.DecoderStack: expected capture to name layers from 0 to "
+                    f"{count - 1}, got {index}"
                 )
         post = self.head._steps().post
         captured = []
@@ -238,7 +240,7 @@ class NextNLayer(torch.nn.Module):
         """Run one draft step.
 
         Args:
-            embedding: [..., H] bf16, of the tokens that follow those of the streams.
+            embedding: [..., H] bf16, embedding of the tokens that follow the streams' tokens.
             streams: [..., n, H] bf16, of the target before its head, or of the step before.
 
         Returns:

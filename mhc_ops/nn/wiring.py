@@ -114,7 +114,8 @@ def wire(model: torch.nn.Module, *, dtype: torch.dtype = ACTIVATION) -> None:
     modules = [module for module in model.modules() if isinstance(module, Wired)]
     if not modules:
         raise ValueError(
-            f"wire: expected a model with hyper-connections, got {type(model).__name__} without any"
+            f"mhc_ops.nn.wire: expected a model with hyper-connections, got {type(model).__name__} "
+            "without any"
         )
     switches = config.switches()
     reason = _refusal(modules, dtype)
