@@ -1,7 +1,7 @@
 # make demo           runs the demonstration.
 # make check          runs lint, types and the quick tests, which is enough while working.
 # make test           runs lint, types and the whole test suite.
-# make docs           makes the API pages in build/docs.
+# make docs           makes the pages of docs and of the docstrings in build/docs.
 # make wheel          makes a wheel with kernels in dist; the wheel needs torch alone to run.
 # make test-engines   tests the wheel in SGLang and vLLM; needs 14 GB of packages in build/engines.
 # make same-cuda BASE=REVISION   names the kernels whose CUDA differs from that at the revision.
@@ -18,9 +18,6 @@ PYTHON = $(shell for python in python3 python3.12 python3.11 python3.13; do \
 		> /dev/null 2>&1; then echo $$python; break; fi; done)
 
 PYTEST_ARGS ?=
-
-# The pages cover what users import. The function mhc_ops.prewarm hides the module of that name.
-DOCUMENTED := mhc_ops mhc_ops.nn mhc_ops.integrations.transformers mhc_ops.testing mhc_ops.config
 
 # A wheel carries kernels of these architectures and hidden sizes, and a native library for the
 # release series of each of these versions of torch, whose wheels are fetched once.
@@ -44,7 +41,7 @@ test: lint
 	$(PYTEST) $(PYTEST_ARGS)
 
 docs: $(INSTALLED)
-	$(BIN)/pdoc --docformat google --math --output-directory build/docs $(DOCUMENTED) '!mhc_ops.prewarm'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 # Without build isolation the packages of .venv compile the kernels.
 wheel: $(INSTALLED) $(WHEEL_TORCH_FOLDERS)

@@ -38,7 +38,7 @@ from .support import is_supported
 
 _sharding.register_when_imported()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ExpandPreOutput",

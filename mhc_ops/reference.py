@@ -87,7 +87,9 @@ def post(
     *,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """``r'[j] = round(post[j] * x + sum_i comb[i, j] * r[i])``, one rounding.
+    """Compute the new streams in ``compute_dtype`` and round them once::
+
+        residual_out[j] = round(post_layer_mix[j] * x + sum_i comb_res_mix[i, j] * residual[i])
 
     Args:
         x: [..., H], output of the sublayer.
@@ -107,7 +109,9 @@ def post(
 
 
 def expand(x: Tensor, hc_mult: int) -> Tensor:
-    """``r[j] = x`` for every stream j: the streams that a model starts from.
+    """Copy the embedding into every stream j that a model starts from::
+
+        streams[j] = x
 
     Args:
         x: [..., H], the embedding.
@@ -122,7 +126,9 @@ def expand(x: Tensor, hc_mult: int) -> Tensor:
 def project(
     residual: Tensor, fn: Tensor, rms_eps: float, *, compute_dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """``m = (sum_k r_k * fn[:, k]) * rsqrt(mean_k(r_k^2) + rms_eps)``, k over all streams.
+    """Project the streams, k over all n * H elements of them, and divide by their size::
+
+        m = (sum_k residual[k] * fn[:, k]) * rsqrt(mean_k(residual[k]^2) + rms_eps)
 
     Args:
         residual: [..., n, H].
@@ -139,7 +145,13 @@ def project(
 
 
 def sinkhorn(logits: Tensor, eps: float, repeat: int) -> Tensor:
-    """``C = softmax_rows(logits) + eps; C /= colsum + eps``, then rows and columns in turn.
+    """Make a matrix whose rows and columns sum to 1, nearly, by Sinkhorn's iteration::
+
+        C  = softmax_rows(logits) + eps
+        C /= sum of each column + eps
+        repeat - 1 times:
+            C /= sum of each row + eps
+            C /= sum of each column + eps
 
     Args:
         logits: [..., n, n].
@@ -163,12 +175,16 @@ def collapse(
     norm_weight: Tensor | None,
     norm_eps: float | None,
 ) -> Tensor:
-    """``v = sum_j w[j] * r[j]``; ``round(v)``, or ``round(round(v) * rsqrt(mean(v^2) + eps) * g)``.
+    """Collapse the streams j into one row, followed by an RMSNorm where there is one::
+
+        v = sum_j weights[j] * residual[j]
+        y = round(v), or with a norm
+            round(round(v) * rsqrt(mean(v^2) + norm_eps) * norm_weight)
 
     Args:
         residual: [..., n, H].
         weights: [..., n], in the dtype of the arithmetic.
-        norm_weight: [H], weight g of the RMSNorm, or None for no norm.
+        norm_weight: [H], weight of the RMSNorm, or None for no norm.
         norm_eps: its epsilon; given exactly when ``norm_weight`` is.
 
     Returns:
@@ -199,12 +215,18 @@ def pre(
     norm_eps: float | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mixes of the next sublayer and its input: see :func:`mhc_ops.pre` for the formula.
+    """Make the mixes of the next sublayer and its input, each formula in a function above::
+
+        m           = project(residual, fn, rms_eps)
+        w           = sigmoid(m[0:n] * hc_scale[0] + hc_base[0:n]) + hc_pre_eps
+        post_mix    = sigmoid(m[n:2n] * hc_scale[1] + hc_base[n:2n]) * hc_post_mult_value
+        comb_mix    = sinkhorn(m[2n:] * hc_scale[2] + hc_base[2n:])
+        layer_input = collapse(residual, w)
 
     Args:
-        residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
-            hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps: as in
-            :func:`mhc_ops.pre`.
+        residual, fn, hc_scale, hc_base: as in :func:`mhc_ops.pre`.
+        rms_eps, hc_pre_eps, hc_sinkhorn_eps: as there.
+        hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps: as there.
         compute_dtype: dtype of the arithmetic.
 
     Returns:
@@ -233,7 +255,10 @@ def head(
     norm_eps: float | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Last collapse of the streams: see :func:`mhc_ops.head` for the formula.
+    """Collapse the streams after the last layer::
+
+        m      = project(residual, fn, rms_eps)
+        hidden = collapse(residual, sigmoid(m * scale + base) + hc_eps)
 
     Args:
         residual, fn, scale, base, rms_eps, hc_eps, norm_weight, norm_eps: as in

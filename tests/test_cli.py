@@ -15,7 +15,7 @@ from mhc_ops import __main__, __version__, config, info, routes, store
 
 H200 = {
     "versions": {
-        "mhc_ops": "0.1.0",
+        "mhc_ops": "0.2.0",
         "python": "3.12.3",
         "torch": "2.11.0+cu130",
         "tilelang": "0.1.15",
@@ -130,7 +130,7 @@ def test_info_lines(capsys, monkeypatch):
     assert_expected_inline(
         capsys.readouterr().out,
         """\
-mhc_ops              0.1.0
+mhc_ops              0.2.0
 python               3.12.3
 system               Linux-6.8-x86_64-with-glibc2.39, Ubuntu 24.04 LTS
 torch                2.11.0+cu130

@@ -1,22 +1,23 @@
-"""The docstrings: their examples run, and the API pages are made from them."""
+"""The docstrings: their examples run; and the HTML, which is built from them and from the pages."""
 
 import doctest
-import html
 import importlib
+import inspect
 import pkgutil
 import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 import mhc_ops
 from helpers import OPS
+from mhc_ops import nn, reference
 
 ROOT = Path(__file__).parents[1]
-MAKEFILE = (ROOT / "Makefile").read_text()
-DOCUMENTED = re.search(r"^DOCUMENTED := (.*)$", MAKEFILE, re.MULTILINE)[1].split()
+API = ROOT / "docs" / "api"
 
 # csrc_tilelang is a language of its own; an adapter needs the package that it adapts
 MODULES = [
@@ -52,31 +53,127 @@ def test_every_public_function_has_an_example():
     assert [name for name in FUNCTIONS if f"mhc_ops.{name}(" not in source] == []
 
 
-@pytest.mark.slow
-def test_pages(tmp_path):
-    pytest.importorskip("pdoc")
-    command = re.search(r"^\t\$\(BIN\)/pdoc (.*)$", MAKEFILE, re.MULTILINE)[1]
-    options = command.replace("build/docs", str(tmp_path)).replace("'", "").split()
-    options[options.index("$(DOCUMENTED)") : options.index("$(DOCUMENTED)") + 1] = DOCUMENTED
+# --------------------------------------------------------------------------------------- formulas
+
+FORMULAS = [
+    *(getattr(mhc_ops, op) for op in OPS),
+    *(f for f in vars(reference).values() if inspect.isfunction(f) and f.__name__[0] != "_"),
+    nn.HyperConnection,
+    nn.HyperHead,
+    nn.FoldedRMSNorm,
+    nn.NextNLayer,
+    nn.StreamState.materialise,
+    nn.expand,
+]
+FORMULAS = [f for f in FORMULAS if f.__module__.startswith("mhc_ops")]
+
+
+@pytest.mark.parametrize("of", FORMULAS, ids=lambda of: f"{of.__module__}.{of.__qualname__}")
+def test_the_formula_comes_first_and_is_text(of):
+    """``help()`` shows it as it is: a literal block behind the summary."""
+    summary, formula, *_ = inspect.getdoc(of).split("\n\n")
+    assert summary.endswith("::")
+    lines = formula.splitlines()
+    assert "=" in lines[0]
+    assert all(line.startswith("    ") for line in lines)
+    assert max(map(len, lines)) <= 96
+
+
+def test_no_formula_needs_to_be_drawn():
+    for path in (ROOT / "mhc_ops").rglob("*.py"):
+        assert not re.search(r"\.\. math|\\mathrm|\\sum", path.read_text()), path
+
+
+# -------------------------------------------------------------------------------------- API pages
+
+
+def listed(page):
+    return set(re.findall(r"^\.\. auto(?:class|function):: \S+\.(\w+)$", page, re.MULTILINE))
+
+
+PAGES = [path for path in sorted(API.glob("*.md")) if path.name != "index.md"]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_an_api_page_lists_what_is_public(path):
+    page = path.read_text()
+    name = re.search(r"automodule:: (\S+)", page)[1]
+    module = importlib.import_module(name)
+    public = getattr(module, "__all__", None) or [
+        attribute
+        for attribute, value in vars(module).items()
+        if attribute[0] != "_"
+        and getattr(value, "__module__", "").partition("mhc_ops")[0] == ""
+        and getattr(value, "__module__", None) == name
+        and (inspect.isclass(value) or inspect.isfunction(value))
+    ]
+    assert listed(page) == set(public)
+
+
+# ------------------------------------------------------------------------------------------- HTML
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory):
+    """Where ``make docs`` has built the pages; it has nothing to say."""
+    for package in ("sphinx", "myst_parser", "furo"):
+        pytest.importorskip(package, reason=f"{package} builds the pages: pip install '.[docs]'")
+    folder = tmp_path_factory.mktemp("html")
+    makefile = (ROOT / "Makefile").read_text()
+    command = re.search(r"^\t\$\(BIN\)/python (-m sphinx .*)$", makefile, re.MULTILINE)[1]
+    assert "-W" in command.split()
     done = subprocess.run(
-        [sys.executable, "-m", "pdoc", *options], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    # of NamedTuple's own __init__, whose annotations are texts that no module resolves
-    warnings = [line for line in done.stderr.splitlines() if "Warn" in line]
-    assert [line for line in warnings if ".__init__. Import of" not in line] == []
-    for name in DOCUMENTED:
-        module = importlib.import_module(name)
-        page = html.unescape((tmp_path / f"{name.replace('.', '/')}.html").read_text())
-        summary = re.sub(r"[`\n]", " ", module.__doc__.split(".")[0])
-        assert " ".join(summary.split()[:6]) in " ".join(re.sub(r"<[^>]+>", " ", page).split())
-        for public in getattr(module, "__all__", ()):
-            assert f'id="{public}"' in page, f"{name}.{public}"
-    # the formula of post, for the browser to draw
-    assert r"$$r'_j = \mathrm{bf16}\Big(" in html.unescape((tmp_path / "mhc_ops.html").read_text())
+        [sys.executable, *command.replace("build/docs", str(folder)).split()],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    return folder
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_formulas_of_several_lines_are_aligned(op):
-    formula = getattr(mhc_ops, op).__doc__.split(".. math::\n")[1].split("\n\n")[0]
-    assert ("&=" in formula) == (r"\begin{aligned}" in formula)
+class Fetched(HTMLParser):
+    """Collects what a browser fetches to show a page, and the ids that links can name."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.urls, self.ids = [], set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.ids.add(given.get("id"))
+        if tag in ("script", "img", "iframe", "source"):
+            self.urls.append(given.get("src"))
+        elif tag == "link" and given.get("rel") in ("stylesheet", "preload", "icon"):
+            self.urls.append(given.get("href"))
+
+
+@pytest.mark.slow
+def test_the_pages_fetch_nothing(html):
+    """Opened without a network they look the same."""
+    pages = list(html.rglob("*.html"))
+    assert len(pages) > len(list((ROOT / "docs").rglob("*.md")))
+    for path in pages:
+        for url in Fetched(path).urls:
+            if url is not None:
+                local = path.parent / url.partition("?")[0]
+                assert not re.match(r"(https?:)?//", url), f"{path.name}: {url}"
+                assert local.resolve().is_file(), f"{path.name}: {url}"
+    for path in html.rglob("*.css"):
+        assert not re.search(r"(@import|url\()\s*['\"]?(https?:)?//", path.read_text()), path
+    assert not [path for path in pages if "mathjax" in path.read_text().lower()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_everything_public_is_in_the_html(html, path):
+    page = path.read_text()
+    module = re.search(r"automodule:: (\S+)", page)[1]
+    ids = Fetched(html / "api" / f"{path.stem}.html").ids
+    for name in listed(page):
+        assert f"{module}.{name}" in ids
+
+
+@pytest.mark.slow
+def test_the_formula_is_readable_in_the_html(html):
+    text = re.sub(r"<[^>]+>", "", (html / "api" / "mhc_ops.html").read_text())
+    assert "residual_out[j] = bf16(post_layer_mix[j] * x + sum_i comb_res_mix[i, j]" in text

@@ -27,7 +27,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 # what a build reads; benchmarks, examples and tests go into the sdist alone
 SOURCES = ("mhc_ops", "csrc_tilelang", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md",
            "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "constraints.txt", "tests",
-           "benchmarks", "examples")  # fmt: skip
+           "benchmarks", "docs", "examples")  # fmt: skip
 IGNORED = shutil.ignore_patterns("__pycache__", "*.bak")
 
 pytestmark = pytest.mark.slow  # wheels are built and installed

@@ -17,10 +17,12 @@ POST_MULT_VALUE = 2.0  # with this factor post weights lie in (0, 2), as in Deep
 
 
 class HyperConnection(Wired):
-    """The hyper-connection of one sublayer: its parameters and its pre step.
+    """Hold the hyper-connection of one sublayer: its parameters and its pre step::
+
+        post, comb, layer_input = mhc_ops.pre(residual, fn, scale, base, ...)
 
     Args:
-        hidden_size: H.
+        hidden_size: the hidden size, H.
         hc_mult: number of residual streams, n.
         rms_eps: added to the mean square of the streams.
         hc_pre_eps: added to the collapse weights.
@@ -76,7 +78,9 @@ class HyperConnection(Wired):
         )  # fmt: skip
 
     def pre(self, residual: Tensor | Copies, norm: FoldedRMSNorm | None = None) -> SublayerEntry:
-        """The pre step on plain streams: see :func:`mhc_ops.pre` for the formula.
+        """Run the pre step on plain streams, with the formula of :func:`mhc_ops.pre`::
+
+            post, comb, layer_input = mhc_ops.pre(residual, fn, scale, base, ...)
 
         Args:
             residual: [..., n, H] bf16, the streams; or the copies that a model starts from, which
@@ -101,7 +105,10 @@ class HyperConnection(Wired):
         return SublayerEntry(residual, layer_input, post, comb)
 
     def boundary(self, state: StreamState, norm: FoldedRMSNorm | None = None) -> SublayerEntry:
-        """The post step that is pending, then the pre step of this connection.
+        """Run the post step that is pending, then the pre step of this connection::
+
+            residual = mhc_ops.post(x, residual, post, comb)     # of the state
+            post, comb, layer_input = mhc_ops.pre(residual, fn, scale, base, ...)
 
         One ``fused_post_pre`` where the model is wired fused; ``post``, then ``pre`` otherwise.
 
@@ -130,10 +137,12 @@ class HyperConnection(Wired):
 
 
 class HyperHead(Wired):
-    """The collapse of the streams after the last layer.
+    """Collapse the streams after the last layer::
+
+        hidden = mhc_ops.head(streams, fn, scale, base, ...)
 
     Args:
-        hidden_size: H.
+        hidden_size: the hidden size, H.
         hc_mult: number of residual streams, n.
         rms_eps: added to the mean square of the streams.
         hc_eps: added to the weights.
@@ -174,7 +183,9 @@ class HyperHead(Wired):
         return positional, norm_arguments(norm)
 
     def collapse(self, streams: Tensor | StreamState, norm: FoldedRMSNorm | None = None) -> Tensor:
-        """The last hidden state: see :func:`mhc_ops.head` for the formula.
+        """Compute the last hidden state, with the formula of :func:`mhc_ops.head`::
+
+            hidden = mhc_ops.head(streams, fn, scale, base, ...)
 
         Args:
             streams: [..., n, H] bf16, or a state, whose pending post step is applied first: one

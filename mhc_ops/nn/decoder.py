@@ -20,7 +20,7 @@ class DecoderLayer(torch.nn.Module):
 
     Args:
         attention, mlp: ``f(x) -> x`` on [..., H] bf16; modules become submodules.
-        hidden_size: H.
+        hidden_size: the hidden size, H.
         hc_mult: number of residual streams, n.
         norm_eps: of the RMSNorm before each sublayer.
         device: device of the parameters.
@@ -95,7 +95,7 @@ class DecoderStack(torch.nn.Module):
 
     Args:
         sublayers: (attention, MLP) of every layer, ``f(x) -> x`` on [..., H] bf16.
-        hidden_size: H.
+        hidden_size: the hidden size, H.
         hc_mult: number of residual streams, n.
         rms_eps: added to the mean square of the streams, in layers and head.
         hc_eps: added to the collapse weights and to Sinkhorn's sums, in layers and head.
@@ -195,11 +195,13 @@ class NextNOutput(NamedTuple):
 
 
 class NextNLayer(torch.nn.Module):
-    """The draft layer of DeepSeek-V4 (NextN, multi-token prediction).
+    """Run the draft layer of DeepSeek-V4 (NextN, multi-token prediction)::
 
-    ``r[j] = h_proj(hnorm(s[j])) + e_proj(enorm(e))``, one decoder layer, its pending post, head,
-    norm: s are the streams of the target before its head, or those of the draft step before, e is
-    the embedding of the next token.
+        start[j] = h_proj(hnorm(streams[j])) + e_proj(enorm(embedding))
+
+    and from there one decoder layer, its pending post step, head and norm. ``streams`` are those of
+    the target before its head, or those of the draft step before; ``embedding`` is that of the next
+    token.
 
     Args:
         e_proj, h_proj: ``f(x) -> x`` on [..., H] bf16: the projections, however they are quantised.

@@ -11,7 +11,9 @@ from .._arguments import ACTIVATION
 
 
 class FoldedRMSNorm(torch.nn.Module):
-    """An RMSNorm whose weight the pre step or the head folds in.
+    """Hold the weight of an RMSNorm that the pre step or the head folds in::
+
+        y = bf16(x * rsqrt(mean(x^2) + eps) * weight)
 
     The ops want the weight in bf16. A model that keeps it in fp32 would cast it in every call, so
     a bf16 copy stands in the buffer ``norm_weight_cache``: no parameter, not in checkpoints, moved
@@ -19,7 +21,7 @@ class FoldedRMSNorm(torch.nn.Module):
     ``load_state_dict``, and by :meth:`refresh_norm_weight_cache` after any other write.
 
     Args:
-        hidden_size: H.
+        hidden_size: the hidden size, H.
         eps: added to the mean square.
         device: device of the weight.
         dtype: dtype of the weight.
@@ -67,7 +69,9 @@ class FoldedRMSNorm(torch.nn.Module):
         self.refresh_norm_weight_cache()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``y = round(x * rsqrt(mean(x^2) + eps) * weight)``, where no op folds the norm in.
+        """Norm a tensor by itself, where no op folds the norm in::
+
+            y = round(x * rsqrt(mean(x^2) + eps) * weight)
 
         Args:
             x: [..., H].

@@ -39,7 +39,9 @@ class StreamState(NamedTuple):
     comb: Tensor
 
     def materialise(self, post: Callable[..., Tensor] = ops.post) -> Tensor:
-        """``r'[j] = bf16(post[j] * x + sum_i comb[i, j] * r[i])``: apply the pending post step.
+        """Apply the pending post step::
+
+            streams[j] = bf16(post[j] * x + sum_i comb[i, j] * residual[i])
 
         Args:
             post: the function that applies it; a wired module passes its own ``steps.post``.
@@ -79,7 +81,9 @@ class SublayerEntry(NamedTuple):
 
 
 def expand(embedding: Tensor, hc_mult: int = geometry.HC_MULT) -> Tensor:
-    """``r[j] = x`` for every stream j: the streams that a model starts from.
+    """Copy the embedding into every stream j that a model starts from::
+
+        streams[j] = embedding
 
     Args:
         embedding: [..., H] bf16.

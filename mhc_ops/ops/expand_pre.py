@@ -55,14 +55,13 @@ def expand_pre(
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
 ) -> ExpandPreOutput:
-    r"""The start of a model: its residual streams from the embedding, and the first pre step.
+    """Start a model: its residual streams from the embedding, and the first pre step::
 
-    .. math::
-        r_j = x,\qquad
-        (p, C, y) = \mathrm{pre}(r, \mathrm{fn}, s, b, \dots)
+        residual_out[j] = x
+        post_mix, comb_mix, layer_input = pre(residual_out, fn, hc_scale, hc_base, ...)
 
-    with the formula of :func:`mhc_ops.pre`; the number n of streams is that which ``fn`` is made
-    for.
+    The formula is that of :func:`mhc_ops.pre`. The number n of streams is the one that ``fn`` is
+    made for.
 
     Source: mHC (Xie et al., 2026); ``DeepseekV4Model.forward`` of transformers.
 
@@ -70,8 +69,8 @@ def expand_pre(
         x: [..., H] bf16, the embedding; H a multiple of 256 on CUDA.
         fn: [n * (n + 2), n * H] fp32, projection of the first sublayer's hyper-connection; column
             index = stream * H + h; n = 4 on CUDA.
-        hc_scale: [3] fp32, its scales s (pre, post, comb).
-        hc_base: [n * (n + 2)] fp32, its biases b.
+        hc_scale: [3] fp32, its scales (pre, post, comb).
+        hc_base: [n * (n + 2)] fp32, its biases.
         rms_eps: added to the mean square of the streams; at least 0.
         hc_pre_eps: added to the collapse weights; at least 0.
         hc_sinkhorn_eps: added to the softmax and to every row and column sum; at least 0.

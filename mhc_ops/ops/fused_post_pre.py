@@ -57,14 +57,13 @@ def fused_post_pre(
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
 ) -> FusedPostPreOutput:
-    r"""The boundary between two sublayers: the post step of one and the pre step of the next.
+    """Run the boundary between two sublayers, the post of one and the pre of the next::
 
-    .. math::
-        r' = \mathrm{post}(x, r, p, C),\qquad
-        (p', C', y) = \mathrm{pre}(r', \mathrm{fn}, s, b, \dots)
+        residual_out = post(x, residual, post_layer_mix, comb_res_mix)
+        post_mix, comb_mix, layer_input = pre(residual_out, fn, hc_scale, hc_base, ...)
 
-    with the formulas of :func:`mhc_ops.post` and :func:`mhc_ops.pre`; the new streams are equal
-    to those of :func:`mhc_ops.post` bit for bit.
+    The formulas are those of :func:`mhc_ops.post` and :func:`mhc_ops.pre`. The new streams are
+    equal to those of :func:`mhc_ops.post` bit for bit.
 
     Source: mHC (Xie et al., 2026); ``DeepseekV4DecoderLayer.forward`` of transformers.
 
@@ -72,12 +71,12 @@ def fused_post_pre(
         x: [..., H] bf16, output of the sublayer that just ran.
         residual: [..., n, H] bf16, the n residual streams before it; n = 4 and H a multiple of
             256 on CUDA.
-        post_layer_mix: [..., n, 1] or [..., n] fp32, weight of x in each new stream (p).
-        comb_res_mix: [..., n, n] fp32, stream mixing C, indexed [old stream, new stream].
+        post_layer_mix: [..., n, 1] or [..., n] fp32, weight of x in each new stream.
+        comb_res_mix: [..., n, n] fp32, stream mixing, indexed [old stream, new stream].
         fn: [n * (n + 2), n * H] fp32, projection of the next sublayer's hyper-connection; column
             index = stream * H + h.
-        hc_scale: [3] fp32, its scales s (pre, post, comb).
-        hc_base: [n * (n + 2)] fp32, its biases b.
+        hc_scale: [3] fp32, its scales (pre, post, comb).
+        hc_base: [n * (n + 2)] fp32, its biases.
         rms_eps: added to the mean square of the new streams; at least 0.
         hc_pre_eps: added to the collapse weights; at least 0.
         hc_sinkhorn_eps: added to the softmax and to every row and column sum; at least 0.
@@ -94,6 +93,17 @@ def fused_post_pre(
         ValueError: an argument of a wrong dtype, shape, device, memory layout or value, or only
             one of ``norm_weight`` and ``norm_eps``.
         RuntimeError: the CUDA kernels cannot serve the device, or a backward is asked for.
+
+    Example:
+        >>> import torch, mhc_ops
+        >>> x, residual = (torch.ones(1, *s, dtype=torch.bfloat16) for s in ((256,), (4, 256)))
+        >>> post_mix, comb_mix = torch.ones(1, 4), torch.full((1, 4, 4), 0.25)
+        >>> fn, scale, base = torch.zeros(24, 1024), torch.ones(3), torch.zeros(24)
+        >>> out = mhc_ops.fused_post_pre(
+        ...     x, residual, post_mix, comb_mix, fn, scale, base, 1e-6, 0.0, 1e-6, 2.0, 20
+        ... )
+        >>> out.residual_out.unique(), out.layer_input.unique()
+        (tensor([2.], dtype=torch.bfloat16), tensor([4.], dtype=torch.bfloat16))
     """
     return FusedPostPreOutput(
         *torch.ops.mhc.fused_post_pre.default(

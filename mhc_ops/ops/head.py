@@ -26,30 +26,27 @@ def head(
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
 ) -> Tensor:
-    r"""Collapse the residual streams after the last layer.
+    """Collapse the residual streams after the last layer::
 
-    .. math::
-        \begin{aligned}
-        m &= \Big(\sum_k r_k\,\mathrm{fn}_{:,k}\Big)\,
-             \mathrm{rsqrt}\big(\mathrm{mean}_k(r_k^2) + \mathrm{rms\_eps}\big) \\
-        v &= \sum_j \big(\sigma(m_j\,s + b_j) + \mathrm{hc\_eps}\big)\,r_j,\qquad
-        h = \mathrm{bf16}(v)\ \text{or}\
-            \mathrm{bf16}\big(\mathrm{bf16}(v)\,
-            \mathrm{rsqrt}(\mathrm{mean}_h(v^2) + \mathrm{norm\_eps})\,g\big)
-        \end{aligned}
+        m      = (sum_k r[k] * fn[:, k]) * rsqrt(mean_k(r[k]^2) + rms_eps)
+        w      = sigmoid(m * scale + base) + hc_eps
+        v      = sum_j w[j] * residual[j]
+        hidden = bf16(v), or with a norm
+                 bf16(bf16(v) * rsqrt(mean_h(v^2) + norm_eps) * norm_weight)
 
-    in fp32, with k over all n * H elements of a token's streams; no Sinkhorn.
+    All of it is computed in fp32. r is ``residual`` as one row of n * H elements, k counts these
+    elements, h those of one stream, j the streams.
 
     Source: ``DeepseekV4HyperHead.forward`` of transformers.
 
     Args:
         residual: [..., n, H] bf16, the residual streams; n = 4 and H a multiple of 256 on CUDA.
         fn: [n, n * H] fp32, projection; column index = stream * H + h.
-        scale: [1] fp32, scale s of the weights.
-        base: [n] fp32, their biases b.
+        scale: [1] fp32, scale of the weights.
+        base: [n] fp32, their biases.
         rms_eps: added to the mean square of the streams; at least 0.
         hc_eps: added to the weights; at least 0.
-        norm_weight: [H] bf16 (fp32 is cast), weight g of the final RMSNorm; None for none.
+        norm_weight: [H] bf16 (fp32 is cast), weight of the final RMSNorm; None for none.
         norm_eps: its epsilon; given exactly when ``norm_weight`` is.
 
     Returns:

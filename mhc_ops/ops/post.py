@@ -18,13 +18,12 @@ define("post", cpu=_cpu)
 
 
 def post(x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor) -> Tensor:
-    r"""Write a sublayer's output back into the residual streams.
+    """Write a sublayer's output back into the residual streams::
 
-    .. math::
-        r'_j = \mathrm{bf16}\Big(p_j\,x + \sum_i C_{ij}\,r_i\Big)
+        residual_out[j] = bf16(post_layer_mix[j] * x + sum_i comb_res_mix[i, j] * residual[i])
 
-    computed in fp32 with one rounding. x is the sublayer's output, r the streams before it,
-    p and C the weights that the pre step of the same sublayer made.
+    The sum over the old streams i is computed in fp32 and rounded once. The two mixes are those
+    that the pre step of the same sublayer returned.
 
     Source: mHC (Xie et al., 2026); ``DeepseekV4DecoderLayer.forward`` of transformers.
 
@@ -32,11 +31,11 @@ def post(x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tens
         x: [..., H] bf16, output of the sublayer that just ran.
         residual: [..., n, H] bf16, the n residual streams before it; n = 4 and H a multiple of
             256 on CUDA.
-        post_layer_mix: [..., n, 1] or [..., n] fp32, weight of x in each new stream (p).
-        comb_res_mix: [..., n, n] fp32, stream mixing C, indexed [old stream, new stream].
+        post_layer_mix: [..., n, 1] or [..., n] fp32, weight of x in each new stream.
+        comb_res_mix: [..., n, n] fp32, stream mixing, indexed [old stream, new stream].
 
     Returns:
-        The new streams: [..., n, H] bf16, contiguous, in memory of their own.
+        The new streams, [..., n, H] bf16, contiguous, in memory of their own.
 
     Raises:
         ValueError: an argument of a wrong dtype, shape, device or memory layout (the last

@@ -36,14 +36,14 @@ def post_head(
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
 ) -> Tensor:
-    r"""The end of a model: the last post step, then the head of its result.
+    """End a model: the last post step, then the head of its result::
 
-    .. math::
-        h = \mathrm{head}\big(\mathrm{post}(x, r, p, C), \mathrm{fn}, s, b, \dots\big)
+        streams = post(x, residual, post_layer_mix, comb_res_mix)
+        hidden  = head(streams, fn, scale, base, ...)
 
-    with the formulas of :func:`mhc_ops.post` and :func:`mhc_ops.head`; the new streams are rounded
-    as :func:`mhc_ops.post` rounds them, but not written. Where they are needed too, as for a draft
-    layer, :func:`mhc_ops.post_head_streams` returns them.
+    The formulas are those of :func:`mhc_ops.post` and :func:`mhc_ops.head`. The new streams are
+    rounded as :func:`mhc_ops.post` rounds them, but not written to memory. Where a draft layer
+    needs the streams, :func:`mhc_ops.post_head_streams` returns them.
 
     Source: mHC (Xie et al., 2026); ``DeepseekV4Model.forward`` of transformers.
 
@@ -51,11 +51,11 @@ def post_head(
         x: [..., H] bf16, output of the last sublayer.
         residual: [..., n, H] bf16, the n residual streams before it; n = 4 and H a multiple of
             256 on CUDA.
-        post_layer_mix: [..., n, 1] or [..., n] fp32, weight of x in each new stream (p).
-        comb_res_mix: [..., n, n] fp32, stream mixing C, indexed [old stream, new stream].
+        post_layer_mix: [..., n, 1] or [..., n] fp32, weight of x in each new stream.
+        comb_res_mix: [..., n, n] fp32, stream mixing, indexed [old stream, new stream].
         fn: [n, n * H] fp32, projection of the head; column index = stream * H + h.
-        scale: [1] fp32, scale s of the weights.
-        base: [n] fp32, their biases b.
+        scale: [1] fp32, scale of the weights.
+        base: [n] fp32, their biases.
         rms_eps: added to the mean square of the new streams; at least 0.
         hc_eps: added to the weights; at least 0.
         norm_weight: [H] bf16 (fp32 is cast), weight of the final RMSNorm; None for none.

@@ -50,14 +50,13 @@ def post_head_streams(
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
 ) -> PostHeadOutput:
-    r"""The end of a model whose streams are needed as well: a draft layer starts from them.
+    """End a model whose streams are needed as well, since a draft layer starts from them::
 
-    .. math::
-        r' = \mathrm{post}(x, r, p, C),\qquad
-        h = \mathrm{head}(r', \mathrm{fn}, s, b, \dots)
+        residual_out = post(x, residual, post_layer_mix, comb_res_mix)
+        hidden       = head(residual_out, fn, scale, base, ...)
 
-    with the formulas of :func:`mhc_ops.post` and :func:`mhc_ops.head`; the new streams are equal
-    to those of :func:`mhc_ops.post` bit for bit, the hidden state to that of
+    The formulas are those of :func:`mhc_ops.post` and :func:`mhc_ops.head`. The new streams are
+    equal to those of :func:`mhc_ops.post` bit for bit, and the hidden state to that of
     :func:`mhc_ops.post_head`.
 
     Source: mHC (Xie et al., 2026); ``DeepseekV4Model.forward`` of transformers.
@@ -66,11 +65,11 @@ def post_head_streams(
         x: [..., H] bf16, output of the last sublayer.
         residual: [..., n, H] bf16, the n residual streams before it; n = 4 and H a multiple of
             256 on CUDA.
-        post_layer_mix: [..., n, 1] or [..., n] fp32, weight of x in each new stream (p).
-        comb_res_mix: [..., n, n] fp32, stream mixing C, indexed [old stream, new stream].
+        post_layer_mix: [..., n, 1] or [..., n] fp32, weight of x in each new stream.
+        comb_res_mix: [..., n, n] fp32, stream mixing, indexed [old stream, new stream].
         fn: [n, n * H] fp32, projection of the head; column index = stream * H + h.
-        scale: [1] fp32, scale s of the weights.
-        base: [n] fp32, their biases b.
+        scale: [1] fp32, scale of the weights.
+        base: [n] fp32, their biases.
         rms_eps: added to the mean square of the new streams; at least 0.
         hc_eps: added to the weights; at least 0.
         norm_weight: [H] bf16 (fp32 is cast), weight of the final RMSNorm; None for none.

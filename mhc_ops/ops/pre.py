@@ -47,24 +47,23 @@ def pre(
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
 ) -> PreOutput:
-    r"""Collapse the residual streams into a sublayer's input and make the weights of its post.
+    """Collapse the residual streams into a sublayer's input and make the weights of its post::
 
-    .. math::
-        \begin{aligned}
-        m &= \Big(\sum_k r_k\,\mathrm{fn}_{:,k}\Big)\,
-             \mathrm{rsqrt}\big(\mathrm{mean}_k(r_k^2) + \mathrm{rms\_eps}\big) \\
-        w &= \sigma(m_{0:n}\,s_0 + b_{0:n}) + \mathrm{hc\_pre\_eps} \\
-        p &= \sigma(m_{n:2n}\,s_1 + b_{n:2n})\cdot\mathrm{hc\_post\_mult\_value} \\
-        C &= \mathrm{softmax_{rows}}(m_{2n:}\,s_2 + b_{2n:}) + \varepsilon;\quad
-             C \mathrel{/}= \mathrm{colsum} + \varepsilon;\quad
-             \text{then } R-1 \text{ times rows and columns} \\
-        v &= \sum_j w_j\,r_j,\qquad
-        y = \mathrm{bf16}(v)\ \text{or}\
-            \mathrm{bf16}\big(\mathrm{bf16}(v)\,
-            \mathrm{rsqrt}(\mathrm{mean}_h(v^2) + \mathrm{norm\_eps})\,g\big)
-        \end{aligned}
+        m           = (sum_k r[k] * fn[:, k]) * rsqrt(mean_k(r[k]^2) + rms_eps)
+        w           = sigmoid(m[0:n] * hc_scale[0] + hc_base[0:n]) + hc_pre_eps
+        post_mix    = sigmoid(m[n:2n] * hc_scale[1] + hc_base[n:2n]) * hc_post_mult_value
+        C           = softmax_rows(m[2n:] * hc_scale[2] + hc_base[2n:]) + hc_sinkhorn_eps
+        C          /= sum of each column + hc_sinkhorn_eps
+        sinkhorn_repeat - 1 times:
+            C      /= sum of each row + hc_sinkhorn_eps
+            C      /= sum of each column + hc_sinkhorn_eps
+        comb_mix    = C
+        v           = sum_j w[j] * residual[j]
+        layer_input = bf16(v), or with a norm
+                      bf16(bf16(v) * rsqrt(mean_h(v^2) + norm_eps) * norm_weight)
 
-    in fp32, with k over all n * H elements of a token's streams.
+    All of it is computed in fp32. r is ``residual`` as one row of n * H elements, k counts these
+    elements, h those of one stream, i and j the streams; C is n by n, [old stream, new stream].
 
     Source: mHC (Xie et al., 2026); ``DeepseekV4HyperConnection.forward`` of transformers.
 
@@ -72,14 +71,14 @@ def pre(
         residual: [..., n, H] bf16, the residual streams; n = 4 and H a multiple of 256 on CUDA.
         fn: [n * (n + 2), n * H] fp32, projection; column index = stream * H + h; rows are n pre,
             n post, n * n comb (row-major, [old stream, new stream]).
-        hc_scale: [3] fp32, scales s of the pre, post and comb weights.
-        hc_base: [n * (n + 2)] fp32, biases b.
+        hc_scale: [3] fp32, scales of the pre, post and comb weights.
+        hc_base: [n * (n + 2)] fp32, biases.
         rms_eps: added to the mean square of the streams; at least 0.
         hc_pre_eps: added to the collapse weights w; at least 0.
         hc_sinkhorn_eps: added to the softmax and to every row and column sum; at least 0.
         hc_post_mult_value: factor of the post weights; 2.0 in DeepSeek-V4.
-        sinkhorn_repeat: rounds R of Sinkhorn, counting the first; 1 to 10000, 20 in DeepSeek-V4.
-        norm_weight: [H] bf16 (fp32 is cast), weight g of the RMSNorm that follows; None for none.
+        sinkhorn_repeat: rounds of Sinkhorn, counting the first; 1 to 10000, 20 in DeepSeek-V4.
+        norm_weight: [H] bf16 (fp32 is cast), weight of the RMSNorm that follows; None for none.
         norm_eps: its epsilon; given exactly when ``norm_weight`` is.
 
     Returns:
