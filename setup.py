@@ -1,10 +1,10 @@
-"""Packages: ``mhc_ops`` as it lies, ``csrc_tilelang`` under the name ``mhc_ops.csrc_tilelang``.
+"""Package ``mhc_ops`` as it is, and ``csrc_tilelang`` as ``mhc_ops.csrc_tilelang``.
 
-With ``MHC_OPS_AOT_ARCHS=sm_90a,sm_100a`` set, kernels for these architectures are compiled into the
-wheel, for the hidden sizes of ``MHC_OPS_AOT_HIDDEN``, with a native library for each torch of
-``MHC_OPS_AOT_TORCH``, wheels or package folders; without these two, for the sizes and the torch of
-``python -m mhc_ops build`` without options. That needs torch and TileLang, so
-``--no-build-isolation``, nvcc and a C++ compiler.
+With ``MHC_OPS_AOT_ARCHS=sm_90a,sm_100a`` set, kernels for these architectures are built ahead and
+put into the wheel, for the hidden sizes of ``MHC_OPS_AOT_HIDDEN``, with a native library for each
+torch of ``MHC_OPS_AOT_TORCH``, a list of wheels or package folders. Without these two variables the
+sizes and the torch are those of ``python -m mhc_ops build``. Such a build needs torch and TileLang,
+so ``--no-build-isolation``, nvcc and a C++ compiler.
 
 Everything else stands in pyproject.toml, which has no way to map one package to another folder, nor
 to let the dependencies depend on what is built.
@@ -25,35 +25,37 @@ ARCHS = os.environ.get("MHC_OPS_AOT_ARCHS")
 HIDDEN = os.environ.get("MHC_OPS_AOT_HIDDEN")
 TORCH = os.environ.get("MHC_OPS_AOT_TORCH")
 
-# Why each of them, and why these ranges: CONTRIBUTING.md. A wheel that carries kernels needs torch
-# alone, so it can be installed beside an engine that pins another TileLang.
+# CONTRIBUTING.md gives the reason for each dependency and range. A wheel that carries kernels needs
+# torch alone, so it can be installed beside an engine that pins another TileLang.
 DEPENDENCIES = ["torch>=2.11,<2.15", *(() if ARCHS else ("tilelang==0.1.15",))]
 
 
 class BuildWithKernels(build_py):
-    """Compiles kernels with the package that has just been put together."""
+    """Compile kernels with the package that has just been put together."""
 
     def run(self):
         super().run()
         packaged = os.path.join(os.path.abspath(self.build_lib), "mhc_ops", "packaged")
-        shutil.rmtree(packaged, ignore_errors=True)  # of an earlier build in the same folder
+        # An earlier build in the same folder may have left kernels.
+        shutil.rmtree(packaged, ignore_errors=True)
         if not ARCHS:
             return
         home = os.path.abspath(self.build_lib)
         command = [sys.executable, "-m", "mhc_ops", "build", "--arch", ARCHS]
         command += ["--hidden", HIDDEN] if HIDDEN else []
-        # they are named from where the build was started
+        # The paths are relative to the folder in which the build was started.
         paths = [os.path.abspath(path) for path in (TORCH or "").split(",") if path]
         command += ["--torch", ",".join(paths)] if paths else []
         command += ["--output", packaged]
-        # from that folder: neither the checkout nor an installed mhc_ops comes first
+        # The command runs in the build folder, so that it imports mhc_ops from there, and neither
+        # from the checkout nor from an installed package.
         done = subprocess.run(command, cwd=home, env=os.environ | {"PYTHONPATH": home})
         if done.returncode:
             raise SetupError(f"MHC_OPS_AOT_ARCHS={ARCHS}: the kernels were not built, see above")
 
 
 class EditableWithoutKernels(editable_wheel):
-    """It takes the sources from where they are, and nothing compiled belongs there."""
+    """Refuse kernels in an editable install, whose package is the checkout itself."""
 
     def run(self):
         if ARCHS:
@@ -65,7 +67,7 @@ class EditableWithoutKernels(editable_wheel):
 
 
 class WheelWithKernels(bdist_wheel):
-    """The native libraries are for a platform, but for any Python: they use none."""
+    """Tag a wheel with kernels for one platform and any Python, which its libraries do not use."""
 
     def finalize_options(self):
         super().finalize_options()

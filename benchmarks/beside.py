@@ -1,8 +1,9 @@
-"""Another revision of the package in this process, beside the one that is imported.
+"""Import another revision of the package beside the installed one.
 
-Two machines differ by 1 to 2 %, so two revisions are compared in one process. The other one becomes
-the package ``mhc_ops_beside``, whose ops are ``torch.ops.mhc_beside.*``. ``git worktree add FOLDER
-REVISION`` makes a folder with a checkout of it.
+Times of two machines do not compare precisely ("How to read it" in benchmarks/NOTES.md says how
+far), so two revisions are compared in one process. The other revision becomes the package
+``mhc_ops_beside``, whose ops are ``torch.ops.mhc_beside.*``. ``git worktree add FOLDER REVISION``
+makes a folder with a checkout of the other revision.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 NAME = "mhc_ops_beside"
-# (what stands in the sources, what takes its place): the package, its ops, and their library
+# These patterns and their replacements rename the package, and the library of its ops.
 _RENAMED = ((re.compile(r"\bmhc_ops\b"), NAME), (re.compile(r"\bmhc\b"), "mhc_beside"))
 
 
@@ -27,7 +28,7 @@ def load(folder: Path) -> ModuleType:
         folder: the checkout, with ``mhc_ops`` and ``csrc_tilelang`` in it.
 
     Returns:
-        The package; its modules are imported from it by ``importlib.import_module``.
+        The package. Import its modules with ``importlib.import_module``.
     """
     home = Path(tempfile.mkdtemp(prefix="beside-"))
     package = home / NAME
@@ -38,7 +39,8 @@ def load(folder: Path) -> ModuleType:
             for pattern, name in _RENAMED:
                 text = pattern.sub(name, text)
             path.write_text(text)
-    # the kernels name the package nowhere, and their device functions live in a namespace mhc
+    # The kernels' sources are not renamed: no kernel names the package, and the namespace mhc of
+    # the device functions has to stay.
     shutil.copytree(folder / "csrc_tilelang", package / "csrc_tilelang", dirs_exist_ok=True)
     sys.path.insert(0, str(home))
     return importlib.import_module(NAME)

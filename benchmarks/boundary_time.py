@@ -23,7 +23,7 @@ Baseline = dict[tuple[int, int, str], float]
 
 
 def beside(row: dict[str, Any], baseline: Baseline) -> float | None:
-    """Look up the baseline's microseconds of a row that was made like it; None without any."""
+    """Look up the baseline's microseconds for a row that was measured like the baseline."""
     if row["mode"] != "graph" or not row["norm"] or row["sinkhorn_repeat"] != 20:
         return None
     return baseline.get((row["tokens"], row["hidden"], row["path"]))

@@ -1,9 +1,9 @@
-"""A boundary of this revision against another's, in one process, replays taking turns.
+"""Time a boundary of this revision and of another in one process, in which replays take turns.
 
     python benchmarks/compare.py --beside CHECKOUT --tokens 1 128 --hidden 4096 [-o RECORDS]
 
 Both chains are those of ``python -m mhc_ops bench``, captured once each; a time is the median over
-the replays. Exit status: 1 where a row is slower by more than ``--allowed`` per cent.
+the replays. The exit status is 1 where a row is slower by more than ``--allowed`` per cent.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ REPLAYS = 21
 
 @torch.no_grad()
 def compare(theirs: Any, tokens: int, hidden: int, path: str) -> tuple[float, float, bool]:
-    """(this revision's microseconds, the other's, whether the bits are the same)."""
+    """Return this revision's microseconds, the other's, and whether the bits are the same."""
     length = timing.chain_length(tokens)
-    # the chains are kept: a graph reads what its chain holds
+    # The chains are kept, because a graph reads the tensors that its chain holds.
     chains = [
         module.make_chain(module.Case(tokens, hidden, path), "cuda", length=length)
         for module in (bench, theirs)

@@ -1,10 +1,10 @@
-"""Time of a model's ends: the fused ops against the calls that they replace.
+"""Time the ends of a model: the fused ops, and the calls that the fused ops replace.
 
     python benchmarks/ends_time.py --output benchmarks/results/nvidia_h100_ends.jsonl
 
-The method is that of ``python -m mhc_ops bench``: a chain in one CUDA graph, whose outputs feed the
-next call and whose ``fn`` is another one in each, so that weights come from memory. The floor is
-what the memory needs for the bytes of one pass.
+The method is that of ``python -m mhc_ops bench``: a chain of calls runs in one CUDA graph, where
+the outputs of each call feed the next. Each call has its own ``fn``, so that weights come from
+memory. The floor is the time that the memory needs for the bytes of one pass.
 """
 
 from __future__ import annotations
@@ -25,19 +25,23 @@ TOKENS = (1, 8, 32, 64, 128, 129, 512, 2048, 8192)
 HIDDEN = (4096, 7168)
 PARTS = ("start", "end", "end_with_streams")
 PATHS = ("fused", "unfused")
-FN_BYTES = 100e6  # of a chain's projections: more than an L2 holds
+FN_BYTES = 100e6  # the projections of a chain take so many bytes, which is more than an L2 holds
 
 
 def part_bytes(part: str, tokens: int, hidden: int) -> int:
-    """Bytes of one pass: x, streams and the result in bf16, ``fn`` in fp32; mixes left out."""
-    if part == "start":  # x read, 4 copies and the layer input written
+    """Count the bytes of one pass: x, streams and result in bf16, ``fn`` in fp32, but no mixes."""
+    if part == "start":  # x is read, 4 copies and the layer input are written
         return 12 * hidden * tokens + 16 * geometry.MIXES * hidden
     streams = 8 * hidden * tokens if part == "end_with_streams" else 0
     return 12 * hidden * tokens + streams + 16 * geometry.HC_MULT * hidden
 
 
 def chain_length(part: str, tokens: int, hidden: int) -> int:
-    """As the benchmark's, and at the end, whose fn is small, more where tokens move little."""
+    """Choose the number of calls of a chain.
+
+    The number is that of ``python -m mhc_ops bench``. At the end of a model, whose fn is small, it
+    is larger for few tokens, so that the fn of all calls do not fit the L2.
+    """
     length = timing.chain_length(tokens)
     if part != "start" and tokens <= 128:
         length = max(length, int(FN_BYTES / (16 * geometry.HC_MULT * hidden)))
@@ -47,7 +51,7 @@ def chain_length(part: str, tokens: int, hidden: int) -> int:
 def make_chain(
     part: str, path: str, tokens: int, hidden: int, device: torch.device | str, length: int
 ) -> Callable[[], Tensor]:
-    """Random inputs, and the chain that runs over them; it returns the last result."""
+    """Make random inputs and the chain that runs on them; the chain returns the last result."""
     n = geometry.HC_MULT
     generator = torch.Generator(device).manual_seed(0)
 

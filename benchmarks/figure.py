@@ -4,9 +4,9 @@
         --records benchmarks/results/nvidia_h200.jsonl \\
         --baseline benchmarks/baselines/h200_sglang_0.5.23.json
 
-Left the time of a boundary, right the bandwidth that it reaches: the bytes of one pass over the
-data, divided by that time. The dashed lines are what the memory allows, from the copy bandwidth
-measured in the same run.
+The left panel shows the time of a boundary, the right panel the bandwidth that the boundary
+reaches: the bytes of one pass over the data, divided by the time. The dashed lines show what the
+memory allows at the copy bandwidth measured in the same run.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any
 from mhc_ops import bench
 from records import read_baseline
 
-# Okabe and Ito's, which colour-blind readers can tell apart, by hidden size
+# Each hidden size has a colour of Okabe and Ito's, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-MARKERS = {"fused": "s", "unfused": "x"}  # of the baseline
-# The width of a README column is 800 to 900 pixels, for which the letters are made.
+MARKERS = {"fused": "s", "unfused": "x"}  # each path of the baseline has a marker
+# The size of the letters suits a README column, which is 800 to 900 pixels wide.
 INCHES = (10.0, 4.3)
-# opaque: the lines and letters are dark, and a page may be, too
+# The background is opaque, because dark lines and letters would vanish on a dark page.
 STYLE = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
@@ -39,20 +39,21 @@ STYLE = {
     "font.size": 11,
     "legend.fontsize": 9.5,
     "legend.frameon": False,
-    "svg.hashsalt": "mhc-ops",  # the same records, the same file
+    "svg.hashsalt": "mhc-ops",  # with a fixed salt the same records make the same file
 }
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file that belong into the figure, the last of each size.
+    """Read the rows of a results file that belong into the figure, the last of each size.
 
-    Those are of ``fused`` in graph mode with the norm and 20 rounds of Sinkhorn, as the baseline.
+    These are the rows of ``fused`` in graph mode with the norm and 20 rounds of Sinkhorn, as in the
+    baseline.
 
     Args:
         path: JSON lines as ``boundary_time.py`` writes them.
 
     Returns:
-        Them, by hidden size and then tokens.
+        The rows, by hidden size and then tokens.
 
     Raises:
         ValueError: the file is not of that form, or no row is left.
@@ -81,7 +82,7 @@ def _each(values: Iterable[Any]) -> str:
 def describe(
     records: Sequence[dict[str, Any]], baseline: dict[tuple[int, int, str], float] | None
 ) -> str:
-    """What a figure was made from: it is kept in the file, and says when a figure is out of date.
+    """Describe what a figure is made from; the file keeps this text, which tells an old figure.
 
     Args:
         records: as :func:`read_records` gives them.
@@ -110,13 +111,13 @@ def draw(
 
     Args:
         records: as :func:`read_records` gives them.
-        baseline: as :func:`records.read_baseline` gives it; with it, its hidden sizes alone are
-            drawn.
-        output: ``.svg`` or ``.png``.
-        name: of the baseline.
+        baseline: as :func:`records.read_baseline` gives it; with a baseline only the baseline's
+            hidden sizes are drawn.
+        output: the file, ``.svg`` or ``.png``.
+        name: name of the baseline.
 
     Raises:
-        ValueError: another kind of file, or more hidden sizes than there are colours.
+        ValueError: the file is of another kind, or there are more hidden sizes than colours.
     """
     if output.suffix not in (".svg", ".png"):
         raise ValueError(f"expected a figure in .svg or .png, got {output}")
@@ -187,7 +188,7 @@ def draw(
         metadata = {"Description": text, "Date": None} if svg else {"Description": text}
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, metadata=metadata, dpi=180)
-    if svg:  # its lines end in blanks, which git takes for mistakes
+    if svg:  # matplotlib ends lines in blanks, which git reports as mistakes
         text = output.read_text()
         output.write_text("".join(line.rstrip() + "\n" for line in text.splitlines()))
 

@@ -1,7 +1,8 @@
-"""What the scripts of this folder add to ``mhc_ops.timing``, with which all of them time.
+"""Add to ``mhc_ops.timing``, with which every script of this folder times, what they share.
 
 A *sampler* gives the microseconds of one try. Two things are compared by samplers that take turns
-in one process: two machines, and two moments of one, differ by 1 to 2 %.
+in one process, because times of two machines, and of two moments on one machine, do not compare
+precisely ("How to read it" in benchmarks/NOTES.md says how far).
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ Sampler = Callable[[], float]
 
 
 def in_turn(samplers: Mapping[Name, Sampler], rounds: int) -> dict[Name, float]:
-    """Take so many samples of each in turn, after some that are not counted; return the medians."""
+    """Take ``rounds`` samples of each sampler in turn, after some that do not count.
+
+    Returns:
+        Name of each sampler to the median of its samples.
+    """
     samples: dict[Name, list[float]] = {name: [] for name in samplers}
     for number in range(WARMUPS + rounds):
         for name, sampler in samplers.items():
@@ -35,12 +40,12 @@ def in_turn(samplers: Mapping[Name, Sampler], rounds: int) -> dict[Name, float]:
 
 
 def gpu_us(run: Callable[[], object], calls: int = 1) -> Sampler:
-    """Make a sampler of one of the calls that ``run`` makes, between two CUDA events."""
+    """Make a sampler of one call on the GPU: the time of ``run`` divided by its calls."""
     return lambda: timing.sample_us(run)[0] / calls
 
 
 def burst_us(call: Callable[[], object], calls: int) -> Sampler:
-    """Make a sampler of a call on the host: the mean of a burst that fits the queue of the GPU."""
+    """Make a sampler of a call on the host: the mean over a burst that fits the GPU's queue."""
 
     def sample() -> float:
         torch.cuda.synchronize()
@@ -55,7 +60,7 @@ def burst_us(call: Callable[[], object], calls: int) -> Sampler:
 
 
 def wall_us(call: Callable[[], object], device: str) -> Sampler:
-    """Make a sampler of a call from an idle device to an idle one, on the clock of the host."""
+    """Make a sampler of a call by the host's clock, from an idle device until it is idle again."""
 
     def sample() -> float:
         if device == "cuda":
@@ -83,7 +88,7 @@ def sweep(tokens: Sequence[int], hidden: Sequence[int]) -> Iterator[tuple[int, i
     """Prewarm, measure the copy bandwidth, and go through the sizes.
 
     Yields:
-        (hidden, tokens, copy bandwidth in TB/s), tokens fastest.
+        (hidden, tokens, copy bandwidth in TB/s); all token counts of a hidden size in a row.
     """
     mhc_ops.prewarm(hidden, max_tokens=max(tokens))
     copy_tb_s = round(timing.copy_bandwidth(torch.device("cuda", torch.cuda.current_device())), 3)
@@ -93,7 +98,7 @@ def sweep(tokens: Sequence[int], hidden: Sequence[int]) -> Iterator[tuple[int, i
 
 
 def figures(times: timing.Timing, floor_us: float, copy_tb_s: float) -> dict[str, Any]:
-    """Return what is recorded of a chain, beside what it ran."""
+    """Return the figures that are recorded of a chain."""
     return {
         "us_median": round(times.us_median, 3),
         "us_p10": round(times.us_p10, 3),

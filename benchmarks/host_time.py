@@ -1,10 +1,10 @@
-"""Host time of one eager call of every op, all outputs allocated, by the short and the long way.
+"""Time on the host one eager call of every op, by the short way and by the long way.
 
     python benchmarks/host_time.py [--beside CHECKOUT] [-o RECORDS]
 
-Calls are issued in bursts that fit the queue of the GPU, so none waits for it; the time of a call
-is the median over many bursts. Ways, ops and revisions take turns in one process. The time of
-``torch.empty`` tells how fast the host is.
+Each call allocates its outputs. Calls are issued in bursts that fit the queue of the GPU, so no
+call waits for the GPU; the time of a call is the median over many bursts. Ways, ops and revisions
+take turns in one process. The time of ``torch.empty`` tells how fast the host is.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ TOKENS = (1, 192)
 BURST_LAUNCHES = 200  # the queue takes 1024, and no op has more than 3 launches
 BURSTS = 25
 
-Row = tuple[str, int, str]  # op, tokens, way
+Row = tuple[str, int, str]  # a row is timed for each op, token count and way
 
 
 def calls_of(op: str, inputs: dict[str, Any], other: str | None) -> dict[str, Callable[[], object]]:
-    """The ways of a call, by name."""
+    """Return the ways of a call, by name."""
     keyword_only = ("norm_weight", "norm_eps")
     norm = {name: inputs[name] for name in keyword_only if name in inputs}
     positional = [value for name, value in inputs.items() if name not in norm]

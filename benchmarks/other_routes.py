@@ -1,4 +1,4 @@
-"""Other routes for a while: kernels are to run at sizes that the table never gives them."""
+"""Change the table of routes for a while, to run a kernel at sizes of other kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mhc_ops.native import host, plan
 
 @contextmanager
 def other_routes(**constants: Any) -> Iterator[None]:
-    """While it lasts, the table is made from these constants.
+    """Make the table of routes from these constants while the context lasts.
 
     Args:
         constants: constants of ``mhc_ops.routes`` or ``mhc_ops.geometry``, such as ``CLUSTERS=1``.

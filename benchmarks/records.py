@@ -1,4 +1,4 @@
-"""What the scripts of this folder write, one JSON line a result, and the baselines they read."""
+"""Write the results of this folder's scripts, one JSON line each, and read their baselines."""
 
 from __future__ import annotations
 
@@ -21,22 +21,26 @@ RESULTS = Path("benchmarks/results")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``-o`` and ``--commit``, which every script takes."""
+    """Add ``-o`` and ``--commit``, which every script takes."""
     parser.add_argument("-o", "--output", type=Path, help="file that the records are appended to")
     parser.add_argument("--commit", help="of the source, where git cannot tell")
 
 
 def command_line(argv: Sequence[str] | None = None) -> str:
-    """How a script was called."""
+    """Return the command line with which the script was called."""
     script = Path(sys.argv[0]).name
     arguments = sys.argv[1:] if argv is None else argv
     return shlex.join(["python", f"benchmarks/{script}", *arguments])
 
 
 def source_commit() -> str:
-    """Ask git for the commit of the package's checkout: ``-dirty`` if changed, else ``unknown``.
+    """Ask git for the commit of the package's checkout.
 
-    Files under ``benchmarks/results`` do not count as changes: a run writes there.
+    Files under ``benchmarks/results`` do not count as changes, because a run writes there.
+
+    Returns:
+        The commit, with ``-dirty`` behind it if the checkout is changed; ``unknown`` where git
+        cannot tell.
     """
     root = Path(mhc_ops.__file__).resolve().parents[1]
 
@@ -47,7 +51,7 @@ def source_commit() -> str:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return "unknown"  # installed into an environment that lies in some other repository
+            return "unknown"  # the package is installed inside a folder of another repository
         changed = git(
             "status", "--porcelain", "--untracked-files=no", "--", ".", f":(exclude){RESULTS}"
         )
@@ -57,7 +61,7 @@ def source_commit() -> str:
 
 
 def stamp(commit: str | None, command: str) -> dict[str, str]:
-    """Return what every record ends with: commit (asked from git when None), command and time."""
+    """Return the fields at the end of every record; git is asked for a commit that is None."""
     return {
         "commit": source_commit() if commit is None else commit,
         "command": command,
@@ -68,13 +72,13 @@ def stamp(commit: str | None, command: str) -> dict[str, str]:
 def make_record(
     what: str, outcome: str, *, commit: str | None, command: str, **more: Any
 ) -> dict[str, Any]:
-    """One line.
+    """Make one record.
 
     Args:
-        what: was run.
-        outcome: in words, as somebody reads it.
-        commit: of the source; asked from git when None.
-        command: that made it.
+        what: what was run.
+        outcome: the outcome in words, for a reader.
+        commit: commit of the source; None to ask git.
+        command: command line that made the record.
         more: figures, which stand between the words and the machine.
     """
     gpu = driver = None

@@ -28,7 +28,7 @@ KEPT = ROOT / "build" / "same-cuda"
 ARCHS = ("sm_80", "sm_90a")
 HIDDEN = (256, 4096, 5120, 7168)
 
-# What each revision runs on itself; it prints one JSON line a kernel.
+# Each revision runs this script on itself; the script prints one JSON line for each kernel.
 LOWER = """
 import json, sys
 from concurrent.futures import ProcessPoolExecutor
@@ -63,12 +63,12 @@ _AFTER_A_DECLARED_NAME = set(",)=;[({:")
 
 
 class Source(NamedTuple):
-    """A kernel's CUDA as it is compared.
+    """Hold a kernel's CUDA as it is compared.
 
     Attributes:
-        tokens: all of them but those of the signatures' parameters.
+        tokens: all tokens but those of the signatures' parameters.
         declared: names that the source declares.
-        parameters: the kernel's parameters, name to type.
+        parameters: name to type of the kernel's parameters.
     """
 
     tokens: tuple[str, ...]
@@ -95,7 +95,7 @@ def _declared(tokens: Sequence[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-# ``a * b`` looks like a pointer b to an a, so only these count.
+# ``a * b`` looks like a pointer b to an a, so only pointers to these types count.
 _POINTED_AT = {
     "bfloat16_t", "char", "double", "float", "float2", "float4", "half_t", "int", "int32_t",
     "int64_t", "uchar", "uint", "uint2", "uint4", "uint32_t", "uint64_t", "unsigned", "void",

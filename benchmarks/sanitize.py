@@ -1,12 +1,12 @@
-"""compute-sanitizer's four tools over every kernel at small sizes, and a record of the verdicts.
+"""Run compute-sanitizer's four tools over every kernel at small sizes, and record the verdicts.
 
     python benchmarks/sanitize.py -o benchmarks/results/nvidia_h100_checks.jsonl
 
-What is run is ``benchmarks/sanitizer_workload.py``. Every allocation there is one of the driver's
-own, with nothing cached, so that memcheck sees the end of each tensor.
+Each tool runs ``benchmarks/sanitizer_workload.py``. Every tensor there is an allocation of the
+driver's, because torch caches none, so that memcheck sees the end of each tensor.
 
-Exit status: 0 where every tool has found nothing in every kernel, 1 otherwise, 2 where there is no
-compute-sanitizer.
+The exit status is 0 where every tool has found nothing in every kernel, 1 otherwise, and 2 where
+there is no compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ import sanitizer_workload
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 WORKLOAD = Path(__file__).with_name("sanitizer_workload.py")
-SECONDS = 40.0  # for the cases of a tool
-GRACE_SECONDS = 60.0  # for the start under a tool, and for the case that is running at the end
-TAIL = 30  # lines of a run that went wrong, to look at
+SECONDS = 40.0  # the cases of a tool have this long
+GRACE_SECONDS = 60.0  # the start under a tool and the last case have so much time on top
+TAIL = 30  # so many last lines of a run that went wrong are printed
 
 
 class Verdict(NamedTuple):
-    """What one tool has said.
+    """Hold the verdict of one tool.
 
     Attributes:
-        tool: its name.
-        clean: no error or hazard, and every case begun is right, and every kernel was run.
-        summary: its last word, without the frame.
-        cases: (right, all) of the workload; None where it did not come to its end.
-        seconds: of the whole process.
+        tool: name of the tool.
+        clean: whether the tool found no error or hazard, every case that was begun is right, and
+            every kernel was run.
+        summary: the tool's summary line, without the frame.
+        cases: (right cases, all cases) of the workload; None where the workload did not end.
+        seconds: time of the whole process.
     """
 
     tool: str
@@ -52,7 +53,7 @@ class Verdict(NamedTuple):
 
 
 def judge(tool: str, status: int | None, output: str, seconds: float) -> Verdict:
-    """From the exit status (None: cut off) and what was printed."""
+    """Make the verdict from the exit status, None for a run that was cut off, and the output."""
     summaries = re.findall(r"^=+ (?:\w+ )?SUMMARY: (.*)$", output, re.MULTILINE)
     found = re.search(r"^CASES: (\d+) of (\d+) right", output, re.MULTILINE)
     missing = re.findall(r"^NOT RUN: .*$", output, re.MULTILINE)
@@ -70,16 +71,17 @@ def judge(tool: str, status: int | None, output: str, seconds: float) -> Verdict
 
 
 def find_tool(given: str | None) -> str | None:
-    """compute-sanitizer: as given, on the path, or where CUDA puts it."""
+    """Find compute-sanitizer as given, on the path, or where CUDA puts it."""
     places = [os.environ.get("PATH", ""), os.path.join(os.environ.get("CUDA_HOME", ""), "bin")]
     return shutil.which(given or "compute-sanitizer", path=os.pathsep.join((*places, *PLACES)))
 
 
 def run(sanitizer: str, tool: str, seconds: float) -> tuple[Verdict, str]:
-    """One tool over the workload; its verdict and everything that was printed."""
+    """Run one tool over the workload; return the verdict and everything that was printed."""
     command = [
         sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20",
-        # the workload starts none, and a tool would follow it into a compiler
+        # The workload starts no process that has to be checked, and a tool would follow into a
+        # compiler.
         "--target-processes", "application-only",
         *(("--racecheck-report", "all") if tool == "racecheck" else ()),
         sys.executable, str(WORKLOAD), "--seconds", str(seconds),

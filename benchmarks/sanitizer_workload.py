@@ -1,13 +1,13 @@
-"""Every kernel at the small sizes of the GPU suite, for compute-sanitizer, in one process.
+"""Run every kernel at the small sizes of the GPU suite in one process, for compute-sanitizer.
 
     compute-sanitizer --tool racecheck --error-exitcode 9 python benchmarks/sanitizer_workload.py
 
-``benchmarks/sanitize.py`` runs it under all four tools and keeps the verdicts. Inputs come from the
-CPU and the oracle runs there, so the only kernels on the GPU are those to be looked at; compile
-them before, with ``--compile``, so that the tool does not slow the compiler down. The most telling
-cases come first, and after ``--seconds`` no further one is begun.
+``benchmarks/sanitize.py`` runs this script under all four tools and keeps the verdicts. The inputs
+are made and the oracle runs on the CPU, so the only kernels on the GPU are those to be checked.
+Compile the kernels before, with ``--compile``, so that the tool does not slow the compiler down.
+The most telling cases come first, and after ``--seconds`` no further case is begun.
 
-Exit status: 1 for a wrong result or a kernel that no case has run.
+The exit status is 1 for a wrong result or a kernel that no case has run.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from mhc_ops.routes import Key
 from mhc_ops.testing import OUTPUTS, as_outputs, assert_matches_oracle, make_inputs
 from other_routes import other_routes
 
-HIDDEN = (256, 768)  # the smallest, and one with no power of two
-# Two of each path (one of an odd size): few clusters, more clusters, groups of more than 16 tokens,
-# kernels that loop, the larger tile of the projection, three launches.
+HIDDEN = (256, 768)  # 256 is the smallest size, and 768 is no power of two
+# Each path runs at two of these, one of them odd: few clusters, more clusters, groups of more than
+# 16 tokens, kernels that loop, the larger tile of the projection, three launches.
 TOKENS = (3, 35, 131, 20, 1, 128, 33)
 
-# What the table of routes is made from on the way of a case.
+# Each way makes the table of routes from these constants.
 WAYS: dict[str, dict[str, Any]] = {
     "own": {},
     "classical": {"CLUSTER_ARCHS": frozenset()},
     "looping": {"CLUSTERS": 1, "FEW_CLUSTERS_TOKENS": 0, "ONE_ROUND_TOKENS": 0},
     "small": {"CLUSTERS": 2},
 }
-# The ops that go another way than their own, and from how many tokens on. expand_pre and
-# fused_post_pre launch every kernel of GPUs without clusters, but for that of the head.
+# These ops go another way than their own, from this many tokens on. expand_pre and fused_post_pre
+# launch every kernel of GPUs without clusters except the head's.
 OTHER_WAYS = {
     "classical": (("fused_post_pre", "expand_pre"), 1),
     "looping": (("fused_post_pre", "pre"), 129),
@@ -51,13 +51,14 @@ OTHER_WAYS = {
 
 
 class Case(NamedTuple):
-    """One call.
+    """Describe one call.
 
     Attributes:
         op, norm, tokens, hidden: what is called.
-        way: ``classical``, as on a GPU without kernels in clusters; ``looping``, which takes the
-            kernels that loop over tiles in one cluster, so that it has many; ``small``, as on a GPU
-            with few multiprocessors, which takes that of post_head; ``own``.
+        way: how the call is routed. ``own`` is the table's own way. ``classical`` is that of a GPU
+            without kernels in clusters. ``looping`` runs the kernels that loop over tiles in one
+            cluster, so that the cluster has many tiles. ``small`` is that of a GPU with few
+            multiprocessors, on which post_head loops over tiles.
     """
 
     op: str
@@ -68,13 +69,13 @@ class Case(NamedTuple):
 
 
 def _goes(way: str, op: str, tokens: int) -> bool:
-    """Whether a case goes a way."""
+    """Say whether a case goes a way."""
     ops, least = OTHER_WAYS.get(way, (OUTPUTS, 1))
     return op in ops and tokens >= least
 
 
 def cases() -> list[Case]:
-    """All of them: each kernel at its smallest size first."""
+    """List all cases, each kernel at its smallest size first."""
     return [
         Case(op, norm, tokens, hidden, way)
         for tokens in TOKENS
@@ -87,7 +88,7 @@ def cases() -> list[Case]:
 
 
 def keys(arch: str) -> set[Key]:
-    """Every kernel of these hidden sizes on any way, those of GPUs without clusters too."""
+    """Collect every kernel of these hidden sizes on any way, on GPUs without clusters, too."""
     found: set[Key] = set()
     for constants in WAYS.values():
         with other_routes(**constants):
@@ -98,10 +99,10 @@ def keys(arch: str) -> set[Key]:
 
 @torch.no_grad()
 def run(case: Case, device: str) -> None:
-    """A case twice, the second time with weights that were read before, on the short way.
+    """Run a case twice; the second call reads weights that were read before, by the short way.
 
     Raises:
-        AssertionError: a wrong result, or another one the second time.
+        AssertionError: a result is wrong, or the second result differs from the first.
     """
     inputs = make_inputs(case.op, case.tokens, case.hidden, norm=case.norm)
     there: dict[str, Any] = {
@@ -121,7 +122,7 @@ def run(case: Case, device: str) -> None:
 
 
 def compile_all(arch: str) -> None:
-    """Into the cache, side by side."""
+    """Compile every kernel into the cache, side by side."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         list(pool.map(jit.compile_key, keys(arch)))
 
@@ -146,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return loaded(key, device)
 
     right = 0
-    host.forget()  # the first call of each kernel is to be seen here
+    host.forget()  # the short way then knows no kernel, so the first call of each is recorded
     with mock.patch.object(jit, "loaded", recorded):
         for case in cases():
             if time.monotonic() - start > arguments.seconds:

@@ -1,11 +1,12 @@
-"""Time of ``pre`` and ``post`` by themselves, next to what the memory needs for their bytes.
+"""Time ``pre`` and ``post`` by themselves, beside the time that the memory needs for their bytes.
 
     python benchmarks/steps_time.py --output benchmarks/results/nvidia_h100_steps.jsonl
 
-The method is that of ``python -m mhc_ops bench``: a chain in one CUDA graph. Each ``pre`` has
-another ``fn``, and streams that the calls before have not left in the L2 where they are many; each
-``post`` has the streams of the one before. The floor is what the memory needs for the bytes of one
-pass at the copy bandwidth measured in the same run.
+The method is that of ``python -m mhc_ops bench``: a chain of calls runs in one CUDA graph. Each
+``pre`` has its own ``fn``. The streams of consecutive ``pre`` differ, and where the tokens are many
+the streams of a ``pre`` are no longer in the L2. Each ``post`` has the streams of the ``post``
+before. The floor is the time that the memory needs for the bytes of one pass at the copy bandwidth
+measured in the same run.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from mhc_ops.testing import EPS, POST_MULT
 TOKENS = (1, 8, 32, 48, 64, 128, 256, 320, 512, 1024, 2048, 8192, 32768)
 HIDDEN = (4096, 7168)
 STEPS = ("pre", "post")
-STREAMS_BYTES = 300e6  # of a chain's streams: several times an L2
+STREAMS_BYTES = 300e6  # the streams of a chain take so many bytes, which is several times an L2
 
 
 def step_bytes(step: str, tokens: int, hidden: int) -> int:
-    """Bytes of one pass: streams, x and the result in bf16, ``fn`` in fp32; mixes left out."""
-    if step == "post":  # x and the streams read, the new streams written
+    """Count the bytes of one pass: streams, x and result in bf16, ``fn`` in fp32, but no mixes."""
+    if step == "post":  # x and the streams are read, the new streams are written
         return 18 * hidden * tokens
     return 10 * hidden * tokens + 16 * geometry.MIXES * hidden
 
@@ -38,7 +39,7 @@ def step_bytes(step: str, tokens: int, hidden: int) -> int:
 def make_chain(
     step: str, tokens: int, hidden: int, device: torch.device | str, length: int
 ) -> Callable[[], Tensor]:
-    """Random inputs, and the chain that runs over them; it returns the last result."""
+    """Make random inputs and the chain that runs on them; the chain returns the last result."""
     n = geometry.HC_MULT
     generator = torch.Generator(device).manual_seed(0)
 

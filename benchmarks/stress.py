@@ -1,20 +1,20 @@
-"""A million boundaries on one busy GPU: every result has the bits of a quiet call.
+"""Run a million boundaries on one busy GPU; every result must have the bits of a quiet call.
 
     python benchmarks/stress.py -o benchmarks/results/nvidia_h100_checks.jsonl
 
-Token counts from 0 to 4096 (every end of a path, the rest log-uniform), two hidden sizes, with and
-without the norm, on 8 streams at once. On each stream CUDA graphs of many boundaries and bursts of
-eager calls alternate at random. In every other round one more stream keeps all multiprocessors at
-work. For a tenth of the run 95 % of the memory is taken, and in the middle of that calls run out of
-memory, which is caught, and are made again.
+The boundaries have token counts from 0 to 4096 (every end of a path, the rest log-uniform), two
+hidden sizes, and a norm or none, and run on 8 streams at once. On each stream CUDA graphs of many
+boundaries and bursts of eager calls alternate at random. In every other round one more stream keeps
+all multiprocessors at work. For a tenth of the run 95 % of the memory is taken. In the middle of
+that tenth some calls run out of memory; the error is caught, and the calls are made again.
 
-The quiet results are held to the float64 oracle first. Every later one is compared with them on the
-GPU, all four outputs as integers, into counters that are read once at the end. Outputs are NaN
-before each call: those of a graph are filled at the end of each replay; those of every other eager
-burst as they are allocated, of the rest before their memory is given back, so that there no fill
-stands between two calls.
+The quiet results are held to the float64 oracle first. Every later result is compared with the
+quiet result on the GPU, all four outputs as integers, into counters that are read once at the end.
+Outputs are NaN before each call. The outputs of a graph are filled with NaN at the end of each
+replay. In every other eager burst the outputs are filled as they are allocated. In the other bursts
+they are filled before their memory is given back, so that no fill runs between two calls there.
 
-Exit status: 0 where all is right, 1 where something is not, 3 where the GPU has hung.
+The exit status is 0 where all is right, 1 where something is not, and 3 where the GPU has hung.
 """
 
 from __future__ import annotations
@@ -45,16 +45,17 @@ from stress_plan import Settings, graph_cases, rounds, token_counts
 
 OP_NAME = "fused_post_pre"
 OP = torch.ops.mhc.fused_post_pre.default
-STATE = ("x", "residual", "post_layer_mix", "comb_res_mix")  # what has a row for each token
+STATE = ("x", "residual", "post_layer_mix", "comb_res_mix")  # these have a row for each token
 NORM = ("norm_weight", "norm_eps")
 
-ROUNDS_AHEAD = 3  # that the host may run in front of the GPU
-WARM_ROUNDS = 8  # before the memory is looked at for the first time
-PRESSURE = (0.45, 0.55)  # share of the run during which the memory is taken
-PRESSURE_TAKEN = 0.95  # of the memory of the GPU
-ROOMS = (0.0, 0.5, 0.9)  # what is left for a call that needs 1
-MATRIX, PRODUCTS = 4096, 8  # the competing stream: one graph of so many products, about 2 ms
-DEVICE_SLACK = 64 << 20  # of the memory in use: what the driver keeps for itself
+ROUNDS_AHEAD = 3  # the host may be so many rounds ahead of the GPU
+WARM_ROUNDS = 8  # the memory is measured for the first time after so many rounds
+PRESSURE = (0.45, 0.55)  # between these shares of the run the memory is taken
+PRESSURE_TAKEN = 0.95  # this share of the GPU's memory is taken
+ROOMS = (0.0, 0.5, 0.9)  # a call finds only this share of the memory that it needs
+# A graph of the competing stream makes so many products of such matrices, which takes some ms.
+MATRIX, PRODUCTS = 4096, 8
+DEVICE_SLACK = 64 << 20  # the driver may keep so many bytes more for itself
 HOST_SLACK = 256 << 20
 
 
@@ -62,17 +63,17 @@ HOST_SLACK = 256 << 20
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """A contiguous tensor as one row of 64-bit words, for which NaN is a number like any other."""
+    """View a contiguous tensor as one row of 64-bit words, in which NaN equals itself."""
     return tensor.reshape(-1).view(torch.int64)
 
 
 class Case:
-    """One call and its results on a quiet GPU, which the oracle has seen.
+    """Hold one call and its results on a quiet GPU, which were held to the oracle.
 
     Attributes:
-        tokens, hidden: its size.
+        tokens, hidden: size of the call.
         inputs: arguments by name.
-        want: the words of each output.
+        want: words of each output.
     """
 
     def __init__(self, inputs: dict[str, Any]) -> None:
@@ -86,18 +87,18 @@ class Case:
         self.want = [bits(result).clone() for result in results]
 
     def run(self) -> tuple[Tensor, ...]:
-        """The call."""
+        """Make the call."""
         results: tuple[Tensor, ...] = OP(*self._positional, **self._norm)
         return results
 
     @property
     def words(self) -> int:
-        """Of all outputs together."""
+        """Count the words of all outputs together."""
         return sum(want.numel() for want in self.want)
 
 
 def make_cases(settings: Settings, device: str, advance: Callable[[], None]) -> list[Case]:
-    """A case for each hidden size and token count, on rows of one set of random inputs a size."""
+    """Make a case for each hidden size and token count, on rows of one input for each size."""
     chance = random.Random(settings.seed + 3)
     cases = []
     for hidden in settings.hidden:
@@ -119,11 +120,11 @@ def poison(results: Sequence[Sequence[Tensor]]) -> None:
 
 
 class Comparison:
-    """Results against what they have to be, counted where they are.
+    """Compare results with what they have to be, and count on the results' device.
 
     Attributes:
-        bad: how often each place of a burst was wrong.
-        compared: results that were looked at.
+        bad: how often the result of each call of a burst was wrong.
+        compared: number of results that were compared.
     """
 
     def __init__(self, length: int, words: int, device: str) -> None:
@@ -133,7 +134,7 @@ class Comparison:
         self.compared = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, cases: Sequence[Case], results: Sequence[Sequence[Tensor]]) -> None:
-        """Compare a burst; as many cases as the comparison was made for."""
+        """Compare the results of a burst, which has as many cases as the comparison's length."""
         for case, outputs, wrong in zip(cases, results, self._wrong.unbind(), strict=True):
             end = 0
             for output, want in zip(outputs, case.want, strict=True):
@@ -145,7 +146,7 @@ class Comparison:
 
 
 class Worker:
-    """The eager calls of one stream; None, the only one of a CPU, is where everything runs."""
+    """Make the eager calls of one stream; on a CPU the stream is None."""
 
     def __init__(
         self, settings: Settings, words: int, device: str, stream: torch.cuda.Stream | None
@@ -155,7 +156,7 @@ class Worker:
         self._bursts = 0
 
     def turn(self, cases: Sequence[Case]) -> None:
-        """Calls one right after another, then their comparison."""
+        """Make calls one right after another, then compare their results."""
         self._bursts += 1
         filled = poisoned_memory() if self._bursts % 2 else contextlib.nullcontext()
         on = contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
@@ -166,13 +167,13 @@ class Worker:
             poison(results)
 
     def fill_free_memory(self, size: int) -> None:
-        """Leave a block of NaN to the allocator, of which the first outputs are cut."""
+        """Leave a block of NaN to the allocator, which cuts the first outputs from it."""
         with torch.cuda.stream(self.stream):
             torch.full((size // 4,), float("nan"), device="cuda")
 
 
 class Graph:
-    """Many boundaries, their comparison, and NaN into their outputs for the next replay."""
+    """Capture many boundaries, their comparison, and NaN for the outputs of the next replay."""
 
     def __init__(self, cases: Sequence[Case], words: int, stream: torch.cuda.Stream) -> None:
         self.comparison = Comparison(len(cases), words, "cuda")
@@ -184,7 +185,8 @@ class Graph:
             self._results = [case.run() for case in cases]
             self.comparison.add(cases, self._results)
             poison(self._results)
-        # once without being counted: the outputs are NaN now, and the driver has what it needs
+        # One replay is not counted. After it the outputs are NaN, and the driver has allocated what
+        # it needs.
         self._graph.replay()
         torch.cuda.synchronize()
         self.comparison.bad.zero_()
@@ -192,7 +194,7 @@ class Graph:
         torch.cuda.synchronize()
 
     def turn(self, stream: torch.cuda.Stream) -> None:
-        """Replay it on a stream, after its last replay."""
+        """Replay the graph on a stream, after the graph's last replay."""
         with torch.cuda.stream(stream):
             stream.wait_event(self.done)
             self._graph.replay()
@@ -200,7 +202,7 @@ class Graph:
 
 
 class Competitor:
-    """A stream that keeps every multiprocessor at work for as long as it is asked to."""
+    """Keep every multiprocessor at work with a stream of its own."""
 
     def __init__(self) -> None:
         self.stream = torch.cuda.Stream()
@@ -219,7 +221,7 @@ class Competitor:
         self._matrices = (matrix, product)
 
     def keep_busy(self) -> None:
-        """More work, if the last is done."""
+        """Start more work if the last is done."""
         if self._done.query():
             with torch.cuda.stream(self.stream):
                 self._graph.replay()
@@ -231,7 +233,7 @@ class Competitor:
 
 
 class Memory(NamedTuple):
-    """Bytes in use: of tensors, of the whole GPU with nothing cached, of this process."""
+    """Hold the bytes in use by tensors, by the whole GPU with nothing cached, by this process."""
 
     allocated: int
     device: int
@@ -239,7 +241,7 @@ class Memory(NamedTuple):
 
 
 def memory_now() -> Memory:
-    """Once all work is done and nothing is cached."""
+    """Measure the memory once all work is done and nothing is cached."""
     torch.cuda.synchronize()
     gc.collect()
     torch.cuda.empty_cache()
@@ -249,7 +251,7 @@ def memory_now() -> Memory:
 
 
 def grown(before: Memory, after: Memory) -> list[str]:
-    """What is not flat, in words."""
+    """Say in words which memory has grown."""
     found = []
     if after.allocated != before.allocated:
         found.append(f"tensors took {before.allocated} bytes before and {after.allocated} after")
@@ -261,7 +263,7 @@ def grown(before: Memory, after: Memory) -> list[str]:
 
 
 def take_memory() -> Tensor:
-    """So much that ``PRESSURE_TAKEN`` of the GPU's memory is in use."""
+    """Allocate so much that ``PRESSURE_TAKEN`` of the GPU's memory is in use."""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     return torch.empty(
@@ -270,7 +272,7 @@ def take_memory() -> Tensor:
 
 
 def _had_room(worker: Worker, called: Sequence[Case]) -> bool:
-    """Make a burst; False, with all it had allocated given back, where it ran out of memory."""
+    """Make a burst; return False, with its memory given back, where the burst ran out of memory."""
     try:
         worker.turn(called)
     except torch.OutOfMemoryError:
@@ -279,18 +281,18 @@ def _had_room(worker: Worker, called: Sequence[Case]) -> bool:
 
 
 def run_out_of_memory(case: Case, worker: Worker, burst: int) -> tuple[int, int]:
-    """Calls whose outputs find no room, each followed by the same calls with room.
+    """Make calls whose outputs find no room, each followed by the same calls with room.
 
     The work of the other streams goes on meanwhile.
 
     Returns:
-        (calls made without room, those that raised torch.OutOfMemoryError).
+        (number of calls made without room, number of those that raised torch.OutOfMemoryError).
     """
     _, total = torch.cuda.mem_get_info()
     caught = 0
     for room in ROOMS:
         torch.cuda.empty_cache()
-        stream = torch.cuda.Stream()  # for which the allocator keeps nothing
+        stream = torch.cuda.Stream()  # the allocator keeps no memory for a new stream
         allowed = torch.cuda.memory_reserved() + int(room * case.words * 8)
         torch.cuda.set_per_process_memory_fraction(allowed / total)
         try:
@@ -308,7 +310,7 @@ def run_out_of_memory(case: Case, worker: Worker, burst: int) -> tuple[int, int]
 
 
 class Watchdog:
-    """Ends the process when nothing has moved for a while: a hung GPU cannot be waited for.
+    """End the process when nothing has moved for a while, because a hung GPU never answers.
 
     Attributes:
         state: what is being done, for the message.
@@ -330,7 +332,7 @@ class Watchdog:
         self._thread.join()
 
     def moved(self, state: str) -> None:
-        """Something has moved."""
+        """Note that something has moved."""
         self.state, self._moved = state, time.monotonic()
 
     def _watch(self) -> None:
@@ -345,17 +347,18 @@ class Watchdog:
 
 
 class Result(NamedTuple):
-    """What a run has found.
+    """Hold what a run has found.
 
     Attributes:
-        counts: boundaries by kind: graph, eager, with the competing stream, under pressure.
-        compared: results that the GPU has compared.
-        bad: how many of them differed, by (hidden, tokens) or by what made them.
-        memory: before and after.
-        out_of_memory: (calls made without room, those that raised).
-        retried: bursts that ran out of memory by themselves, and were made again.
-        seconds: of the boundaries alone.
-        competing: replays of the competing stream's graph.
+        counts: number of boundaries by kind: in a graph, eager, beside the competing stream, while
+            the memory was taken.
+        compared: number of results that the GPU has compared.
+        bad: number of results that differed, by size for graphs, and as ``eager``.
+        memory: memory before and after the run.
+        out_of_memory: (number of calls made without room, number of those that raised).
+        retried: number of bursts that ran out of memory without being made to, and were repeated.
+        seconds: time of the boundaries alone.
+        competing: number of replays of the competing stream's graph.
     """
 
     counts: dict[str, int]
@@ -369,7 +372,7 @@ class Result(NamedTuple):
 
 
 def failures(settings: Settings, result: Result) -> list[str]:
-    """What is wrong, in words; nothing where all is right."""
+    """Say in words what is wrong; return an empty list where all is right."""
     made = result.counts["graph"] + result.counts["eager"]
     found = []
     if result.bad:
@@ -388,13 +391,14 @@ def failures(settings: Settings, result: Result) -> list[str]:
 def stress(
     settings: Settings, watchdog: Watchdog, plant_fault: bool = False, shown: bool = False
 ) -> Result:
-    """The run, on the current CUDA device.
+    """Run everything on the current CUDA device.
 
     Args:
-        settings: how much of everything.
-        watchdog: is told of progress.
-        plant_fault: change one bit of one quiet result, which the comparison has to notice.
-        shown: with progress bars on standard error.
+        settings: how much the run does.
+        watchdog: watchdog, which is told of progress.
+        plant_fault: whether to change one bit of one quiet result, which the comparison has to
+            notice.
+        shown: whether to show progress bars on standard error.
     """
     with progress_bar(shown) as bar, torch.no_grad():
         mhc_ops.prewarm(settings.hidden, max_tokens=max(settings.largest, 129), progress=False)
@@ -450,7 +454,7 @@ def _run(
         pressed = PRESSURE[0] <= share < PRESSURE[1]
         if number == WARM_ROUNDS:
             before = memory_now()
-        if number in (0, WARM_ROUNDS):  # what was cached is gone
+        if number in (0, WARM_ROUNDS):  # memory_now has just emptied the allocator's cache
             for worker in workers:
                 worker.fill_free_memory(burst_bytes // 8)
         if pressed and ballast is None:
@@ -529,7 +533,7 @@ def _run(
 def make_record(
     settings: Settings, result: Result, *, commit: str | None, command: str
 ) -> dict[str, Any]:
-    """The line for the results file."""
+    """Make the record of a run."""
     found = failures(settings, result)
     made = result.counts["graph"] + result.counts["eager"]
     right = f"{made} boundaries, every result with the bits of a quiet call, memory flat"
@@ -568,7 +572,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     supported, reason = support.is_supported()
     if not supported:
-        print(f"needs a GPU that the ops support: {reason}", file=sys.stderr)
+        print(f"expected a GPU that the ops support: {reason}", file=sys.stderr)
         return 2
     settings = defaults._replace(
         boundaries=arguments.boundaries,

@@ -1,4 +1,4 @@
-"""What a run of ``stress.py`` does, and in which order: one seed, one plan."""
+"""Plan what a run of ``stress.py`` does, and in which order; one seed makes one plan."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import random
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# on both sides of every bound of its routes, and of the tiles of 16 tokens
+# These counts lie on both sides of every bound between rows of the table of routes, and between
+# tiles of 16 tokens.
 END_COUNTS = (0, 1, 2, 3, 16, 17, 19, 20, 32, 33, 48, 49, 80, 127, 128, 129, 512, 2048, 4095, 4096)
 
-EAGER_SHARE = 1 / 3  # of the turns of a stream; a burst is shorter than a graph
+EAGER_SHARE = 1 / 3  # this share of a stream's turns are bursts, which are shorter than graphs
 
 
 class Settings(NamedTuple):
-    """How much of everything.
+    """Say how much a run does.
 
     Attributes:
-        boundaries: to run, at least.
-        seconds: after which the run is cut off.
+        boundaries: least number of boundaries to run.
+        seconds: time after which the run is cut off.
         hidden: hidden sizes.
         largest: largest token count.
-        counts: token counts for each hidden size.
-        streams: that run at once.
-        graphs: that are captured; more than streams.
-        graph_length: boundaries of a graph.
-        burst: eager calls of a turn.
-        hang_seconds: without progress, after which the GPU is said to hang.
-        seed: of the token counts and the order of everything.
+        counts: number of token counts for each hidden size.
+        streams: number of streams that run at once.
+        graphs: number of graphs that are captured, which is more than ``streams``.
+        graph_length: number of boundaries of a graph.
+        burst: number of eager calls of a turn.
+        hang_seconds: time without progress after which the GPU is said to hang.
+        seed: seed of the token counts and of every order.
     """
 
     boundaries: int = 1_000_000
@@ -43,7 +44,7 @@ class Settings(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What one stream does in a round: replay a graph, or call these cases one after another."""
+    """Say what one stream does in a round: replay a graph, or call these cases in turn."""
 
     stream: int
     graph: int | None
@@ -51,7 +52,7 @@ class Turn(NamedTuple):
 
 
 def token_counts(settings: Settings) -> list[int]:
-    """Every end of a path, and log-uniform counts between 1 and the largest."""
+    """Choose every end of a path, and log-uniform counts between 1 and the largest."""
     chance = random.Random(settings.seed)
     ends = [count for count in END_COUNTS if count <= settings.largest][: settings.counts]
     rest = settings.counts - len(ends)
@@ -59,7 +60,7 @@ def token_counts(settings: Settings) -> list[int]:
 
 
 def graph_cases(settings: Settings) -> list[tuple[int, ...]]:
-    """The cases of each graph, drawn so that every case comes about equally often."""
+    """Draw the cases of each graph so that every case comes about equally often."""
     chance = random.Random(settings.seed + 1)
     everything = range(settings.counts * len(settings.hidden))
     drawn: list[int] = []
@@ -70,9 +71,9 @@ def graph_cases(settings: Settings) -> list[tuple[int, ...]]:
 
 
 def rounds(settings: Settings) -> Iterator[list[Turn]]:
-    """Rounds of one turn a stream, in any order, until there are enough boundaries.
+    """Make rounds of one turn a stream, in any order, until there are enough boundaries.
 
-    No graph has two turns in a round, since it cannot run beside itself.
+    No graph has two turns in a round, since a graph cannot run beside itself.
     """
     chance = random.Random(settings.seed + 2)
     everything = range(settings.counts * len(settings.hidden))

@@ -1,21 +1,24 @@
-"""DeepSeek-V4 of transformers while it decodes: stock against mhc-ops, the logits and the time.
+"""Compare DeepSeek-V4 of transformers, stock and with mhc-ops, while it decodes: logits and time.
 
     python benchmarks/transformers_decode.py -o benchmarks/results/nvidia_h100_checks.jsonl
 
-``logits``: teacher-forced with the KV cache, 64 steps after prompts of two lengths, three random
-models. Stock in bf16 and mhc-ops (unfused and fused) are compared with stock in float32, whose
-choices of experts and of compressed entries all take (``mhc_ops/demo/models.py`` says why). The
-mean error of mhc-ops is at most 1.05 times stock's own, and its top token is float32's wherever
-float32's margin exceeds stock's largest error.
+The part ``logits`` decodes teacher-forced with the KV cache, 64 steps after prompts of two lengths,
+with three random models. Stock in bf16 and mhc-ops (unfused and fused) are compared with stock in
+float32, and all are given the choices of experts and of compressed entries of the float32 run
+(``mhc_ops/demo/models.py`` says why). The mean error of mhc-ops is at most 1.05 times the error of
+stock bf16, and the top token is float32's wherever float32's margin exceeds the largest error of
+stock bf16.
 
-``generate``: greedy and sampled continuations to their end.
+The part ``generate`` makes greedy and sampled continuations to their end.
 
-``times``: one decoding step of a pair of layers of V4-Flash's widths, with few experts and random
-weights, called eagerly and replayed as a CUDA graph where the model can be captured.
+The part ``times`` times one decoding step of a pair of layers of V4-Flash's widths, with few
+experts and random weights, called eagerly and replayed as a CUDA graph where the model can be
+captured.
 
-``--tiny`` is a dry run of all of it in seconds, on a CPU too; its times say nothing.
+``--tiny`` makes a dry run of all parts in seconds, on a CPU too; its times say nothing.
 
-Exit status: 0 where every check holds, 1 where one does not, 2 where it cannot run.
+The exit status is 0 where every check holds, 1 where one does not, and 2 where the script cannot
+run.
 """
 
 from __future__ import annotations
@@ -39,20 +42,20 @@ from mhc_ops.demo import models as demo
 PARTS = ("logits", "generate", "times")
 NAMES = ("stock", *demo.PATHS)
 CAPTURE_ERROR_LENGTH = 200
-FEW_EXPERTS = {"n_routed_experts": 16}  # of V4-Flash's 256, of which a token takes 6
+FEW_EXPERTS = {"n_routed_experts": 16}  # V4-Flash has 256, of which a token takes 6
 
 
 class Sizes(NamedTuple):
-    """How much of everything.
+    """Say how much a run does.
 
     Attributes:
-        seeds: of the models and their text.
+        seeds: seeds of the models and their text.
         prompts: prompt lengths.
-        rows: sequences side by side.
-        steps: decoded, one token a step.
-        batches, context: of the timed steps.
-        repeats: timed steps of a row.
-        widths: settings of the timed pair of layers, in place of V4-Flash's.
+        rows: number of sequences side by side.
+        steps: number of decoding steps, each of one token.
+        batches, context: batch sizes and tokens of context of the timed steps.
+        repeats: number of timed steps of a row.
+        widths: settings of the timed pair of layers that replace V4-Flash's.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -100,14 +103,15 @@ def decode(
     *,
     record: bool = False,
 ) -> Tensor:
-    """Logits after the prompt and after each token that follows it.
+    """Compute the logits after the prompt and after each token that follows the prompt.
 
     Args:
-        model: of transformers.
+        model: a model of transformers.
         tokens: [rows, prompt + steps - 1].
-        prompt: its length.
-        choices: one for each step; none for the model's own.
-        record: keep the model's choices there; they are taken from there otherwise.
+        prompt: length of the prompt.
+        choices: one for each step; with none the model makes its own choices.
+        record: whether to keep the model's choices in ``choices`` instead of taking them from
+            there.
 
     Returns:
         [rows, steps, vocabulary].
@@ -128,14 +132,14 @@ def decode(
 
 
 class Compared(NamedTuple):
-    """One path of one model and prompt length against float32.
+    """Compare one path of one model and prompt length with float32.
 
     Attributes:
-        ratio: mean error in units of stock's own, with float32's choices.
-        other: positions with another top token than float32's, where float32's margin exceeds
-            stock's largest error.
-        covered: share of the positions that are such.
-        own: mean error where the run chooses for itself.
+        ratio: mean error in units of stock's error, with float32's choices.
+        other: number of positions with another top token than float32's, among those where
+            float32's margin exceeds stock's largest error.
+        covered: share of the positions where float32's margin exceeds stock's largest error.
+        own: mean error where the run makes its own choices.
     """
 
     seed: int
@@ -150,7 +154,7 @@ class Compared(NamedTuple):
 
 
 def compare(sizes: Sizes, device: str) -> list[Compared]:
-    """Teacher-forced logits of every path against float32."""
+    """Compare the teacher-forced logits of every path with float32's."""
     _, text = demo.readme()
     rows = []
     for seed in sizes.seeds:
@@ -178,7 +182,7 @@ def compare(sizes: Sizes, device: str) -> list[Compared]:
 
 
 def wrong_logits(rows: Sequence[Compared]) -> list[str]:
-    """Checks that do not hold, in words."""
+    """Say in words which checks do not hold."""
     found = []
     for row in rows:
         if row.path == "stock":
@@ -199,7 +203,7 @@ def wrong_logits(rows: Sequence[Compared]) -> list[str]:
 
 
 def generate(sizes: Sizes, device: str) -> list[str]:
-    """Continuations of the fused model to their end; what is wrong, in words."""
+    """Make continuations of the fused model to their end; say in words what is wrong."""
     _, text = demo.readme()
     model = demo.small_model(sizes.seeds[0], device)
     found = []
@@ -226,7 +230,7 @@ def generate(sizes: Sizes, device: str) -> list[str]:
 
 
 def layer_pair(sizes: Sizes, device: str) -> Any:
-    """Two layers of V4-Flash's widths: both kinds of compressed attention and of routing."""
+    """Make two layers of V4-Flash's widths, with both kinds of compressed attention and routing."""
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
     settings = DeepseekV4Config(
@@ -268,7 +272,7 @@ def _experts(model: Any, kind: str | None) -> Iterator[None]:
 
 
 def alike(cache: Any) -> Any:
-    """A cache with the same tensors. A step puts others in their place and writes to none."""
+    """Copy a cache but not its tensors, which a step replaces by others and never writes to."""
     tensors = [
         value
         for layer in cache.layers
@@ -280,10 +284,10 @@ def alike(cache: Any) -> Any:
 
 
 class Step:
-    """One decoding step after a prompt, on one path.
+    """Time one decoding step after a prompt, on one path.
 
     Attributes:
-        batch, path: which.
+        batch, path: batch size and path of the step.
     """
 
     def __init__(self, model: Any, sizes: Sizes, batch: int, path: str, device: str) -> None:
@@ -301,7 +305,8 @@ class Step:
             )  # fmt: skip
 
     def _run(self, cache: Any) -> None:
-        # one token sees all that the cache holds: no mask, which would be made on the CPU
+        # One token sees everything in the cache, so it needs no mask, which would be made on the
+        # CPU.
         self._model(
             self._last, past_key_values=cache, use_cache=True,
             attention_mask={"sliding_attention": None},
@@ -312,16 +317,16 @@ class Step:
         return round(harness.in_turn({self.path: sampler}, self._sizes.repeats)[self.path], 1)
 
     def eager_us(self) -> float:
-        """Microseconds of a step called eagerly, each a token further than the one before."""
+        """Return the microseconds of an eager step; each step is a token after the one before."""
         cache = alike(self._kept)
         with demo.path(self._model, self.path):
             return self._median_us(lambda: self._run(cache))
 
     def graph_us(self) -> dict[str, Any]:
-        """Microseconds of the step after the prompt as a CUDA graph, or why there is none.
+        """Return the microseconds of the step as a CUDA graph, or why there is no graph.
 
-        No window of either kind of compressed attention ends in it: of 4 and of 128 tokens, after
-        250.
+        The step follows a context of 250 tokens, so that no window of either kind of compressed
+        attention, of 4 and of 128 tokens, ends in the step.
         """
         row: dict[str, Any] = {}
         stream = torch.cuda.current_stream()
@@ -330,10 +335,9 @@ class Step:
                 try:
                     with _experts(self._model, kind):
                         graph, _ = timing.capture(lambda: self._run(alike(self._kept)), warmups=1)
-                # what stops a capture is one of many errors, and torch's own is among them
-                except Exception as error:
+                except Exception as error:  # a capture can fail with many kinds of errors
                     row["graph_error"] = str(error).splitlines()[0][:CAPTURE_ERROR_LENGTH]
-                    torch.cuda.set_stream(stream)  # a capture that failed leaves its own behind
+                    torch.cuda.set_stream(stream)  # a failed capture leaves its own stream current
                     torch.cuda.synchronize()
                     continue
                 experts = kind or self._model.config._experts_implementation
@@ -342,11 +346,11 @@ class Step:
 
 
 def measure(sizes: Sizes, device: str) -> list[dict[str, Any]]:
-    """Times of every batch and path, in the order of the paths within a batch."""
+    """Time every batch and path, in the order of the paths within a batch."""
     model = layer_pair(sizes, device)
     steps = [Step(model, sizes, batch, name, device) for batch in sizes.batches for name in NAMES]
     rows = [{"batch": s.batch, "path": s.path, "eager_us": s.eager_us()} for s in steps]
-    if device == "cuda":  # last of all: a capture that fails may cost what follows it
+    if device == "cuda":  # graphs come last, because a failed capture may break what follows
         for step, row in zip(steps, rows, strict=True):
             row |= step.graph_us()
     return rows
@@ -389,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device, sizes = arguments.device, TINY if arguments.tiny else Sizes()
     supported, reason = support.is_supported("cuda")
     if device == "cuda" and not supported:
-        print(f"needs a GPU that the ops support: {reason}", file=sys.stderr)
+        print(f"expected a GPU that the ops support: {reason}", file=sys.stderr)
         return 2
     try:
         import transformers

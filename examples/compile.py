@@ -1,11 +1,11 @@
-"""torch.compile with one graph for every token count.
+"""Compile boundaries with torch.compile into one graph for every token count.
 
     python examples/compile.py
 
-``mark_unbacked`` says that the size of a dimension is not known while compiling: 0 and 1 tokens
-then need no graph of their own, as they would with ``mark_dynamic``. Mark dimension 0 of every
-input that carries tokens; the ops tie them together. Where a model also combines such tensors
-outside these ops, pass ``shape_id="tokens"`` too (in the torch versions that have it).
+``mark_unbacked`` says that the size of a dimension is not known while compiling. 0 and 1 tokens
+then need no graph of their own, which they would need with ``mark_dynamic``. Mark dimension 0 of
+every input that carries tokens; the ops tie these sizes together. Where a model also combines such
+tensors outside these ops, pass ``shape_id="tokens"`` too (in the torch versions that have it).
 """
 
 import torch
@@ -28,7 +28,7 @@ def two_boundaries(x, residual, post_mix, comb_mix):
         residual, post_mix, comb_mix, layer_input = mhc_ops.fused_post_pre(
             x, residual, post_mix, comb_mix, **weights
         )
-        x = -0.5 * layer_input  # stands for attention or MLP
+        x = -0.5 * layer_input  # this stands in for attention or MLP
     return mhc_ops.post(x, residual, post_mix, comb_mix)
 
 

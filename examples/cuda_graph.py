@@ -18,7 +18,8 @@ if not supported:
     print(f"this example needs a GPU, and there is none to use: {reason}")
     sys.exit(0)
 
-# Compiles and loads every kernel that these sizes reach: nothing may be loaded during a capture.
+# prewarm compiles and loads every kernel that these sizes reach, because nothing may be loaded
+# during a capture.
 mhc_ops.prewarm(hidden=[HIDDEN], max_tokens=TOKENS)
 
 inputs = make_inputs("fused_post_pre", TOKENS, HIDDEN, device="cuda", norm=True)
@@ -37,13 +38,13 @@ def boundaries(x, residual, post_mix, comb_mix):
 with torch.inference_mode():
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # captures on a stream of its own
+    with torch.cuda.graph(graph):  # the capture has a stream of its own
         outputs = boundaries(*state)
 
     for seed in range(3):
         new = make_inputs("fused_post_pre", TOKENS, HIDDEN, device="cuda", seed=seed)
         for tensor, name in zip(state, STATE, strict=True):
-            tensor.copy_(new[name])  # the graph reads the memory that it captured
+            tensor.copy_(new[name])  # a graph reads the memory that was captured
         graph.replay()
         eager = boundaries(*state)
         same = all(torch.equal(a, b) for a, b in zip(outputs, eager, strict=True))

@@ -1,8 +1,8 @@
-"""Data parallelism: every process has the whole model and a share of the sequences.
+"""Run a model data-parallel: every process has the whole model and a share of the sequences.
 
     torchrun --nproc-per-node 2 examples/data_parallel.py
 
-The ops run on DTensors: each process on its own sequences, without communication.
+The ops run on DTensors: each process works on its own sequences, without communication.
 """
 
 import torch
@@ -18,7 +18,7 @@ SEQUENCES, TOKENS, HIDDEN = 6, 5, 256
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
-torch.manual_seed(0)  # the same weights and sequences in every process
+torch.manual_seed(0)  # every process makes the same weights and sequences
 layer = torch.nn.ModuleDict(
     {
         "attention_hc": nn.HyperConnection(HIDDEN),
@@ -31,7 +31,7 @@ streams = torch.randn(SEQUENCES, TOKENS, 4, HIDDEN).bfloat16()
 
 
 def attention(x: torch.Tensor) -> torch.Tensor:
-    """Stands for attention: each token gets the sum of its sequence so far."""
+    """Stand in for attention: give each token the sum of its sequence so far."""
     return x.float().cumsum(1).bfloat16()
 
 
@@ -43,11 +43,11 @@ def forward(streams: torch.Tensor) -> torch.Tensor:
 
 
 want = forward(streams)
-distribute_module(layer, mesh)  # the parameters as DTensors, replicated
+distribute_module(layer, mesh)  # the parameters become replicated DTensors
 with CommDebugMode() as communication:
     got = forward(distribute_tensor(streams, mesh, [Shard(0)], src_data_rank=None))
-share = distribute_tensor(want, mesh, [Shard(0)], src_data_rank=None)  # no communication
-equal = torch.equal(got.to_local(), share.to_local())  # bit for bit
+share = distribute_tensor(want, mesh, [Shard(0)], src_data_rank=None)  # this communicates nothing
+equal = torch.equal(got.to_local(), share.to_local())
 print(
     f"rank {dist.get_rank()}: {got.to_local().shape[0]} of {SEQUENCES} sequences, equal: {equal}, "
     f"collectives: {communication.get_total_counts()}"

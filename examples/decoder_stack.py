@@ -1,4 +1,4 @@
-"""A model of one's own on hyper-connections: whole, in two halves, and with captured layers.
+"""Run a model of your own on hyper-connections: whole, in two halves, and with captured layers.
 
 python examples/decoder_stack.py
 """
@@ -10,13 +10,13 @@ import torch
 import mhc_ops
 from mhc_ops import checkpoint, nn
 
-os.environ["MHC_OPS_FUSE_POST_PRE"] = "1"  # read by wire()
+os.environ["MHC_OPS_FUSE_POST_PRE"] = "1"  # wire() reads this variable
 HIDDEN, LAYERS, TOKENS = 256, 4, 8
 DEVICE = "cuda" if mhc_ops.is_supported()[0] else "cpu"
 
 
 class Mlp(torch.nn.Module):
-    """Stands for attention and MLP alike: any f(x) -> x will do."""
+    """Stand in for both attention and MLP, because any f(x) -> x will do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,18 +31,18 @@ torch.manual_seed(0)
 stack = nn.DecoderStack([(Mlp(), Mlp()) for _ in range(LAYERS)], HIDDEN, device=DEVICE).to(DEVICE)
 names = checkpoint.stack_names(LAYERS, "deepseek")
 tensors = {theirs: torch.randn_like(stack.get_parameter(ours)) for ours, theirs in names.items()}
-checkpoint.load_stack(stack, tensors)  # a real one: safetensors.torch.load_file(...)
+checkpoint.load_stack(stack, tensors)  # safetensors.torch.load_file(...) reads a real checkpoint
 nn.wire(stack)
 embedding = torch.randn(TOKENS, HIDDEN, device=DEVICE).bfloat16()
 
 with torch.inference_mode():
     hidden, streams, _ = stack(embedding)
 
-    state = nn.expand(embedding)  # the first process of a pipeline
+    state = nn.expand(embedding)  # the first process of a pipeline starts here
     for layer in stack.layers[:2]:
         state = layer(state)
     sent = state.materialise()
-    state = sent  # the second one
+    state = sent  # the second process starts here
     for layer in stack.layers[2:]:
         state = layer(state)
     halves = state.materialise()

@@ -1,9 +1,9 @@
-"""DeepSeek-V4 of transformers with its hyper-connections on the ops.
+"""Run DeepSeek-V4 of transformers with its hyper-connections on the ops.
 
     python examples/deepseek_v4_layer.py
 
-For a real checkpoint: ``DeepseekV4ForCausalLM.from_pretrained(..., dtype=torch.bfloat16)``, then
-``apply(model)``. The switch is read by ``apply``.
+Load a real checkpoint with ``DeepseekV4ForCausalLM.from_pretrained(..., dtype=torch.bfloat16)``,
+then call ``apply(model)``, which reads the switch.
 """
 
 import os
@@ -39,10 +39,11 @@ with torch.inference_mode():
     layer = model.model.layers[0]
     streams = torch.randn(1, 48, config.hc_mult, config.hidden_size, device=DEVICE).bfloat16()
 
-    # What a layer does, by hand: pre, attention, boundary, MLP, and a state for the next layer.
+    # These lines do by hand what the first half of a layer does: pre, attention, boundary.
     entry = layer.attn_hc.pre(streams, layer.input_layernorm)
-    state = entry.after(torch.zeros_like(entry.layer_input))  # a sublayer's output
-    entry = layer.ffn_hc.boundary(state, layer.post_attention_layernorm)  # one fused_post_pre
+    state = entry.after(torch.zeros_like(entry.layer_input))  # the zeros stand in for attention
+    # Because the switch is on, this boundary is one fused_post_pre.
+    entry = layer.ffn_hc.boundary(state, layer.post_attention_layernorm)
     print("a boundary keeps the streams:", torch.equal(entry.residual, state.materialise()))
 
     remove(model)

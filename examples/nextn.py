@@ -1,4 +1,4 @@
-"""A draft layer (NextN, MTP) behind a target: it takes the streams before the target's head.
+"""Run a draft layer (NextN, MTP) on the streams that a target model has before its head.
 
 python examples/nextn.py
 """
@@ -19,14 +19,14 @@ def linear() -> torch.nn.Module:
 
 
 torch.manual_seed(0)
-embed = torch.nn.Embedding(VOCABULARY, HIDDEN, dtype=torch.bfloat16)  # shared by target and draft
+embed = torch.nn.Embedding(VOCABULARY, HIDDEN, dtype=torch.bfloat16)  # target and draft share it
 target = nn.DecoderStack([(linear(), linear()) for _ in range(2)], HIDDEN)
 draft = nn.NextNLayer(linear(), linear(), nn.DecoderLayer(linear(), linear(), HIDDEN))
 model = torch.nn.ModuleList([embed, target, draft]).to(DEVICE)
 
 
 def generate(switch: str) -> torch.Tensor:
-    """Three draft steps; returns the streams of the draft layer's boundary."""
+    """Make three draft steps, and return the streams of the draft layer's boundary."""
     os.environ["MHC_OPS_FUSE_POST_PRE"] = switch
     nn.wire(model)
     tokens = torch.arange(TOKENS, device=DEVICE)

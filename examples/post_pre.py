@@ -1,4 +1,4 @@
-"""Two sublayers on hyper-connections: as single steps, and with the boundary between them fused.
+"""Run two sublayers on hyper-connections, in single steps and with the boundary fused.
 
 python examples/post_pre.py
 """
@@ -15,7 +15,7 @@ torch.manual_seed(0)
 
 
 def hyper_connection() -> dict[str, torch.Tensor]:
-    """The parameters of one sublayer's hyper-connection, drawn at random."""
+    """Draw the parameters of one sublayer's hyper-connection at random."""
     return {
         "fn": torch.randn(MIXES, STREAMS * HIDDEN, device=DEVICE) / (STREAMS * HIDDEN) ** 0.5,
         "hc_scale": torch.ones(3, device=DEVICE),
@@ -24,7 +24,7 @@ def hyper_connection() -> dict[str, torch.Tensor]:
     }
 
 
-# DeepSeek-V4's constants
+# These are DeepSeek-V4's constants.
 CONSTANTS = {
     "rms_eps": 1e-6,
     "hc_pre_eps": 1e-6,
@@ -37,12 +37,12 @@ attention, mlp = hyper_connection(), hyper_connection()
 
 
 def sublayer(layer_input: torch.Tensor) -> torch.Tensor:
-    return torch.tanh(layer_input)  # stands for attention or MLP
+    return torch.tanh(layer_input)  # this stands in for attention or MLP
 
 
 with torch.inference_mode():
     embedding = torch.randn(TOKENS, HIDDEN, device=DEVICE, dtype=torch.bfloat16)
-    streams = embedding.unsqueeze(-2).repeat(1, STREAMS, 1)  # expand
+    streams = embedding.unsqueeze(-2).repeat(1, STREAMS, 1)  # every stream starts as the embedding
     post_mix, comb_mix, layer_input = mhc_ops.pre(streams, **attention, **CONSTANTS)
     x = sublayer(layer_input)
 

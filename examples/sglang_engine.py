@@ -1,9 +1,9 @@
-"""SGLang with its DeepSeek-V4 on the ops.
+"""Run SGLang's DeepSeek-V4 on the ops.
 
     SGLANG_OPT_FUSE_MHC_POST_PRE=1 python examples/sglang_engine.py deepseek-ai/DeepSeek-V4-Flash
 
-``install()`` stands at the top level: SGLang runs the model in processes that it spawns, and each
-of them imports this file. The variable is SGLang's own; with it boundaries run fused.
+``install()`` stands at the top level, because each process that SGLang spawns to run the model
+imports this file. The variable is SGLang's own, and makes SGLang run boundaries fused.
 """
 
 import sys

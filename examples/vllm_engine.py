@@ -1,10 +1,10 @@
-"""vLLM with its DeepSeek-V4 on the ops.
+"""Run vLLM's DeepSeek-V4 on the ops.
 
     python examples/vllm_engine.py deepseek-ai/DeepSeek-V4-Flash
 
-Where mhc-ops is installed beside vLLM this happens by itself, through the entry point that vLLM
-looks for in each of its processes; ``VLLM_PLUGINS`` says which plugins it loads. By hand,
-``install()`` stands at the top level: processes that vLLM spawns import this file too.
+Where mhc-ops is installed beside vLLM, each process of vLLM calls ``install()`` by itself, through
+an entry point; ``VLLM_PLUGINS`` says which plugins vLLM loads. A script that calls ``install()``
+does so at the top level, because each process that vLLM spawns imports the script too.
 """
 
 import sys

@@ -1,10 +1,11 @@
-"""mHC (manifold-constrained hyper-connections) of DeepSeek-V4 as PyTorch ops.
+"""Provide DeepSeek-V4's manifold-constrained hyper-connections (mHC) as PyTorch ops.
 
 Importing this package registers ``torch.ops.mhc.post``, ``pre``, ``fused_post_pre``, ``head``,
 ``expand_pre``, ``post_head`` and ``post_head_streams`` with CPU, CUDA, fake and autograd
-implementations. It imports neither TileLang nor CUDA: the first CUDA call does.
+implementations. The import loads neither TileLang nor CUDA; the first CUDA call loads what it
+needs.
 
-A sublayer, then the boundary to the next one, of 2 tokens at hidden size 256:
+This example runs a sublayer, then the boundary to the next one, for 2 tokens at hidden size 256:
 
 >>> import torch, mhc_ops
 >>> streams = torch.randn(2, 4, 256).bfloat16()

@@ -1,4 +1,4 @@
-"""``python -m mhc_ops``: one command after another, each imported only when it is asked for."""
+"""Run a command of ``python -m mhc_ops``; its module is imported when the command is asked for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from . import __version__
 
-# command: (module with main(argv) -> exit status, what it does)
+# Each command maps to its module, which has main(argv) -> exit status, and to its line of help.
 COMMANDS = {
     "info": ("info", "what a bug report needs: versions, GPUs, compilers, switches, kernels"),
     "prewarm": ("prewarm", "compile and load the kernels of the given hidden sizes"),
@@ -27,11 +27,11 @@ def main(argv: Sequence[str]) -> int:
     """Run one command.
 
     Args:
-        argv: the command and its own arguments.
+        argv: the command, then the arguments of the command.
 
     Returns:
-        The exit status: 0 when it worked, 2 for wrong arguments or where it cannot run; more is
-        said by the commands themselves.
+        The exit status: 0 when the command worked, 2 for wrong arguments or where the command
+        cannot run. A command may have others, which the docstring of its ``main`` or module lists.
     """
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(

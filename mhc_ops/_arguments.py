@@ -1,7 +1,8 @@
-"""What the arguments and outputs of the ops are, by name: dtype, shape, alignment and range.
+"""State dtype, shape, alignment and range of every argument and output of the ops, by name.
 
-The schemas in ``_library`` say which op takes which of them, and in what order. Both together are
-an op's recipe, which the checks, the fake implementation and both ways of a CUDA call follow.
+The schemas in ``_library`` say which op takes which arguments, and in what order. A schema and
+these tables together are the op's recipe, which the checks, the fake implementation, the short way
+and the long way of a CUDA call follow.
 """
 
 from __future__ import annotations
@@ -20,19 +21,20 @@ from ._library import SCHEMAS
 ACTIVATION = torch.bfloat16
 MIX = torch.float32
 LARGEST = sys.float_info.max  # any finite number is at most this
-# Sinkhorn has long converged; without a bound a wrong number keeps a CPU or GPU busy for hours.
+# Sinkhorn has converged long before this many rounds. Without a bound a mistyped number of rounds
+# would keep a CPU or GPU busy for hours.
 MOST_ROUNDS = 10_000
 
 
 class TensorSpec(NamedTuple):
-    """A tensor of an op.
+    """Describe a tensor argument or an output of an op.
 
     Attributes:
-        dtypes: what it may be; the first is what the kernels take, others are cast.
-        tail: its sizes behind the token dimensions: numbers, and names of :class:`Sizes`.
-        per_token: whether it has the token dimensions.
-        rows: whether the kernels read it 16 bytes at a time, so that its last dimension must be
-            contiguous and it must start at a multiple of 16 bytes.
+        dtypes: the allowed dtypes; the kernels take the first, and tensors of another are cast.
+        tail: the sizes behind the token dimensions: numbers, and names of :class:`Sizes`.
+        per_token: whether the tensor has the token dimensions.
+        rows: whether the kernels read the tensor 16 bytes at a time, so that its last dimension
+            must be contiguous and its address a multiple of 16 bytes.
         may_drop_last: whether the last size, which is 1, may be left out.
     """
 
@@ -44,11 +46,11 @@ class TensorSpec(NamedTuple):
 
 
 class NumberSpec(NamedTuple):
-    """A number of an op, finite.
+    """Describe a finite number among the arguments of an op.
 
     Attributes:
-        least, most: its range.
-        integer: whether it is an integer.
+        least, most: the smallest and the largest allowed value.
+        integer: whether the number is an integer.
     """
 
     least: float
@@ -88,18 +90,18 @@ OUTPUTS: dict[str, TensorSpec] = {
     "hidden": TensorSpec((ACTIVATION,), ("hidden",), per_token=True),
 }
 
-# What the schemas of ops with one output leave without a name.
+# The schema of an op with a single output gives that output no name, so the name stands here.
 _SINGLE_OUTPUT = {"post": "residual_out", "head": "hidden", "post_head": "hidden"}
 
 
 class Sizes(NamedTuple):
-    """The sizes of a call; symbols where it is traced.
+    """Hold the sizes of a call; they are symbols where the call is traced.
 
     Attributes:
         leading: the token dimensions.
         hc_mult: n, the number of residual streams.
-        hidden: H.
-        rows: of ``fn``: n pre, n post and n * n comb weights, or n of a head.
+        hidden: H, the hidden size.
+        rows: rows of ``fn``: n pre, n post and n * n comb weights, or n weights of a head.
     """
 
     leading: tuple[Any, ...]
@@ -109,27 +111,27 @@ class Sizes(NamedTuple):
 
     @property
     def columns(self) -> Any:
-        """Columns of ``fn``."""
+        """Return the number of columns of ``fn``."""
         return self.hc_mult * self.hidden
 
     def tail(self, spec: TensorSpec) -> tuple[Any, ...]:
-        """The sizes of a tensor behind the token dimensions."""
+        """Return the sizes of a tensor behind the token dimensions."""
         return tuple([getattr(self, s) if isinstance(s, str) else s for s in spec.tail])
 
     def shape(self, spec: TensorSpec) -> tuple[Any, ...]:
-        """The shape of a tensor."""
+        """Return the shape of a tensor."""
         return (*(self.leading if spec.per_token else ()), *self.tail(spec))
 
 
 class Recipe(NamedTuple):
-    """An op as its schema and the tables above describe it.
+    """Describe an op as its schema and the tables of this module do.
 
     Attributes:
-        op: its name.
-        arguments: in the order of the schema.
-        tensors: those of them that are tensors.
-        outputs: in the order of the schema.
-        streams: the argument that tells the token dimensions and the hidden size.
+        op: name of the op.
+        arguments: name to description of every argument, in the order of the schema.
+        tensors: the arguments that are tensors, in the same order.
+        outputs: name to description of every output, in the order of the schema.
+        streams: name of the argument that tells the token dimensions and the hidden size.
     """
 
     op: str
@@ -139,18 +141,21 @@ class Recipe(NamedTuple):
     streams: str
 
     def rows(self, hc_mult: Any) -> Any:
-        """Rows of ``fn`` for so many streams."""
+        """Return the number of rows that ``fn`` has for ``hc_mult`` streams."""
         return hc_mult if "base" in self.arguments else mixes(hc_mult)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Name to value of a call as the dispatcher makes it; what was left out is None."""
+        """Map every argument's name to its value in a call as the dispatcher makes it.
+
+        An argument that the call leaves out maps to None.
+        """
         values = dict.fromkeys(self.arguments)
         values.update(zip(self.arguments, args, strict=False))
         values.update(kwargs)
         return values
 
     def empty(self, streams: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
-        """The outputs, uninitialised, on the device of the streams."""
+        """Allocate the outputs, uninitialised, on the device of the streams."""
         return tuple(
             streams.new_empty(sizes.shape(spec), dtype=spec.dtypes[0])
             for spec in self.outputs.values()
@@ -158,19 +163,19 @@ class Recipe(NamedTuple):
 
 
 def mixes(hc_mult: Any) -> Any:
-    """Rows of ``fn``: hc_mult pre, hc_mult post and hc_mult squared comb weights."""
+    """Count the rows of ``fn``: hc_mult pre, hc_mult post and hc_mult squared comb weights."""
     return hc_mult * (hc_mult + 2)
 
 
 def streams_of(rows: int) -> int | None:
-    """The number of streams that so many rows of ``fn`` are for; None where it is none's."""
+    """Return the number of streams whose ``fn`` has this many rows, or None if no ``fn`` has."""
     hc_mult = math.isqrt(rows + 1) - 1
     return hc_mult if hc_mult >= 1 and mixes(hc_mult) == rows else None
 
 
 @functools.cache
 def recipe(op: str) -> Recipe:
-    """The recipe of an op.
+    """Return the recipe of an op.
 
     Args:
         op: a key of :data:`mhc_ops._library.SCHEMAS`.

@@ -1,8 +1,8 @@
-"""The check of the ops' arguments: the fake, the CPU and the CUDA implementations call this one.
+"""Check the ops' arguments; the fake, the CPU and the CUDA implementations call the same check.
 
 Every refusal is a ``ValueError`` that names the op, the argument, what was expected and what came,
-and is raised before anything is allocated or launched. Sizes may be symbolic: they are compared
-with ``torch._check_value``, which ties two symbols together instead of guarding on their values.
+and is raised before anything is allocated or launched. Symbolic sizes are compared with
+``torch._check_value``, which ties two symbols together instead of guarding on their values.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from . import geometry
 from ._arguments import LARGEST, NumberSpec, Sizes, TensorSpec, recipe, streams_of
 
-ALIGNMENT = 16  # bytes: the kernels load and store 16 bytes a thread
+ALIGNMENT = 16  # each thread of a kernel loads and stores 16 bytes at once
 
-# Types of devices whose kernels need it; a CPU takes any address.
+# The kernels of these device types need aligned addresses; the CPU kernels take any address.
 ALIGNED_DEVICES = ("cuda",)
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)  # types whose sizes are plain integers
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # the sizes of these types are plain integers
 
 
 def _fail(op: str, argument: str, expected: str, got: Any) -> NoReturn:
@@ -34,7 +34,7 @@ def _shape_text(shape: Any) -> str:
 
 
 def _check_given(op: str, argument: str, tensor: Tensor | None) -> None:
-    """Torch lets None pass for a tensor of the schema."""
+    """Refuse None, which torch lets pass where the schema has a tensor."""
     if tensor is None:
         _fail(op, argument, "to be a tensor", None)
 
@@ -58,9 +58,9 @@ def _check_shape(op: str, argument: str, tensor: Tensor, expected: tuple[Any, ..
 
 
 def _beyond_alignment(tensor: Tensor) -> int:
-    """Bytes from a multiple of 16 to the first element; 0 where it does not matter.
+    """Count the bytes from a multiple of 16 to the first element; 0 where any address will do.
 
-    A fake tensor has no address, so what it stands for is refused only when the op runs.
+    A fake tensor has no address, so a misaligned tensor is refused only when the op runs.
     """
     if type(tensor) not in _PLAIN or tensor.device.type not in ALIGNED_DEVICES:
         return 0
@@ -75,10 +75,10 @@ def _check_tensor(
     spec: TensorSpec,
     expected: tuple[Any, ...],
 ) -> None:
-    """Dtype, device, memory layout and shape.
+    """Check dtype, device, memory layout and shape of one tensor.
 
-    The first test passes what nearly every call brings (NOTES.md, "Cost of the checks"); it leaves
-    fake tensors, whose sizes may be symbols, to the others.
+    The first test passes the tensors of nearly every call at little cost (benchmarks/NOTES.md,
+    "Cost of the checks"). Fake tensors, whose sizes may be symbols, go through the other tests.
     """
     if (
         type(tensor) in _PLAIN
@@ -107,7 +107,7 @@ def _check_layout(
     if not spec.rows:
         return
     if any(type(size) is int and size == 0 for size in tensor.shape):
-        return  # nothing is read, and torch calls it contiguous whatever its strides
+        return  # no element is read, and torch calls an empty tensor contiguous with any strides
     stride = tensor.stride()
     if stride and type(stride[-1]) is int and stride[-1] != 1 and tensor.shape[-1] != 1:
         _fail(op, argument, "with a contiguous last dimension", f"strides {_shape_text(stride)}")
@@ -122,7 +122,10 @@ def _check_layout(
 
 
 def _check_number(op: str, argument: str, value: Any, spec: NumberSpec) -> None:
-    """A symbolic number is left to the call that has its value; NaN is in no range."""
+    """Refuse a number out of its range, and NaN, which no range contains.
+
+    A symbolic number passes: the call that has its value checks it.
+    """
     if type(value) not in (float, int) or spec.least <= value <= spec.most:
         return
     if spec.most < LARGEST:
@@ -144,7 +147,7 @@ def _check_hidden(op: str, argument: str, tensor: Tensor, hidden: Any) -> None:
 
 
 def _check_residual(op: str, residual: Tensor, spec: TensorSpec) -> tuple[Any, ...]:
-    """The streams alone; returns their shape."""
+    """Check the streams by themselves, and return their shape."""
     _check_given(op, "residual", residual)
     shape = tuple(residual.shape)
     if len(shape) < 3:
@@ -162,7 +165,10 @@ def _check_residual(op: str, residual: Tensor, spec: TensorSpec) -> tuple[Any, .
 
 
 def _check_embedding(op: str, x: Tensor, fn: Tensor, spec: TensorSpec) -> tuple[Any, ...]:
-    """An embedding that is expanded; returns the shape of its streams, as many as fn is for."""
+    """Check an embedding that is to be expanded, and return the shape of its streams.
+
+    The rows of ``fn`` tell how many streams there are.
+    """
     _check_given(op, "x", x)
     shape = tuple(x.shape)
     if len(shape) < 2:
@@ -192,8 +198,8 @@ def check(op: str, values: Mapping[str, Any]) -> Sizes:
     """Refuse arguments that an op cannot serve.
 
     Args:
-        op: its name.
-        values: every argument of its schema by name, None where it was left out.
+        op: name of the op.
+        values: every argument of the op's schema by name; None for one that was left out.
 
     Returns:
         The sizes of the call.

@@ -1,9 +1,9 @@
-"""The schemas of ``torch.ops.mhc.*`` and the one helper that registers an op.
+"""Hold the schemas of ``torch.ops.mhc.*`` and the one helper that registers an op.
 
 The schemas are written out by hand, here and nowhere else; ``tests/test_schema.py`` pins them.
-``Library`` is used instead of ``torch.library.custom_op``, which costs a call several times as much
-(NOTES.md, "Registration by Library"); the safety that ``custom_op`` would add is made up for by the
-tests (opcheck, signature equality, recompile counts).
+``Library`` is used instead of ``torch.library.custom_op``, which makes each call several times as
+expensive (benchmarks/NOTES.md, "Registration by Library"). The tests check what ``custom_op`` would
+check (opcheck, signature equality, recompile counts).
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ SCHEMAS: dict[str, str] = {
 
 LIBRARY = torch.library.Library("mhc", "FRAGMENT")
 
-# Inductor may otherwise hand an op inputs in a layout of its own choice; the kernels ask for
-# contiguous rows, so a changed layout would cost a copy in every layer.
+# Without needs_exact_strides Inductor may choose another memory layout for the inputs of an op. The
+# kernels need contiguous rows, so a changed layout would cost a copy in every layer.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
 def _forward_only(name: str) -> Callable[..., Any]:
-    """The autograd kernel of an op: forward passes through, backward raises.
+    """Make the autograd kernel of an op, whose forward passes through and whose backward raises.
 
     ``torch.library.register_autograd`` refuses schemas with keyword-only tensors, so the
-    ``autograd.Function`` is written out. Keyword arguments travel to it as positional ones:
-    ``apply`` tracks only tensors that it is given directly.
+    ``autograd.Function`` is written out. The keyword arguments are passed to ``apply`` by
+    position, because ``apply`` tracks only tensors that are its own arguments.
     """
     op = getattr(torch.ops.mhc, name).default
 
@@ -107,8 +107,8 @@ def register(
         cuda: the implementation for CUDA tensors.
         cpu: the implementation for CPU tensors.
 
-    The autograd registration is the same for every op: forward passes through and backward
-    raises. Without it a gradient would be dropped in silence.
+    The autograd implementation is the same for every op: forward passes through and backward
+    raises. Without an autograd implementation a gradient would be dropped silently.
     """
     LIBRARY.define(SCHEMAS[name], tags=_TAGS)
     LIBRARY.impl(name, cpu, "CPU")

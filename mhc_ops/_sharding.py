@@ -1,14 +1,15 @@
-"""Sharding rules of the ops for DTensor: sharded on tokens, each process runs its own tokens.
+"""Give DTensor the sharding rules of the ops: each process runs its own tokens.
 
-The ops work token by token, so streams, sublayer outputs and mixes that are sharded on a token
-dimension go through without communication, and so come the outputs: on the CPU with the bits that
-one process gives for all tokens. Weights are needed whole.
+The ops work token by token. So streams, sublayer outputs and mixes that are sharded on a token
+dimension go through an op without communication, and the outputs are sharded in the same way. On
+the CPU the outputs have the bits that a single process computes for all tokens. Weights are
+replicated.
 
-Importing ``torch.distributed.tensor`` takes long (NOTES.md, "Import of DTensor"), so the rules are
-registered when something else imports it; see :func:`register_when_imported`.
+Importing ``torch.distributed.tensor`` takes long (benchmarks/NOTES.md, "Import of DTensor"), so the
+rules are registered when something else imports that module; see :func:`register_when_imported`.
 
-Written with ``register_op_strategy`` of torch 2.11 to 2.13, and not with the experimental
-``register_sharding``: that one gathers where there are fewer tokens than processes.
+The rules use ``register_op_strategy`` of torch 2.11 to 2.13 instead of the experimental
+``register_sharding``, which gathers where there are fewer tokens than processes.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ from ._library import SCHEMAS
 
 _DTENSOR = "torch.distributed.tensor"
 
-# in the order in which their placements are looked at: the streams are the largest
+# The first of these that is sharded on tokens decides the placement of all. The largest tensors,
+# the streams, come first.
 _TOKEN_ARGUMENTS = ("residual", "x", "comb_res_mix", "post_layer_mix")
 
 
 def _strategy(op: Any, op_schema: Any) -> Any:
-    """How DTensor runs an op: the one way there is for the placements of its arguments.
+    """Return the single way in which DTensor runs an op, from the placements of its arguments.
 
-    For each dimension of the mesh: the placement of the first token argument that is sharded there
-    on a token dimension, for all of them and the outputs; replicated where there is none. Arguments
-    that are placed in another way are redistributed, as always in DTensor.
+    On each dimension of the mesh, all token arguments and outputs get the placement of the first
+    token argument that is sharded there on a token dimension; where no argument is, they are
+    replicated. DTensor redistributes an argument whose placement differs.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor._dtensor_spec import DTensorSpec
@@ -90,13 +92,14 @@ def register_rules() -> None:
     propagator = DTensor._op_dispatcher.sharding_propagator
     for name in SCHEMAS:
         op = getattr(torch.ops.mhc, name).default
-        # what a rule decided is kept; norm_weight has to be looked at when it is another one
+        # DTensor caches the result of a rule. This key makes it ask the rule again when the
+        # placement of norm_weight differs.
         info = RuntimeSchemaInfo(static_kwargkey=["norm_weight"])
         propagator.register_op_strategy(op, partial(_strategy, op), info)
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Finds DTensor's module as Python does, and registers the rules once it has been run."""
+    """Find DTensor's module as Python does, and register the rules once the module has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -118,7 +121,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
 
 def register_when_imported() -> None:
-    """Register the rules now if DTensor is imported, else as soon as anything imports it."""
+    """Register the rules now if DTensor is imported, else as soon as something imports DTensor."""
     if _DTENSOR in sys.modules:
         register_rules()
     else:

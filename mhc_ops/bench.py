@@ -1,12 +1,12 @@
 """Time one boundary (post of one sublayer, pre of the next) on this machine's GPU.
 
-A chain of boundaries runs in one CUDA graph (or call by call in eager mode): the streams, mixes
-and layer input of one feed the next, and each has its own ``fn``, so that the weights come from
-memory and not from the L2, as they do in a model. The time of a boundary is that of the chain
-divided by its length: median, 10th and 90th percentile of the replays.
+A chain of boundaries runs in one CUDA graph, or call by call in eager mode. The streams, mixes and
+layer input of each boundary feed the next. Each boundary has its own ``fn``, so that the weights
+come from memory and not from the L2, as they do in a model. The time of a boundary is the time of
+the chain divided by its length: median, 10th and 90th percentile of the replays.
 
-The floor is what the memory needs for the bytes of one pass, 20 H a token and 384 H of ``fn``, at
-the copy bandwidth measured in the same run.
+The floor is the time that the bytes of one pass, 20 H a token and 384 H of ``fn``, take at the copy
+bandwidth measured in the same run.
 """
 
 from __future__ import annotations
@@ -29,27 +29,28 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PATHS = ("fused", "unfused", "eager", "compile")
-OP_PATHS = frozenset({"fused", "unfused"})  # those that run mhc ops; the others run the reference
+OP_PATHS = frozenset({"fused", "unfused"})  # these run mhc ops; the other paths run the reference
 MODES = ("graph", "eager")
 DEFAULT_TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048, 8192)
 DEFAULT_HIDDEN = (4096, 7168)  # V4-Flash and V4-Pro
-# Beyond it the GPU is slower than the host in eager mode, and calls would wait for a full queue.
+# With more tokens the GPU is slower than the host in eager mode, and a call waits for a full queue.
 HOST_MAX_TOKENS = 64
 
-Streams = tuple[Tensor, Tensor, Tensor, Tensor]  # residual, post mix, comb mix, layer input
+# These are the residual streams, the post mix, the comb mix and the layer input.
+Streams = tuple[Tensor, Tensor, Tensor, Tensor]
 Boundary = Callable[..., Streams]
 
 
 class Case(NamedTuple):
-    """One row of the benchmark.
+    """Describe one row of the benchmark.
 
     Attributes:
-        tokens: T, at least 1.
-        hidden: H.
+        tokens: token count, at least 1.
+        hidden: hidden size.
         path: ``fused`` (mhc::fused_post_pre), ``unfused`` (mhc::post, then mhc::pre), ``eager``
             (the torch reference) or ``compile`` (torch.compile of the reference).
         mode: ``graph`` (one CUDA graph) or ``eager`` (call by call).
-        norm: with the RMSNorm that follows.
+        norm: whether the RMSNorm that follows is included.
         sinkhorn_repeat: rounds of Sinkhorn.
     """
 
@@ -65,16 +66,17 @@ class Case(NamedTuple):
 
 
 def boundary_bytes(tokens: int, hidden: int) -> int:
-    """Bytes that one pass over a boundary moves.
+    """Count the bytes that one pass over a boundary moves.
 
-    x and 4 streams read, 4 streams and the layer input written, all bf16: 20 H a token; the 24
-    rows of ``fn`` of 4 H fp32 each: 384 H. The mixes, 80 bytes a token each way, are left out.
+    Each token reads x and 4 streams and writes 4 streams and the layer input, all bf16, which is
+    20 H bytes. The 24 rows of ``fn`` have 4 H fp32 numbers each, which is 384 H bytes. The mixes,
+    80 bytes a token each way, are left out.
     """
     return 20 * hidden * tokens + 384 * hidden
 
 
 def floor_us(tokens: int, hidden: int, copy_tb_s: float) -> float:
-    """Microseconds that :func:`boundary_bytes` take at a copy bandwidth in TB/s."""
+    """Return the microseconds that :func:`boundary_bytes` take at a copy bandwidth in TB/s."""
     return boundary_bytes(tokens, hidden) / (copy_tb_s * 1e6)
 
 
@@ -107,13 +109,19 @@ def _reference(
 
 @functools.lru_cache(maxsize=1)
 def _compiled(tokens: int, hidden: int, norm: bool, sinkhorn_repeat: int) -> Boundary:
-    """torch.compile of the reference for one shape; both modes of a case share it."""
-    torch._dynamo.reset()  # every shape a compilation of its own: no limit, no dynamic kernel
+    """Compile the reference for one shape; both modes of a case share the result."""
+    # After a reset torch compiles each shape by itself: it meets no recompile limit and makes no
+    # kernel with dynamic shapes.
+    torch._dynamo.reset()
     return torch.compile(_reference, fullgraph=True, dynamic=False)
 
 
 def boundary(case: Case) -> Boundary:
-    """What a case times: (x, residual, post_mix, comb_mix, arguments of pre) to the new streams."""
+    """Return the function that a case times.
+
+    The function takes x, residual, post_mix, comb_mix and the arguments of pre, and returns the
+    new streams, the mixes and the layer input.
+    """
     if case.path == "compile":
         return _compiled(case.tokens, case.hidden, case.norm, case.sinkhorn_repeat)
     return {"fused": _fused, "unfused": _unfused, "eager": _reference}[case.path]
@@ -122,13 +130,13 @@ def boundary(case: Case) -> Boundary:
 def make_chain(
     case: Case, device: torch.device | str, *, length: int, seed: int = 0
 ) -> Callable[[], Streams]:
-    """Random inputs, and the chain that runs over them.
+    """Make random inputs and the chain that runs on them.
 
     Args:
         case: what to run.
-        device: where.
-        length: boundaries, each with its own ``fn``.
-        seed: of the random numbers.
+        device: device of the inputs.
+        length: number of boundaries, each with its own ``fn``.
+        seed: seed of the random numbers.
 
     Returns:
         A function that runs the chain once on the current stream, from the same inputs each time,
@@ -146,8 +154,8 @@ def make_chain(
     fns = [normal(mixes, n * hidden) * (n * hidden) ** -0.5 for _ in range(length)]
     scale = uniform(3) + 0.5
     base = normal(mixes)
-    # small weights of collapse and post: without the norm, which bounds the layer input, the
-    # streams would grow beyond bf16 along the chain
+    # The weights of the collapse and of the post step are made small. Without a norm nothing else
+    # bounds the layer input, and the streams would grow beyond bf16 along the chain.
     base[: 2 * n] -= 4
     norm_weight = (1 + 0.1 * normal(hidden)).bfloat16() if case.norm else None
     rest = (
@@ -169,7 +177,7 @@ def make_chain(
 
 
 def check_finite(case: Case, outputs: Streams) -> None:
-    """Refuse to report a time for wrong work.
+    """Refuse to report a time of wrong results.
 
     Raises:
         RuntimeError: the last boundary of the chain gave a value that is not finite.
@@ -191,7 +199,7 @@ def time_case(case: Case, device: torch.device, *, replays: int = timing.REPLAYS
         replays: samples that median and percentiles are taken from.
 
     Returns:
-        Its times, a boundary.
+        The times of one boundary.
 
     Raises:
         RuntimeError: the outputs of the chain are not finite.
@@ -215,10 +223,10 @@ def make_row(
     gpu: str,
     smi: dict[str, str | None],
 ) -> dict[str, Any]:
-    """Put figures into one row.
+    """Put the figures of a case into one row.
 
     Args:
-        case, times: what was timed, and its times.
+        case, times: what was timed, and the times.
         copy_tb_s: copy bandwidth measured in the same run.
         gpu: name of the GPU.
         smi: ``driver_version``, ``clocks.sm`` and ``clocks.mem`` as ``nvidia-smi`` gives them.
@@ -274,12 +282,13 @@ def run(
     """
     supported, reason = support.is_supported(device)
     if not supported:
-        raise RuntimeError(f"mhc_ops bench: needs a GPU that the ops support: {reason}")
+        raise RuntimeError(f"mhc_ops bench: expected a GPU that the ops support: {reason}")
     target = support.cuda_device(device)
     copy_tb_s = timing.copy_bandwidth(target)
     for case in cases:
         times = time_case(case, target, replays=replays)
-        # right after the last replay, while the clocks are still those of the work
+        # nvidia-smi is asked right after the last replay, while the clocks are still those of the
+        # timed work.
         smi = info.nvidia_smi(target.index, "driver_version", "clocks.sm", "clocks.mem")
         torch.cuda.empty_cache()
         gpu = torch.cuda.get_device_name(target)
@@ -295,8 +304,8 @@ def make_table(
     """Show rows as a rich table of at most 100 columns.
 
     Args:
-        rows: of one run, at least one.
-        baseline: microseconds of something else for each row, None where there are none.
+        rows: rows of one run, at least one.
+        baseline: microseconds of other code for each row; None for a row without.
 
     Returns:
         The table; times in microseconds, ``x floor`` and ``vs base`` are ratios of the median.
@@ -394,14 +403,14 @@ def run_arguments(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """``python -m mhc_ops bench``; returns the exit status."""
+    """Run ``python -m mhc_ops bench``, and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m mhc_ops bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON list in place of a table")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     arguments = parser.parse_args(argv)
     try:
         rows = list(run_arguments(arguments))

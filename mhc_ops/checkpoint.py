@@ -1,4 +1,4 @@
-"""Load mHC parameters by the names of a checkpoint: DeepSeek's own, or those of transformers.
+"""Load mHC parameters from a checkpoint with DeepSeek's names or with those of transformers.
 
 ::
 
@@ -11,8 +11,9 @@
     head.*             hc_head_*                  model.hc_head.hc_*
     norm               norm.weight                model.norm.weight
 
-``*`` is fn, base and scale. A draft layer's stand in DeepSeek's checkpoints alone, behind
-``mtp.0.``: those of a layer, of a head and norm, and ``enorm.weight`` and ``hnorm.weight``.
+``*`` stands for fn, base and scale. Only DeepSeek's checkpoints hold the parameters of a draft
+layer. Their names begin with ``mtp.0.``: those of a layer, of a head and a norm, and
+``enorm.weight`` and ``hnorm.weight``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .nn import DecoderStack, NextNLayer, refresh_norm_weight_cache
 
 _PARAMETERS = ("fn", "base", "scale")
 
-# here: name in the checkpoint. "*" stands for each of the parameters.
+# These tables map a name here to the name in the checkpoint. "*" stands for each of the parameters.
 _LAYER = {
     "deepseek": {
         "attn_hc.*": "hc_attn_*",
@@ -49,7 +50,7 @@ _ENDS = {
 _NEXTN = _ENDS["deepseek"] | {"enorm.weight": "enorm.weight", "hnorm.weight": "hnorm.weight"}
 _PREFIX = {"deepseek": "", "transformers": "model."}
 
-# what looks like one of ours, whatever its layer
+# A name that matches belongs to mHC, in whichever layer; one that no parameter has is unexpected.
 _DEEPSEEK_KINDS = r"hc_\w+|attn_norm\.weight|ffn_norm\.weight"
 _KINDS = {
     "deepseek": rf"(layers\.\d+\.)?({_DEEPSEEK_KINDS})",
@@ -68,7 +69,7 @@ def _written_out(table: Mapping[str, str]) -> dict[str, str]:
 
 
 def stack_names(layers: int, style: str) -> dict[str, str]:
-    """Every mHC parameter of a :class:`~mhc_ops.nn.DecoderStack`, and its name in a checkpoint.
+    """Map every mHC parameter of a :class:`~mhc_ops.nn.DecoderStack` to its name in a checkpoint.
 
     Args:
         layers: number of layers.
@@ -78,10 +79,13 @@ def stack_names(layers: int, style: str) -> dict[str, str]:
         Name of the parameter in the stack to its name in the checkpoint.
 
     Raises:
-        ValueError: another style.
+        ValueError: the style is another one.
     """
     if style not in _PREFIX:
-        raise ValueError(f"expected style to be one of {', '.join(_PREFIX)}, got {style!r}")
+        raise ValueError(
+            f"mhc_ops.checkpoint.stack_names: expected style to be one of {', '.join(_PREFIX)}, "
+            f"got {style!r}"
+        )
     prefix = _PREFIX[style]
     names = {
         f"layers.{index}.{ours}": f"{prefix}layers.{index}.{theirs}"
@@ -94,7 +98,7 @@ def stack_names(layers: int, style: str) -> dict[str, str]:
 
 
 def nextn_names(index: int = 0) -> dict[str, str]:
-    """Every mHC parameter of a :class:`~mhc_ops.nn.NextNLayer`, and its name in a checkpoint.
+    """Map every mHC parameter of a :class:`~mhc_ops.nn.NextNLayer` to its name in a checkpoint.
 
     Args:
         index: which of the checkpoint's draft layers.
@@ -115,7 +119,7 @@ def _load(
     kinds: str,
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Copy tensors into parameters, once every one of them is known to fit."""
+    """Copy tensors into parameters, but only after every tensor was found to fit."""
     parameters = {theirs: model.get_parameter(ours) for ours, theirs in names.items()}
     faults = [f"missing {name}" for name in parameters if name not in tensors]
     faults += [
@@ -129,10 +133,12 @@ def _load(
             continue
         if tensor.shape != parameter.shape:
             faults.append(
-                f"{name} of shape {tuple(tensor.shape)} in place of {tuple(parameter.shape)}"
+                f"{name} of shape {tuple(tensor.shape)} instead of {tuple(parameter.shape)}"
             )
         elif not tensor.is_floating_point() or tensor.element_size() < 2:
-            faults.append(f"{name} of dtype {tensor.dtype} in place of a floating one of 16 bits")
+            faults.append(
+                f"{name} of dtype {tensor.dtype} instead of a floating dtype of at least 16 bits"
+            )
     if faults:
         raise ValueError(f"{what}: expected a checkpoint that fits, got " + "; ".join(faults))
     with torch.no_grad():
@@ -144,16 +150,18 @@ def _load(
 def load_stack(stack: DecoderStack, tensors: Mapping[str, Tensor]) -> None:
     """Load the mHC parameters and norms of a stack, in place.
 
-    What else a checkpoint holds, its draft layers too, is passed over. The parameters keep their
-    memory and the norm-weight caches are refreshed, so captured CUDA graphs stay valid.
+    Other tensors of the checkpoint, including those of its draft layers, are ignored. The
+    parameters keep their memory and the norm-weight caches are refreshed, so captured CUDA graphs
+    stay valid.
 
     Args:
         stack: the stack.
         tensors: the checkpoint, by DeepSeek's names or by those of transformers.
 
     Raises:
-        ValueError: an mHC tensor is missing, is for a layer that the stack does not have, or has
-            another shape or no usable dtype; all are named, and nothing is overwritten.
+        ValueError: an mHC tensor is missing, belongs to a layer that the stack does not have, or
+            has another shape or no usable dtype. The message names every such tensor, and nothing
+            is overwritten.
     """
     layers = len(stack.layers)
     held = {
@@ -169,12 +177,12 @@ def load_nextn(layer: NextNLayer, tensors: Mapping[str, Tensor], index: int = 0)
     """Load the mHC parameters and norms of a draft layer, in place.
 
     Args:
-        layer: the draft layer; its projections are loaded by whoever made them.
-        tensors: the checkpoint, by DeepSeek's names; what else it holds is passed over.
-        index: which of its draft layers.
+        layer: the draft layer. This function does not load its projections.
+        tensors: the checkpoint, by DeepSeek's names; its other tensors are ignored.
+        index: which of the checkpoint's draft layers.
 
     Raises:
-        ValueError: as :func:`load_stack`.
+        ValueError: as :func:`load_stack` raises it.
     """
     kinds = rf"mtp\.{index}\.({_DEEPSEEK_KINDS})"
     _load("mhc_ops.checkpoint.load_nextn", layer, nextn_names(index), kinds, tensors)

@@ -1,4 +1,4 @@
-"""Read every environment variable of the package, with one prefix and one table.
+"""Read every environment variable of the package; all have one prefix and stand in one table.
 
 ::
 
@@ -11,13 +11,13 @@
     MHC_OPS_TRUST_CACHE    0        load kernels also from folders that others can write
     MHC_OPS_KERNELS                 folder of kernels built ahead, instead of the package's
 
-Fusing needs all three of the first. They steer the model wiring (``mhc_ops.nn`` and what stands on
-it), never a direct call of an op, and are read when a model is wired, not at import. The others are
-read when a kernel is first asked for.
+Fusing needs the first three switches to be on. These three steer the model wiring (``mhc_ops.nn``
+and the adapters), never a direct call of an op, and are read when a model is wired, not at import.
+The other variables are read when a kernel is first needed.
 
-What is compiled lies in TileLang's cache folder, which ``TILELANG_CACHE_DIR`` moves. Three more
-variables are read by setup.py when a wheel is built: ``MHC_OPS_AOT_ARCHS``, ``MHC_OPS_AOT_HIDDEN``
-and ``MHC_OPS_AOT_TORCH``.
+Compiled kernels and libraries are kept in TileLang's cache folder, which ``TILELANG_CACHE_DIR``
+moves. setup.py reads three more variables when a wheel is built: ``MHC_OPS_AOT_ARCHS``,
+``MHC_OPS_AOT_HIDDEN`` and ``MHC_OPS_AOT_TORCH``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FALSE = frozenset({"0", "false", "no", "off"})
 
 
 class Switches(NamedTuple):
-    """The switches of the model wiring.
+    """Hold the switches of the model wiring.
 
     Attributes:
         fuse_post_pre: run a boundary as one ``fused_post_pre``.
@@ -70,7 +70,7 @@ VARIABLES = (
     "MHC_OPS_AOT_TORCH",
 )
 
-PACKAGED = Path(__file__).with_name("packaged")  # kernels that the package carries
+PACKAGED = Path(__file__).with_name("packaged")  # a wheel may carry kernels built ahead here
 
 
 def switch(name: str) -> bool:
@@ -80,10 +80,10 @@ def switch(name: str) -> bool:
         name: a key of :data:`DEFAULTS`.
 
     Returns:
-        Whether it is on now.
+        Whether the switch is on now.
 
     Raises:
-        ValueError: it is neither on (1, true, yes, on) nor off (0, false, no, off).
+        ValueError: the variable is neither on (1, true, yes, on) nor off (0, false, no, off).
     """
     text = os.environ.get(name)
     if text is None or not text.strip():
@@ -103,7 +103,7 @@ def switches() -> Switches:
         The switches as they are now.
 
     Raises:
-        ValueError: as :func:`switch`.
+        ValueError: as :func:`switch` raises it.
     """
     return Switches(*map(switch, WIRING))
 
@@ -114,30 +114,30 @@ def unread() -> list[str]:
 
 
 def kernels_folder() -> Path:
-    """Where the kernels that were built ahead lie: in the package, or as ``MHC_OPS_KERNELS`` says.
+    """Return the folder of the kernels built ahead: ``MHC_OPS_KERNELS``, else the package's own.
 
     Raises:
         RuntimeError: the variable names a folder that others can write.
     """
     named = os.environ.get("MHC_OPS_KERNELS")
     if not named:
-        return PACKAGED  # as safe as the package itself
+        return PACKAGED  # whoever can write this folder can also change the package
     require_trusted(Path(named))
     return Path(named)
 
 
 def cache_folder() -> Path:
-    """TileLang's cache folder."""
+    """Return TileLang's cache folder."""
     return Path(os.environ.get("TILELANG_CACHE_DIR") or Path.home() / ".tilelang" / "cache")
 
 
 def own_cache_folder() -> Path:
-    """The part of TileLang's cache folder where the package keeps what it compiles itself."""
+    """Return the subfolder of TileLang's cache folder that holds what this package compiles."""
     return cache_folder() / "mhc_ops"
 
 
 def _own_group(gid: int) -> bool:
-    """Whether a group is the one that many systems give each user, of the user's own name."""
+    """Say whether a group is the user's private group, which bears the user's name."""
     try:
         return grp.getgrgid(gid).gr_name == pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
@@ -145,13 +145,13 @@ def _own_group(gid: int) -> bool:
 
 
 def _exposure(folder: Path, status: os.stat_result, above: bool) -> str | None:
-    """Who else can put files into a folder, or None."""
+    """Say who else can put files into a folder; None where nobody can."""
     mode = status.st_mode
-    # in a container the folders above often belong to nobody that it knows
+    # In a container the folders above often belong to a user that the container does not know.
     if not above and status.st_uid not in (0, os.geteuid()):
         return f"{folder} belongs to another user (uid {status.st_uid})"
     if above and mode & stat.S_ISVTX:
-        return None  # as in /tmp: others cannot rename what is not theirs
+        return None  # in such a folder, /tmp for one, others can rename only their own files
     if mode & stat.S_IWOTH or (mode & stat.S_IWGRP and not _own_group(status.st_gid)):
         return f"{folder} can be written by others (mode {stat.S_IMODE(mode):04o})"
     return None
@@ -161,11 +161,11 @@ def exposure(folder: Path) -> str | None:
     """Say who else can bring files to a folder.
 
     Args:
-        folder: it and every folder above it that exists is looked at: who can write one of them can
-            put another folder in the place of those below.
+        folder: the folder. Every existing folder above it is looked at too, because whoever can
+            write one of those can replace the folders below it.
 
     Returns:
-        In words; None where nobody else can.
+        Who can, in words; None where nobody else can.
     """
     found = _exposed(folder)
     return None if found is None else found[1]
@@ -177,7 +177,7 @@ def _exposed(folder: Path) -> tuple[Path, str] | None:
         try:
             status = path.stat()
         except OSError:
-            continue  # nothing is loaded from what is not there
+            continue  # nothing is loaded from a folder that does not exist
         said = _exposure(path, status, above=path != resolved)
         if said is not None:
             return path, said
@@ -188,10 +188,10 @@ def require_trusted(folder: Path) -> None:
     """Refuse a folder to which others can bring libraries, which would run in this process.
 
     Args:
-        folder: where libraries are loaded from; looked at as by :func:`exposure`.
+        folder: where libraries are loaded from; it is looked at as by :func:`exposure`.
 
     Raises:
-        RuntimeError: naming the folder, how others can write it, and what to do.
+        RuntimeError: others can write the folder. The message says how, and what to do.
     """
     if switch("MHC_OPS_TRUST_CACHE"):
         return
@@ -200,7 +200,7 @@ def require_trusted(folder: Path) -> None:
         path, said = found
         raise RuntimeError(
             f"mhc: no kernel is loaded from {folder}: {said}, and what lies there would "
-            f"run in this process; take their rights (chmod go-w {path}), let "
+            f"run in this process; take the rights of others (chmod go-w {path}), let "
             "TILELANG_CACHE_DIR or MHC_OPS_KERNELS name a folder of your own, or set "
             "MHC_OPS_TRUST_CACHE=1"
         )

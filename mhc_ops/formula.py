@@ -1,8 +1,8 @@
-"""Integer formulas of named sizes, such as ``ceildiv(tokens, group_tokens) * 16``.
+"""Make and evaluate integer formulas of named sizes: ``ceildiv(tokens, group_tokens) * 16``.
 
-The table of routes states scalars as formulas, a kernel's manifest its grid. Python evaluates them
-with :func:`evaluate`; the native library is given their :func:`code`. Every size is at least 0 and
-every divisor above 0, so Python and C++ round a quotient alike.
+The table of routes states the scalars of a launch as formulas, and the manifest of a kernel its
+grid. Python evaluates a formula with :func:`evaluate`, the short way by its :func:`code`. Every
+size is at least 0 and every divisor above 0, so Python and C++ round a quotient alike.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import TypeAlias
 
 Value: TypeAlias = "Formula | int"
 
-# What native/plan.h evaluates, each by its position in the enumeration Step there.
+# native/plan.h evaluates these steps. The position of a step is its value in the enumeration Step
+# there.
 STEPS = (
     *("constant", "tokens", "+", "-", "*", "//", "%", "min", "max", "at_most", "select"),
     "multiprocessors",
 )
-_OPEN = ("tokens", "multiprocessors")  # names with a step: of a call, and of a device
+_OPEN = ("tokens", "multiprocessors")  # a call gives the first of these sizes, a device the second
 
 _FUNCTIONS: dict[str, Callable[..., int]] = {
     "+": operator.add,
@@ -40,11 +41,11 @@ _INFIX = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.FloorDiv: "//", ast.Mod
 
 @dataclass(frozen=True)
 class Formula:
-    """A number, a name, or a function of formulas.
+    """Represent a number, a name, or a function of formulas.
 
     Attributes:
-        function: a key of the functions above; ``constant`` or ``name`` for a leaf.
-        parts: what the function is given.
+        function: a key of the table of functions; ``constant`` or ``name`` for a leaf.
+        parts: the arguments of the function.
         leaf: the number or the name.
     """
 
@@ -75,7 +76,7 @@ class Formula:
 
     @functools.cached_property
     def function_of_names(self) -> Callable[[Mapping[str, int]], int]:
-        """The formula as a function of the sizes of its names."""
+        """Compile the formula to a function of the sizes of its names."""
         return eval(f"lambda names: {self._python()}", dict(_CALLED))
 
     def _python(self) -> str:
@@ -97,17 +98,17 @@ class Formula:
 
 
 def constant(number: Value) -> Formula:
-    """The formula of a number; a formula is left as it is."""
+    """Return the formula of a number; a formula is returned as it is."""
     return number if isinstance(number, Formula) else Formula("constant", leaf=number)
 
 
 def name(text: str) -> Formula:
-    """The size of this name."""
+    """Return the formula whose value is the size of this name."""
     return Formula("name", leaf=text)
 
 
 def apply(function: str, *parts: Value) -> Formula:
-    """A function of formulas and numbers; its value where all of them are numbers."""
+    """Apply a function to formulas and numbers; where all are numbers, compute the value."""
     formulas = tuple(map(constant, parts))
     if all(part.function == "constant" for part in formulas):
         return constant(_FUNCTIONS[function](*(part.leaf for part in formulas)))
@@ -115,36 +116,36 @@ def apply(function: str, *parts: Value) -> Formula:
 
 
 def ceildiv(a: Value, b: Value) -> Formula:
-    """a / b, rounded up."""
+    """Return the formula of a / b, rounded up."""
     return (constant(a) + b - 1) // b
 
 
 def minimum(a: Value, b: Value) -> Formula:
-    """The smaller of two."""
+    """Return the formula of the smaller of two values."""
     return apply("min", a, b)
 
 
 def maximum(a: Value, b: Value) -> Formula:
-    """The larger of two."""
+    """Return the formula of the larger of two values."""
     return apply("max", a, b)
 
 
 def at_most(a: Value, b: Value) -> Formula:
-    """1 where a <= b, else 0."""
+    """Return the formula of 1 where a <= b, else 0."""
     return apply("at_most", a, b)
 
 
 def select(condition: Value, a: Value, b: Value) -> Formula:
-    """a where the condition is not 0, else b."""
+    """Return the formula of a where the condition is not 0, else of b."""
     return apply("select", condition, a, b)
 
 
 def given(formula: Formula, values: Mapping[str, Value]) -> Formula:
-    """A formula with some of its names replaced.
+    """Replace some of the names of a formula.
 
     Args:
         formula: the formula.
-        values: name to what takes its place.
+        values: name to the number or formula that replaces the name.
     """
     if formula.function == "name":
         return constant(values.get(str(formula.leaf), formula))
@@ -154,41 +155,43 @@ def given(formula: Formula, values: Mapping[str, Value]) -> Formula:
 
 
 def evaluate(formula: Formula, values: Mapping[str, int]) -> int:
-    """The number that a formula stands for.
+    """Compute the value of a formula.
 
     Args:
         formula: the formula.
-        values: the size of every name in it.
+        values: the size of every name in the formula.
 
     Raises:
-        ValueError: it has another name as well.
+        ValueError: the formula has a name that ``values`` lacks.
     """
     try:
         return formula.function_of_names(values)
     except KeyError:
         raise ValueError(
-            f"expected the size of every name in {formula}, got {dict(values)}"
+            f"mhc_ops.formula.evaluate: expected the size of every name in {formula}, "
+            f"got {dict(values)}"
         ) from None
 
 
 def code(formula: Formula) -> list[int]:
-    """A formula as the native library evaluates it: steps of a stack machine.
+    """Translate a formula to steps of the stack machine in native/plan.h.
 
     Args:
         formula: the formula, of ``tokens`` and ``multiprocessors``.
 
     Returns:
-        The number of each step, and after that of a constant its value.
+        The number of each step. The value of a constant follows the number of its step.
 
     Raises:
-        ValueError: the formula has another name.
+        ValueError: the formula has a name other than these two.
     """
     if formula.function == "constant":
         return [STEPS.index("constant"), int(formula.leaf)]
     if formula.function == "name":
         if formula.leaf not in _OPEN:
             raise ValueError(
-                f"expected a formula of tokens and multiprocessors alone, got one of {formula}"
+                "mhc_ops.formula.code: expected a formula of tokens and multiprocessors alone, "
+                f"got {formula}"
             )
         return [STEPS.index(str(formula.leaf))]
     steps = [step for part in formula.parts for step in code(part)]
@@ -196,23 +199,23 @@ def code(formula: Formula) -> list[int]:
 
 
 def depth(formula: Formula) -> int:
-    """How many numbers the stack machine holds at once."""
+    """Count the numbers that the stack machine holds at once."""
     return max([1, *(i + depth(part) for i, part in enumerate(formula.parts))])
 
 
 def parse(text: str) -> Formula:
-    """A formula from its text, which ``str`` gives.
+    """Parse the text of a formula, which ``str`` gives.
 
     Args:
         text: integers, names, ``+ - * // %`` and min, max, at_most and select.
 
     Raises:
-        ValueError: it is no such formula.
+        ValueError: the text is no such formula.
     """
     try:
         return _from_tree(ast.parse(text, mode="eval").body)
     except (SyntaxError, TypeError, KeyError, ZeroDivisionError) as error:
-        raise ValueError(f"expected a formula, got {text!r}") from error
+        raise ValueError(f"mhc_ops.formula.parse: expected a formula, got {text!r}") from error
 
 
 def _from_tree(node: ast.expr) -> Formula:

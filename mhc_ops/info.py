@@ -1,7 +1,8 @@
-"""What this installation is and what it can run, for a bug report: ``python -m mhc_ops info``.
+"""Tell what this installation is and what it can run, as a bug report needs it.
 
-A line a fact, each looked up by itself: what cannot be found out says so in its own line. Nothing
-is imported but torch, nothing compiled or loaded.
+``python -m mhc_ops info`` prints one line for each fact. Each fact is looked up by itself, so one
+that cannot be found out says so in its own line. The command imports torch, and compiles and loads
+nothing.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ import torch
 from . import __version__, config, support
 
 PACKAGES = ("tilelang", "triton", "transformers", "sglang", "vllm")
-TOOL_SECONDS = 10  # for a tool to say its version
+TOOL_SECONDS = 10  # a tool has this long to say its version
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _ABSENT = "not installed"
 
 
 def installed_version(package: str) -> str | None:
-    """Version of an installed package without importing it, or None where there is none."""
+    """Return the version of an installed package without importing it; None where there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -43,11 +44,13 @@ def nvidia_smi(index: int, *fields: str) -> dict[str, str | None]:
     """Ask ``nvidia-smi`` about one GPU.
 
     Args:
-        index: torch's index of a CUDA device; its UUID finds it whatever devices are visible.
+        index: torch's index of a CUDA device. The device's UUID identifies it to ``nvidia-smi``,
+            which counts devices that are hidden from torch too.
         fields: names that ``nvidia-smi --help-query-gpu`` lists.
 
     Returns:
-        Field to its text; None for each that is not available, all where there is no tool.
+        Field to text; None for a field that is not available, and for all fields where
+        ``nvidia-smi`` is missing or fails.
     """
     answers: dict[str, str | None] = dict.fromkeys(fields)
     tool = shutil.which("nvidia-smi")
@@ -74,7 +77,7 @@ def nvidia_smi(index: int, *fields: str) -> dict[str, str | None]:
         answers.update(
             (field, value)
             for field, value in zip(fields, values, strict=True)
-            if not value.startswith("[")  # [N/A], [Not Supported]
+            if not value.startswith("[")  # such a value is [N/A] or [Not Supported]
         )
     return answers
 
@@ -83,7 +86,7 @@ def nvidia_smi(index: int, *fields: str) -> dict[str, str | None]:
 
 
 def _guarded(find_out: Callable[..., str], *arguments: Any) -> str:
-    """Return what a look-up says, or why it failed: one broken corner must not hide the others."""
+    """Return the text of a look-up, or why it failed, so that one failure hides no other fact."""
     try:
         return find_out(*arguments)
     except Exception as error:
@@ -108,7 +111,7 @@ def _versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{package: installed_version(package) for package in PACKAGES},
-        "cuda": torch.version.cuda,  # that torch was built with
+        "cuda": torch.version.cuda,  # torch was built with this version
     }
 
 
@@ -147,7 +150,7 @@ def _cuda_devices() -> list[dict[str, Any]]:
 
 
 def _tool(command: Sequence[str], line: str) -> str:
-    """Ask a tool for its version: the line with a text in it, and where the tool is."""
+    """Ask a tool for its version; return the first line that contains a text, and the path."""
     path = shutil.which(command[0])
     if path is None:
         return f"{shlex.join(command)}: not found"
@@ -210,7 +213,7 @@ def _named_kernels() -> Path:
 
 
 def _stored(folder: Path) -> dict[str, str]:
-    """List a folder: stem of each kernel to the sources that it was built from."""
+    """Map the stem of each kernel in a folder to the hash of the sources it was built from."""
     found = {}
     for path in folder.glob("*.cubin"):
         try:
@@ -221,7 +224,7 @@ def _stored(folder: Path) -> dict[str, str]:
 
 
 def _kernels(arch: str) -> str:
-    """Count the kernels of an architecture that are there, of those that prewarm would load."""
+    """Count how many of the kernels that prewarm would load for an architecture are there."""
     from . import routes, store
     from .prewarm import DEFAULT_MAX_TOKENS
 
@@ -271,25 +274,26 @@ def _short_way() -> str:
 
 
 def _archs(devices: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Name the architectures of the GPUs at hand; without one, of the kernels built ahead."""
+    """Name the architectures of the GPUs at hand, or, without a GPU, of the kernels built ahead."""
     at_hand = {support.arch(torch.device(d["device"])) for d in devices if d["supported"]}
     if at_hand:
         return sorted(at_hand)
     try:
         stems = list(_stored(_named_kernels()))
     except OSError:
-        return []  # the line of the folder says why
+        return []  # the line that describes the folder says why
     return sorted({stem.split("-")[1] for stem in stems if stem.count("-") >= 2})
 
 
 def collect() -> dict[str, Any]:
-    """Find out everything that ``info`` shows, ready for JSON. It never raises.
+    """Find out everything that ``info`` shows, ready for JSON. No failure raises.
 
     Returns:
-        ``versions`` (package or tool to version, None where absent), ``devices`` (a list of
-        device, name, supported, reason), ``system``, ``driver``, ``tools``, ``variables`` (each
-        that the package reads, and each with its prefix that nothing reads), ``folders``,
-        ``kernels`` (by architecture) and ``libraries``: text, or name to text.
+        ``versions`` maps a package to its version, None where absent. ``devices`` is a list of
+        device, name, supported and reason. ``system`` and ``driver`` are text. ``tools``,
+        ``variables`` (those that the package reads, and those that bear the package's prefix and
+        that nothing reads), ``folders``, ``kernels`` (by architecture) and ``libraries`` map a
+        name to text.
     """
     facts: dict[str, Any] = {"versions": _versions(), "devices": _devices()}
     looked_up: dict[str, dict[str, tuple[Callable[..., str], Any]]] = {
@@ -309,7 +313,7 @@ def collect() -> dict[str, Any]:
     }
     facts["system"] = _guarded(_system)
     facts["driver"] = _guarded(_driver)
-    with ThreadPoolExecutor() as pool:  # most of it waits for other programs
+    with ThreadPoolExecutor() as pool:  # most of the look-ups wait for other programs
         running = {
             group: {
                 name: pool.submit(_guarded, find_out, *given)
@@ -342,9 +346,9 @@ def lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """``python -m mhc_ops info``; returns the exit status, 0."""
+    """Run ``python -m mhc_ops info``, and return the exit status, 0."""
     parser = argparse.ArgumentParser(prog="python -m mhc_ops info", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON object in place of the lines")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the lines")
     arguments = parser.parse_args(argv)
     facts = collect()
     if arguments.json:

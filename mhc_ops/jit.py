@@ -1,7 +1,8 @@
-"""Kernel key to compiled and to loaded kernel: built ahead, from the cache, or compiled.
+"""Turn a kernel's key into a compiled kernel, and that into a loaded one.
 
-However many threads and processes ask for a key at once, it is compiled once, and loaded once on a
-device. From then on a key costs a dict lookup.
+A compiled kernel was built ahead, comes from the cache, or is compiled now. However many threads
+and processes ask for a kernel at once, it is compiled once, and each process loads it once on a
+device. After that a kernel costs a dict lookup.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _locks_lock = threading.Lock()
 
 
 class KernelUnavailable(RuntimeError):
-    """A call needs a kernel that cannot be had; nothing has been launched."""
+    """Report that a call needs a kernel that is not available; nothing has been launched."""
 
 
 def _lock(key: Key) -> threading.Lock:
@@ -52,7 +53,7 @@ def _compile(key: Key, folder: Path) -> Compiled:
 
 
 def _stored(key: Key) -> Compiled | None:
-    """A kernel that was built ahead or is cached."""
+    """Read a kernel that was built ahead or is cached; None where there is neither."""
     ahead = store.load_kernel(config.kernels_folder(), key)
     return ahead or store.load_kernel(store.cached_folder(), key)
 
@@ -69,19 +70,19 @@ def _obtain(key: Key) -> Compiled:
             f"{compiler.build_commands(key)}"
         )
     with store.lock(folder, store.file_name(key)):
-        # another process may have compiled it while this one waited
+        # Another process may have compiled the kernel while this process waited for the lock.
         return store.load_kernel(folder, key) or _compile(key, folder)
 
 
 def compile_key(key: Key) -> Compiled:
-    """Take a kernel that was built ahead, or from the cache, or compile it; needs no GPU.
+    """Return a kernel that was built ahead or is cached, or compile it; this needs no GPU.
 
     Args:
-        key: the kernel, for whichever architecture it names.
+        key: the kernel, for any architecture.
 
     Raises:
-        RuntimeError: it cannot be compiled, or ``MHC_OPS_DISABLE_JIT`` is set, or others can write
-            a folder that it would be taken from; each with what to do.
+        RuntimeError: the kernel cannot be compiled, ``MHC_OPS_DISABLE_JIT`` is set, or others can
+            write a folder that the kernel would be read from. The message says what to do.
     """
     with _lock(key):
         if key not in _compiled:
@@ -90,7 +91,10 @@ def compile_key(key: Key) -> Compiled:
 
 
 def _nvcc_is_there() -> bool:
-    """Whether TileLang would find nvcc; in doubt yes, a compile that fails says more."""
+    """Say whether TileLang would find nvcc.
+
+    The answer in doubt is yes, because the message of a compile that fails is more precise.
+    """
     homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
     folders = [os.environ.get("PATH", os.defpath), *(f"{home}/bin" for home in homes if home)]
     return shutil.which("nvcc", path=os.pathsep.join(folders)) is not None or any(
@@ -99,7 +103,7 @@ def _nvcc_is_there() -> bool:
 
 
 def _why_not_compile() -> str | None:
-    """What a compile lacks; TileLang is not imported."""
+    """Say what a compile lacks, without importing TileLang; None where nothing is lacking."""
     if config.switch("MHC_OPS_DISABLE_JIT"):
         return "MHC_OPS_DISABLE_JIT is set"
     wanted = f"expected TileLang {compiler.TILELANG} to compile it"
@@ -113,14 +117,14 @@ def _why_not_compile() -> str | None:
 
 
 def obtainable(hidden: int, arch: str) -> tuple[bool, str]:
-    """Whether the kernels of a hidden size can be had; compiles nothing and needs no GPU.
+    """Say whether the kernels of a hidden size are available; this compiles nothing, on no GPU.
 
     Args:
-        hidden: H.
-        arch: such as ``sm_90a``.
+        hidden: hidden size.
+        arch: architecture, such as ``sm_90a``.
 
     Returns:
-        (True, where they come from) or (False, the reason why one cannot be had).
+        (True, where the kernels come from) or (False, the reason why one is not available).
     """
     try:
         for key in routes.keys(hidden, arch, sys.maxsize):
@@ -135,14 +139,14 @@ def obtainable(hidden: int, arch: str) -> tuple[bool, str]:
 
 
 def load(key: Key, device: torch.device) -> launcher.Kernel:
-    """Load a kernel on a device, and compile it first where that is not done.
+    """Load a kernel on a device; a kernel that is not compiled yet is compiled first.
 
     Args:
         key: the kernel.
         device: a CUDA device with an index.
 
     Raises:
-        KernelUnavailable: as :func:`compile_key`, or the driver refuses the kernel.
+        KernelUnavailable: :func:`compile_key` fails, or the driver refuses the kernel.
     """
     try:
         return _load(key, device)
@@ -162,20 +166,20 @@ def _load(key: Key, device: torch.device) -> launcher.Kernel:
 
 
 def loaded_already(key: Key, device: torch.device) -> launcher.Kernel | None:
-    """A kernel on a device, where it is loaded there."""
+    """Return a kernel that is loaded on a device; None where it is not."""
     return _loaded.get((key, device.index))
 
 
 def loaded(key: Key, device: torch.device) -> launcher.Kernel:
-    """A kernel on a device, for a call on its current stream.
+    """Return a kernel on a device, ready for a call on the device's current stream.
 
     Args:
-        key: the kernel; compiled and loaded at its first call.
+        key: the kernel; the first call compiles and loads it.
         device: a CUDA device with an index.
 
     Raises:
-        KernelUnavailable: as :func:`load`, or the kernel is not loaded yet and the stream is being
-            captured.
+        KernelUnavailable: :func:`load` fails, or the kernel is not loaded yet and the stream is
+            being captured.
     """
     kernel = loaded_already(key, device)
     if kernel is not None:

@@ -1,7 +1,8 @@
-"""What every op has to return, from the reference in float64, and how far off it may be.
+"""Compute what every op has to return, with the reference in float64, and how far off it may be.
 
-Each output is judged by its own step alone: the oracle is given the op's own ``residual_out``. Why
-each bound is what it is stands next to it. Users find all of it in :mod:`mhc_ops.testing`.
+Each output is judged by its own step alone: the oracle is given the op's own ``residual_out``. A
+comment beside each bound gives the reason for the bound. :mod:`mhc_ops.testing` exports everything
+here that users need.
 """
 
 from __future__ import annotations
@@ -24,39 +25,40 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
     "post_head_streams": ("residual_out", "layer_input"),
 }
 
-# what a post step takes
+# A post step takes these arguments.
 POST_ARGUMENTS = ("x", "residual", "post_layer_mix", "comb_res_mix")
 
-# Unit roundoff of fp32, in which the ops compute.
+# The ops compute in fp32, and this is its unit roundoff.
 FP32_ROUNDOFF = 2.0**-24
 
-# Post weights and combs. Up to logits of 10 in size: a sum over 4 * H products in fp32 puts a
-# logit of that size off by some 1e-6, and 20 rounds of Sinkhorn add 40 roundings of 6e-8 to
-# entries below 1. Beyond, the error of a logit grows with the logit.
+# These bounds hold for post weights and combs. MIX_BOUND covers logits up to 10 in size: a sum of
+# 4 * H products in fp32 puts such a logit off by some 1e-6, and 20 rounds of Sinkhorn add 40
+# roundings of 6e-8 to entries below 1. The error of a larger logit grows with the logit.
 MIX_BOUND = 5e-6
 MIX_BOUND_LOGIT = 10.0
 MIX_BOUND_BEYOND = 1e-6
 
-# Copies: less than the distance to any other bf16 number; by none at all one could not divide.
+# A copy must be exact. The bound is less than the distance to any other bf16 number, and more than
+# 0 because errors are divided by it.
 COPY_ULPS = 2.0**-10
 
-# New streams: one rounding, so a value next to a midpoint may fall to either side.
+# New streams are rounded once, so a value next to a midpoint may fall to either side.
 RESIDUAL_ULPS = 1
-# Layer input without norm: likewise.
+# A layer input without norm is rounded once, too.
 LAYER_INPUT_ULPS = 1
-# With norm: v is rounded first, and may fall to either side; that one ulp of v is up to two ulps
-# of the product when v is just above a power of two and the product just below one.
+# With a norm v is rounded before the product is, and may fall to either side. One ulp of v is up to
+# two ulps of the product when v is just above a power of two and the product just below one.
 LAYER_INPUT_NORM_ULPS = 2
 
 
 class Expected(NamedTuple):
-    """What an output has to be.
+    """Hold what an output has to be.
 
     ``|got - value| <= ulps * bf16_ulp(larger of got and value) + slack``.
 
     Attributes:
-        value: float64 on the output's rounding grid, in its shape.
-        ulps: bf16 spacings that it may be off; 0 for fp32 outputs.
+        value: the expected value, float64 on the output's rounding grid, in the output's shape.
+        ulps: bf16 spacings by which the output may be off; 0 for fp32 outputs.
         slack: float64, absolute error allowed on top, broadcast to ``value``.
     """
 
@@ -66,7 +68,7 @@ class Expected(NamedTuple):
 
 
 def bf16_ulp(value: Tensor) -> Tensor:
-    """Distance from a value to the next bf16 number away from zero.
+    """Return the distance from a value to the next bf16 number away from zero.
 
     Args:
         value: any shape and floating dtype.
@@ -82,10 +84,10 @@ def bf16_ulp(value: Tensor) -> Tensor:
 
 
 def mix_bound(logits: Tensor) -> Tensor:
-    """Largest error of post weights and combs that come from these logits.
+    """Return the largest allowed error of post weights and combs that come from these logits.
 
     Args:
-        logits: [..., k], all logits of a token that bear on the values.
+        logits: [..., k], all logits of a token that affect the values.
 
     Returns:
         [...]: 5e-6 up to a largest logit of 10, 1e-6 * (1 + largest logit) beyond.
@@ -101,8 +103,8 @@ def mix_bound(logits: Tensor) -> Tensor:
 def _expected_residual(inputs: Mapping[str, Any]) -> Expected:
     x, residual, post, comb = (inputs[name] for name in POST_ARGUMENTS)
     value = reference.post(x, residual, post, comb, compute_dtype=torch.float64)
-    # Where the terms cancel, one ulp of the small result is out of reach of fp32: n + 1 products
-    # and n additions are off by up to (n + 1) roundings of the sum of the terms' sizes.
+    # Where the terms cancel, fp32 cannot reach one ulp of the small result: n + 1 products and n
+    # additions are off by up to (n + 1) roundings of the sum of the terms' sizes.
     size = reference.post(
         x.abs(), residual.abs().double(), post.abs(), comb.abs(), compute_dtype=torch.float64
     )
@@ -111,11 +113,12 @@ def _expected_residual(inputs: Mapping[str, Any]) -> Expected:
 
 
 def _collapse_slack(residual: Tensor, weights: Tensor, bound: Tensor) -> Tensor:
-    """Error of ``v = sum_j w[j] * r[j]`` in fp32 where its terms cancel.
+    """Return the allowed error of ``v = sum_j w[j] * r[j]`` in fp32 where the terms cancel.
 
-    A weight is sigmoid(logit) + eps. A post weight is 2 * sigmoid(logit): its bound is kept by
-    logits off by twice the bound, since a sigmoid is at most 1/4 steep. Such an error is at most
-    that relative error of the weight; the roundings of the sum come on top.
+    A weight w is sigmoid(logit) + eps. A post weight, 2 * sigmoid(logit), stays within its bound
+    when its logit is off by twice the bound, because the slope of a sigmoid is at most 1/4. The
+    logits here may be off by as much. The relative error of sigmoid(logit) is at most the error of
+    the logit, so twice the bound is the relative error of w. The roundings of the sum are added.
     """
     relative = 2 * bound + (residual.shape[-2] + 1) * FP32_ROUNDOFF
     size = torch.matmul(weights.unsqueeze(-2), residual.abs().double()).squeeze(-2)
@@ -155,7 +158,7 @@ def _expected_pre(inputs: Mapping[str, Any], residual: Tensor) -> dict[str, Expe
 
 
 def _expected_copies(inputs: Mapping[str, Any]) -> Expected:
-    """The streams that ``expand_pre`` has to return: nothing may be off."""
+    """Return the streams that ``expand_pre`` has to return exactly."""
     x = inputs["x"]
     copies = reference.expand(x, inputs["fn"].shape[1] // x.shape[-1]).double()
     return Expected(copies, 0, COPY_ULPS * bf16_ulp(copies))
@@ -173,14 +176,14 @@ def _expected_head(inputs: Mapping[str, Any], residual: Tensor) -> Expected:
 def oracle(
     op: str, inputs: Mapping[str, Any], residual_out: Tensor | None = None
 ) -> dict[str, Expected]:
-    """What an op has to return, from the reference in float64.
+    """Compute what an op has to return, with the reference in float64.
 
     Args:
         op: name of an op, a key of :data:`OUTPUTS`.
-        inputs: its arguments by name.
-        residual_out: the new streams from which other outputs follow: those that the op returned,
-            or, for ``post_head``, those that :func:`mhc_ops.post` returns on the same device. None
-            for ops without a post step, and for ``post``.
+        inputs: the op's arguments by name.
+        residual_out: the new streams from which other outputs follow. For ``post_head`` pass those
+            that :func:`mhc_ops.post` returns on the same device, for ops without a post step and
+            for ``post`` None, for all others those that the op returned.
 
     Returns:
         Output name to value and bounds.
@@ -198,7 +201,7 @@ def oracle(
         copies = _expected_copies(inputs)
         return {"residual_out": copies} | _expected_pre(inputs, copies.value.to(inputs["x"].dtype))
     if residual_out is None:
-        raise ValueError(f"expected residual_out for {op}, got None")
+        raise ValueError(f"mhc_ops.testing.oracle: expected residual_out for {op}, got None")
     if op == "post_head":
         return {"layer_input": _expected_head(inputs, residual_out)}
     streams = {"residual_out": _expected_residual(inputs)}

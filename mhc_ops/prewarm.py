@@ -27,12 +27,12 @@ DEFAULT_MAX_TOKENS = 8192
 
 
 class PrewarmReport(NamedTuple):
-    """What :func:`prewarm` did.
+    """Report what :func:`prewarm` did.
 
     Attributes:
-        device: the device that is warm now.
-        kernels: the kernels, each built ahead, from the cache or compiled, and now loaded.
-        seconds: how long it took.
+        device: the device on which the kernels are loaded now.
+        kernels: the kernels. Each was built ahead, read from the cache or compiled, and is loaded.
+        seconds: how long the prewarm took.
     """
 
     device: torch.device
@@ -41,7 +41,7 @@ class PrewarmReport(NamedTuple):
 
 
 def _load(hidden: int, max_tokens: int, device: torch.device) -> None:
-    """Load every kernel on the device, and tell the short way about them."""
+    """Load every kernel on the device, and tell the short way about the loaded kernels."""
     arch, sm_count = support.arch(device), support.sm_count(device)
     for key in routes.keys(hidden, arch, max_tokens):
         jit.load(key, device)
@@ -66,7 +66,7 @@ def check_sizes(caller: str, hidden: Sequence[int], max_tokens: int) -> None:
 
 
 class _NoBar(AbstractContextManager["_NoBar"]):
-    """What stands for a progress bar where none is shown."""
+    """Stand in for a progress bar where none is shown."""
 
     def __exit__(self, *raised: object) -> None:
         """Close nothing."""
@@ -76,11 +76,11 @@ class _NoBar(AbstractContextManager["_NoBar"]):
         return 0
 
     def advance(self, task: int) -> None:
-        """Show nothing of a step."""
+        """Show nothing of the progress of a task."""
 
 
 def progress_bar(shown: bool) -> Progress | _NoBar:
-    """Make a bar on standard error, for :func:`side_by_side`; of nothing where there is no rich."""
+    """Make a progress bar on standard error; without rich, make one that shows nothing."""
     if not shown or importlib.util.find_spec("rich") is None:
         return _NoBar()
     from rich.console import Console
@@ -110,14 +110,15 @@ def side_by_side(
                 done.result()
                 bar.advance(task)
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # the first failure is enough
+            pool.shutdown(cancel_futures=True)  # after a failure no other work is started
             raise
 
 
 def _sizes(of: Any) -> list[tuple[int, int]]:
-    """(hidden size, hc_mult) of what a model or a config describes, each once.
+    """List each (hidden size, hc_mult) of a model or a config once.
 
-    A model with wired modules tells by them; any other, as transformers makes it, by its config.
+    The modules of ``mhc_ops.nn`` in a model tell both. For a model without them, as transformers
+    makes it, the model's config tells both.
     """
     if isinstance(of, torch.nn.Module):
         found = {
@@ -146,7 +147,7 @@ def _hidden_sizes(of: Any) -> list[int]:
 
 
 def _device(of: Any) -> torch.device | None:
-    """The CUDA device that a model stands on."""
+    """Return the CUDA device of a model's parameters; None where there is none."""
     parameters = of.parameters() if isinstance(of, torch.nn.Module) else ()
     return next((p.device for p in parameters if p.device.type == "cuda"), None)
 
@@ -160,25 +161,25 @@ def prewarm(
 ) -> PrewarmReport:
     """Compile and load all kernels that calls with these sizes, or of this model, can reach.
 
-    After it no call with one of the hidden sizes and up to ``max_tokens`` tokens compiles or
-    loads anything, so it may run inside CUDA-graph capture. Kernels are compiled side by side;
-    those that were built ahead or lie in the cache are read.
+    After a prewarm no call with one of the hidden sizes and up to ``max_tokens`` tokens compiles or
+    loads anything, so such a call may run inside CUDA-graph capture. Kernels are compiled side by
+    side; kernels that were built ahead or are cached are read.
 
     Args:
         hidden: hidden sizes, multiples of 256; or a model with hyper-connections; or a model of
-            transformers, or a config of anyone's, with ``hidden_size`` and ``hc_mult``.
+            transformers, or any config, with ``hidden_size`` and ``hc_mult``.
         max_tokens: the largest token count of a call.
-        device: a CUDA device, its name or index; when None the one that the model stands on, or
-            the current one.
-        progress: show a progress bar on standard error.
+        device: a CUDA device, its name or index. None means the model's device, and without a
+            model the current device.
+        progress: whether to show a progress bar on standard error.
 
     Returns:
-        What was done.
+        A report of the device, the kernels and the seconds.
 
     Raises:
-        ValueError: a hidden size, ``hc_mult`` or ``max_tokens`` that the kernels cannot serve.
-        TypeError: no hidden sizes can be told from what was given.
-        RuntimeError: the device cannot be served, with the reason.
+        ValueError: the kernels cannot serve a hidden size, ``hc_mult`` or ``max_tokens``.
+        TypeError: the first argument tells no hidden sizes.
+        RuntimeError: the kernels cannot serve the device; the message gives the reason.
 
     Example:
         >>> import mhc_ops
@@ -191,7 +192,7 @@ def prewarm(
     check_sizes("mhc_ops.prewarm", hidden, max_tokens)
     supported, reason = support.is_supported(device)
     if not supported:
-        raise RuntimeError(f"mhc_ops.prewarm: {reason}")
+        raise RuntimeError(f"mhc_ops.prewarm: expected a GPU that the ops support: {reason}")
     target = support.cuda_device(device)
 
     start = time.perf_counter()
@@ -207,7 +208,7 @@ def prewarm(
 
 
 def main(argv: Sequence[str]) -> int:
-    """``python -m mhc_ops prewarm``; returns the exit status."""
+    """Run ``python -m mhc_ops prewarm``, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m mhc_ops prewarm", description=__doc__)
     parser.add_argument("--hidden", type=int, nargs="+", default=list(DEFAULT_HIDDEN))
     parser.add_argument("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS)

@@ -1,16 +1,17 @@
-"""The one table of routes: which kernels serve a call of an op, and with which scalars.
+"""Hold the one table of routes: which kernels serve a call of an op, and with which scalars.
 
 :func:`routes` maps (op, hidden size, architecture) to rows, one for each range of token counts. A
-row lists launches: the kernel, the options that are compiled into it, its scalars as formulas of
-the token count, and where one of its parameters has another name than the op's value. A launch's
-grid follows from its scalars by the grid rule of the kernel's manifest.
+row lists launches. A launch names the kernel, the options that are compiled into the kernel, the
+scalars as formulas of the token count, and the parameters whose name differs from the op's name
+for the value. The grid of a launch follows from the scalars by the formula in the kernel's
+manifest.
 
-Everything else about routes follows from the table: the kernels to compile (:func:`keys`), the
-token counts at which something changes (:func:`bounds`) and the name of a path (:func:`path`).
+The kernels to compile (:func:`keys`), the token counts at which the row changes (:func:`bounds`)
+and the name of the path of a call (:func:`path`) follow from the table.
 
 Hidden sizes up to 7168 on GPUs with clusters of 16 CTAs have kernels in clusters, which give a
-token the same bits in any batch. What each bound rests on: NOTES.md, "Bounds of the table of
-routes", in ``benchmarks/``.
+token the same bits in any batch. The token counts at which rows end were measured:
+benchmarks/NOTES.md, "Bounds of the table of routes".
 """
 
 from __future__ import annotations
@@ -22,34 +23,42 @@ from typing import NamedTuple
 from . import geometry
 from .formula import Formula, Value, at_most, ceildiv, constant, maximum, minimum, name, select
 
-CLUSTER_ARCHS = frozenset({"sm_90a", "sm_100a", "sm_103a"})  # sm_120a: clusters of 8, 99 KB
-CLUSTER_MAX_HIDDEN = 7168  # 224 KB of shared memory
-CLUSTERS = 7  # that an H100 or H200 runs at once, one CTA on an SM
+# A GPU of sm_120a has clusters of 8 CTAs and 99 KB of shared memory only.
+CLUSTER_ARCHS = frozenset({"sm_90a", "sm_100a", "sm_103a"})
+CLUSTER_MAX_HIDDEN = 7168  # this size takes 224 KB of shared memory, and a larger one has no room
+CLUSTERS = 7  # an H100 or H200 runs so many at once, one CTA on an SM
 
-ONE_ROUND_TOKENS = 128  # the most that the clusters of fused_post_pre take at once
-FEW_CLUSTERS_TOKENS = 48  # up to which few clusters are faster: the next kernel's fit beside them
+ONE_ROUND_TOKENS = 128  # the clusters of fused_post_pre take at most so many tokens at once
+# Up to so many tokens few clusters are faster, because the next kernel's clusters fit beside them.
+FEW_CLUSTERS_TOKENS = 48
 MORE_CLUSTERS = 5
-MORE_GROUP_TOKENS = 16  # two token tiles: more clusters only where groups would be larger
-HEAD_SPLITS = 64  # of K in head: the same for any token count, and so are the bits of a token
-POST_HEAD_LEAST_GROUP = 4  # fewer tokens of a cluster have fn read more often for little
-POST_HEAD_ONE_CTA_TOKENS = 24  # tokens of a cluster up to which its CTAs have an SM each
+# For more tokens there are at least MORE_CLUSTERS clusters, and further ones only where a group
+# would be larger than MORE_GROUP_TOKENS, which are two token tiles.
+MORE_GROUP_TOKENS = 16
+# head cuts K into the same splits for any token count, so a token has the same bits in any batch.
+HEAD_SPLITS = 64
+POST_HEAD_LEAST_GROUP = 4  # smaller groups would read fn more often and gain little
+POST_HEAD_ONE_CTA_TOKENS = 24  # up to so many tokens a cluster, each CTA has an SM to itself
 
-POST_PROJECTION_MAX_TOKENS = 96  # and fewer at larger hidden sizes, where tokens * hidden counts
+# Larger hidden sizes end at fewer tokens, because the product tokens * hidden decides.
+POST_PROJECTION_MAX_TOKENS = 96
 POST_PROJECTION_MAX_ELEMENTS = POST_PROJECTION_MAX_TOKENS * 4096
-POST_PROJECTION_CTAS_PER_SM = 2  # beyond, tiles in turn beat more CTAs, which read fn again
+# With more tokens each CTA takes several tiles in turn. More CTAs would each read fn again, and be
+# slower.
+POST_PROJECTION_CTAS_PER_SM = 2
 
 TOKENS = name("tokens")
 SMS = name("multiprocessors")
 
 
 class Key(NamedTuple):
-    """What a compiled kernel depends on.
+    """Name a compiled kernel by everything that its code depends on.
 
     Attributes:
-        kernel: stem of its file in ``csrc_tilelang``.
-        arch: such as ``sm_90a``.
-        hidden: H.
-        options: the other arguments of its factory, by name.
+        kernel: stem of the kernel's file in ``csrc_tilelang``.
+        arch: architecture, such as ``sm_90a``.
+        hidden: hidden size.
+        options: name and value of the other arguments of the kernel's factory.
     """
 
     kernel: str
@@ -59,14 +68,14 @@ class Key(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One launch of a row.
+    """Describe one launch of a row.
 
     Attributes:
-        kernel: stem of its file in ``csrc_tilelang``.
-        scalars: parameter to formula of ``tokens`` and ``multiprocessors``; the other parameters
-            are the op's arguments, its outputs, and memory for one call.
-        options: of the kernel's factory, besides ``norm``.
-        renamed: parameter to the op's name for it, where they differ.
+        kernel: stem of the kernel's file in ``csrc_tilelang``.
+        scalars: parameter to formula of ``tokens`` and ``multiprocessors``. The other parameters
+            are the op's arguments, the op's outputs, and memory for one call.
+        options: name and value of the arguments of the kernel's factory, besides ``norm``.
+        renamed: parameter to the op's name for the value, where the two differ.
         norm: whether the kernel exists with and without the RMSNorm.
     """
 
@@ -77,17 +86,17 @@ class Launch(NamedTuple):
     norm: bool = True
 
     def key(self, hidden: int, arch: str, norm: bool) -> Key:
-        """The kernel for a hidden size and an architecture, with or without the RMSNorm."""
+        """Return the kernel for a hidden size and an architecture, with or without the RMSNorm."""
         options = (("norm", int(norm)),) if self.norm else ()
         return Key(self.kernel, arch, hidden, (*options, *self.options))
 
 
 class Row(NamedTuple):
-    """The launches that serve a range of token counts.
+    """Hold the launches that serve a range of token counts.
 
     Attributes:
-        max_tokens: the largest token count that they serve; None for any.
-        launches: in order.
+        max_tokens: the largest token count of the range; None for a range without an end.
+        launches: the launches, in the order in which they run.
     """
 
     max_tokens: int | None
@@ -98,13 +107,13 @@ Rows = tuple[Row, ...]
 
 
 class ProjectionTile(NamedTuple):
-    """How a CTA of ``projection`` covers tokens.
+    """Say how a CTA of ``projection`` covers tokens.
 
     Attributes:
-        max_tokens: the largest token count that takes it.
-        token_tiles: tiles of 16 tokens a CTA. More of them read and split fn less often, fewer
-            waste less on few tokens.
-        ctas_per_sm: CTAs that an SM holds.
+        max_tokens: the largest token count that uses this tile; None for any.
+        token_tiles: tiles of 16 tokens a CTA. With more tiles fn is read and split less often;
+            with fewer tiles less work is wasted on few tokens.
+        ctas_per_sm: number of CTAs that an SM holds.
     """
 
     max_tokens: int | None
@@ -115,25 +124,28 @@ class ProjectionTile(NamedTuple):
 PROJECTION_TILES = (ProjectionTile(32, 1, 5), ProjectionTile(None, 2, 4))
 
 HEAD_NAMES = {"hc_scale": "scale", "hc_base": "base", "out": "hidden"}
-NEW_STREAMS = {"residual": "residual_out"}  # the kernel reads what a launch before it has written
+NEW_STREAMS = {"residual": "residual_out"}  # the kernel reads the streams of an earlier launch
 
 
 def in_clusters(hidden: int, arch: str) -> bool:
-    """Whether the kernels in clusters serve this hidden size on these GPUs."""
+    """Say whether the kernels in clusters serve this hidden size on these GPUs."""
     return hidden <= CLUSTER_MAX_HIDDEN and arch in CLUSTER_ARCHS
 
 
 def _shared_tiles(clusters: Value, tile: int) -> dict[str, Formula]:
-    """Whole tiles shared among clusters; the first clusters, which start first, take one more.
+    """Share whole tiles among clusters; the first clusters, which start first, take one more.
 
-    A tile of few tokens takes about as long as a full one.
+    The tiles are whole because a tile of few tokens takes about as long as a full tile.
     """
     tiles = ceildiv(TOKENS, tile)
     return {"group_tokens": tiles // clusters * tile, "larger_groups": tiles % clusters}
 
 
 def _pre_groups(group: Formula, tile: int) -> dict[str, Formula]:
-    """The groups of ``fused_post_pre`` up to a tile, whole tiles beyond, in as many clusters."""
+    """Return the groups of ``fused_post_pre`` if a group fits a tile, else share whole tiles.
+
+    The number of clusters is the same in both cases.
+    """
     fits = at_most(group, tile)
     tiles = _shared_tiles(ceildiv(TOKENS, group), tile)
     return {
@@ -145,9 +157,10 @@ def _pre_groups(group: Formula, tile: int) -> dict[str, Formula]:
 def _projection(
     hidden: int, rows: int, tile: ProjectionTile, splits: int | None, renamed: Mapping[str, str]
 ) -> Launch:
-    """``projection``, with K cut into so many splits, or as many as make one wave of CTAs.
+    """Return the launch of ``projection`` with K cut into ``splits``.
 
-    Sums of other splits are other bits, so a given number gives a token the same in any batch.
+    With None, as many splits are made as fill one wave of CTAs. The number of splits decides the
+    bits of a sum, so a fixed number gives a token the same bits in any batch.
     """
     blocks = geometry.HC_MULT * hidden // geometry.PROJECTION_BLOCK
     warps = geometry.PROJECTION_WARPS
@@ -176,7 +189,7 @@ def _projected(
     splits: int | None = None,
     renamed: Mapping[str, str] = MappingProxyType({}),
 ) -> Rows:
-    """``projection``, then the kernel that makes the outputs from it."""
+    """Return the rows with ``projection``, then the kernel that computes the outputs from it."""
     found = []
     for tile in PROJECTION_TILES:
         first = _projection(hidden, rows, tile, splits, renamed)
@@ -187,17 +200,17 @@ def _projected(
 
 
 def _after(launch: Launch, rows: Rows) -> Rows:
-    """The rows with a launch before all others."""
+    """Put a launch before the others in each row."""
     return tuple(Row(row.max_tokens, (launch, *row.launches)) for row in rows)
 
 
 def _beyond(tokens: int, rows: Rows) -> Rows:
-    """The rows that serve more tokens than that."""
+    """Return the rows that serve more than this many tokens."""
     return tuple(row for row in rows if row.max_tokens is None or row.max_tokens > tokens)
 
 
 def post_projection_max_tokens(hidden: int) -> int:
-    """Up to how many tokens ``post_projection`` serves a boundary that is no kernel in clusters."""
+    """Return the largest token count that ``post_projection`` serves, on GPUs without clusters."""
     return min(POST_PROJECTION_MAX_TOKENS, POST_PROJECTION_MAX_ELEMENTS // hidden)
 
 
@@ -205,7 +218,7 @@ _POST = Launch("post", norm=False)
 
 
 def _on_a_grid(hidden: int) -> dict[str, Rows]:
-    """The rows of GPUs without clusters of 16, and of larger hidden sizes."""
+    """Return every op's rows for GPUs without clusters of 16, and for larger hidden sizes."""
     mixes, streams = geometry.MIXES, geometry.HC_MULT
     few = post_projection_max_tokens(hidden)
     slices = hidden // geometry.POST_PROJECTION_SLICE
@@ -232,7 +245,7 @@ def _on_a_grid(hidden: int) -> dict[str, Rows]:
 
 
 def _in_clusters(hidden: int) -> dict[str, Rows]:
-    """The rows of GPUs with clusters of 16."""
+    """Return every op's rows for GPUs with clusters of 16."""
     tile, columns = geometry.tile_tokens(hidden), geometry.MMA_COLUMNS
     few = ceildiv(TOKENS, geometry.FEW_CLUSTERS)
     clusters = maximum(MORE_CLUSTERS, ceildiv(TOKENS, MORE_GROUP_TOKENS))
@@ -241,7 +254,11 @@ def _in_clusters(hidden: int) -> dict[str, Rows]:
     expanded = ceildiv(ceildiv(TOKENS, columns), CLUSTERS) * columns
 
     def ends(streams: bool) -> Rows:
-        """The clusters share tokens evenly: single ones up to a tile each, whole tiles beyond."""
+        """Return the rows of ``post_head``, with or without the streams among the outputs.
+
+        The clusters share the tokens evenly: in units of one token while each cluster has at most
+        a tile of them, in whole tiles beyond.
+        """
         options = (("streams", int(streams)),)
 
         def launch(kernel: str, clusters: Value, unit: int) -> tuple[Launch]:
@@ -296,35 +313,35 @@ def _table(hidden: int, arch: str) -> dict[str, Rows]:
 
 
 def routes(op: str, hidden: int, arch: str) -> Rows:
-    """The rows of an op, by rising token count; the last one serves any.
+    """Return the rows of an op, by rising token count; the range of the last row has no end.
 
     Args:
-        op: such as ``fused_post_pre``.
-        hidden: H.
-        arch: such as ``sm_90a``.
+        op: name of the op, such as ``fused_post_pre``.
+        hidden: hidden size.
+        arch: architecture, such as ``sm_90a``.
     """
     return _table(hidden, arch)[op]
 
 
 def row(op: str, hidden: int, arch: str, tokens: int) -> Row:
-    """The row that serves a call with at least one token."""
+    """Return the row that serves a call with at least one token."""
     rows = routes(op, hidden, arch)
     return next(row for row in rows if row.max_tokens is None or tokens <= row.max_tokens)
 
 
 def ops() -> tuple[str, ...]:
-    """The ops that the table serves."""
+    """Return the names of the ops that the table serves."""
     return tuple(_table(geometry.HIDDEN_MULTIPLE, ""))
 
 
 def keys(hidden: int, arch: str, max_tokens: int, *, op: str | None = None) -> tuple[Key, ...]:
-    """Every kernel that a call can reach, each once.
+    """List every kernel that a call can reach, each once.
 
     Args:
-        hidden: H.
-        arch: such as ``sm_90a``.
+        hidden: hidden size.
+        arch: architecture, such as ``sm_90a``.
         max_tokens: the largest token count of a call.
-        op: the op of the call; any when None.
+        op: the op of the call; None for any op.
     """
     found: dict[Key, None] = {}
     for served in ops() if op is None else (op,):
@@ -340,14 +357,17 @@ def keys(hidden: int, arch: str, max_tokens: int, *, op: str | None = None) -> t
 
 
 def bounds(hidden: int, arch: str, max_tokens: int) -> tuple[int, ...]:
-    """The first token count of every row of every op, up to ``max_tokens``: every path's least."""
+    """Return the least token count of every row of every op, up to ``max_tokens``.
+
+    Calls with these token counts take every path.
+    """
     ends = {row.max_tokens for op in ops() for row in routes(op, hidden, arch)}
     firsts = {1, *(end + 1 for end in ends if end is not None)}
     return tuple(sorted(tokens for tokens in firsts if tokens <= max_tokens))
 
 
 def path(op: str, hidden: int, arch: str, tokens: int) -> str:
-    """The kernels that serve a call, such as ``projection1+head``; empty without tokens."""
+    """Name the kernels that serve a call, such as ``projection1+head``; none serve no tokens."""
     if tokens == 0:
         return ""
     launches = row(op, hidden, arch, tokens).launches

@@ -1,7 +1,8 @@
-"""Whether this machine, driver, torch and TileLang give right answers, and how fast.
+"""Check whether this machine, driver, torch and TileLang give right answers, and how fast.
 
-Exit status: 0 where everything asked for was checked and is right, 1 where something is wrong, 2
-for wrong arguments, 3 where the CPU kernels are right and the GPU ones could not be run.
+The exit status is 0 where everything asked for was checked and is right, 1 where something is
+wrong, 2 for wrong arguments, and 3 where the CPU kernels are right and the GPU kernels could not be
+run.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ STATUS = {PASSED: 0, FAILED: 1, NOT_RUN: 3}
 
 CPU_HIDDEN = 256
 GPU_HIDDEN = 4096
-GPU_MAX_TOKENS = 300  # past the last path's first token count
+GPU_MAX_TOKENS = 300  # every path serves some token count below this one
 GPU_KINDS = ("classical", "signed_bases", "large_streams")
 CPU_TOKENS = (0, 1, 5)
 TIMED_TOKENS = (1, 8, 64)
@@ -40,14 +41,14 @@ CPU_CALLS = 20
 
 
 class Check(NamedTuple):
-    """One check.
+    """Hold the result of one check.
 
     Attributes:
         part: ``cpu`` or ``gpu``.
         name: what was checked.
         result: ``passed``, ``failed`` or ``not run``.
-        detail: the figure found, what was wrong, or why it was not run.
-        seconds: how long it took.
+        detail: the figure found, what was wrong, or why the check was not run.
+        seconds: how long the check took.
     """
 
     part: str
@@ -60,7 +61,7 @@ class Check(NamedTuple):
 def _numerics(
     op: str, device: str, hidden: int, tokens: Sequence[int], kinds: Sequence[str]
 ) -> str:
-    """Hold an op to the float64 oracle on poisoned memory; the largest error that was found."""
+    """Hold an op to the float64 oracle on poisoned memory; report the largest error found."""
     largest, cases = 0.0, 0
     for kind in kinds:
         for count in tokens:
@@ -74,7 +75,7 @@ def _numerics(
 
 
 def _fake_shapes(op: str) -> str:
-    """The fake kernel's shapes and dtypes are those of the CPU kernel."""
+    """Check that the fake kernel's shapes and dtypes are those of the CPU kernel."""
     inputs = make_inputs(op, 5, CPU_HIDDEN)
     meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     run = getattr(torch.ops.mhc, op).default
@@ -103,7 +104,7 @@ def _prewarm(device: torch.device) -> str:
 
 
 def _graph(device: torch.device) -> str:
-    """A replayed CUDA graph gives the bits of the eager call, of inputs written after capture."""
+    """Check that a graph, replayed on inputs written after capture, gives the eager call's bits."""
     first, second = (
         make_inputs("fused_post_pre", 8, GPU_HIDDEN, device=str(device), norm=True, seed=seed)
         for seed in range(2)
@@ -160,21 +161,20 @@ def _run(part: str, name: str, check: Callable[[], str]) -> Check:
     try:
         with torch.no_grad():
             result, detail = PASSED, check()
-    # whatever goes wrong here is what the user asked for
-    except Exception as error:
+    except Exception as error:  # a selftest reports every failure instead of ending at the first
         result, detail = FAILED, f"{type(error).__name__}: {error}"
     return Check(part, name, result, detail, time.perf_counter() - start)
 
 
 def run(gpu: bool = True) -> list[Check]:
-    """Make all checks.
+    """Run all checks.
 
     Args:
-        gpu: check the current CUDA device as well; where it cannot be served that is one check, of
-            the result ``not run``.
+        gpu: whether to check the current CUDA device as well. Where the kernels cannot serve the
+            device, this gives one check with the result ``not run``.
 
     Returns:
-        The checks, in the order in which they were made.
+        The checks, in the order in which they were run.
     """
     checks = [_run("cpu", name, check) for name, check in _cpu_checks()]
     if gpu:
@@ -188,7 +188,10 @@ def run(gpu: bool = True) -> list[Check]:
 
 
 def judge(checks: Sequence[Check]) -> tuple[str, str]:
-    """(result, one sentence): failed if one failed, else not run if one was not, else passed."""
+    """Return the result of all checks and one sentence that says it.
+
+    The result is failed if any check failed, else not run if any was not run, else passed.
+    """
     failed = [check for check in checks if check.result == FAILED]
     if failed:
         return FAILED, f"FAILED: {len(failed)} of {len(checks)} checks"
@@ -217,10 +220,10 @@ def _print_table(facts: dict[str, Any], checks: Sequence[Check], sentence: str) 
 
 
 def main(argv: Sequence[str]) -> int:
-    """``python -m mhc_ops selftest``; returns the exit status."""
+    """Run ``python -m mhc_ops selftest``, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m mhc_ops selftest", description=__doc__)
     parser.add_argument("--cpu", action="store_true", help="ask for the CPU kernels alone")
-    parser.add_argument("--json", action="store_true", help="one JSON object in place of a table")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     arguments = parser.parse_args(argv)
     try:
         for name in config.DEFAULTS:
@@ -230,7 +233,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     facts = info.collect()
     if not arguments.json:
-        import rich.table  # noqa: F401  (before the checks, which take a while)
+        import rich.table  # noqa: F401  (a missing rich is noticed before the slow checks)
     start = time.perf_counter()
     checks = run(gpu=not arguments.cpu)
     result, sentence = judge(checks)

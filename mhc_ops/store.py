@@ -1,8 +1,9 @@
-"""Folders of what was compiled: kernels and native libraries, built ahead or cached.
+"""Keep compiled kernels and native libraries in folders: those built ahead, and those cached.
 
-A kernel is a cubin and beside it a JSON file, its manifest: how it is launched, the SHA-256 of the
-cubin and of the sources, and as a record the versions of the compilers. Reading a kernel needs no
-compiler and nothing of TileLang. One that does not match this installation is left alone.
+A kernel is stored as a cubin and a JSON file beside it, the manifest. The manifest says how the
+kernel is launched, gives the SHA-256 of the cubin and of the sources, and records the versions of
+the compilers. Reading a kernel needs neither a compiler nor TileLang. A kernel that does not match
+this installation is left alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .routes import Key
 
 logger = logging.getLogger("mhc_ops")
 
-LOCK_SECONDS = 600.0  # the longest compile takes 30; whoever holds a lock for longer is stuck
+LOCK_SECONDS = 600.0  # a process that holds a lock for so long is stuck: no compile takes as long
 POLL_SECONDS = 0.05
 
 CUBIN = ".cubin"
@@ -38,12 +39,12 @@ _warned_lock = threading.Lock()
 
 
 class Found(NamedTuple):
-    """A file of a folder that is whole and was built with what was asked for.
+    """Hold a file that is whole and was built with what was asked for.
 
     Attributes:
-        path: the file.
-        content: what is in it.
-        facts: what its manifest says.
+        path: path of the file.
+        content: content of the file.
+        facts: content of the file's manifest.
     """
 
     path: Path
@@ -52,13 +53,13 @@ class Found(NamedTuple):
 
 
 def digest(facts: Mapping[str, str]) -> str:
-    """A short name for what something was built with."""
+    """Make a short name of what something was built with."""
     return hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()[:16]
 
 
 @functools.cache
 def kernels_built_with() -> dict[str, str]:
-    """What a kernel must have been built with: these sources, whatever the compilers."""
+    """Return what a kernel must have been built with: these sources, by any compilers."""
     sources = hashlib.sha256()
     for path in compiler.sources():
         sources.update(f"{path.name}\0{path.read_text()}\0".encode())
@@ -66,13 +67,19 @@ def kernels_built_with() -> dict[str, str]:
 
 
 def file_name(key: Key) -> str:
-    """Stem of a kernel's files, such as ``finish-sm_90a-4096-norm1``."""
+    """Return the stem of a kernel's files, such as ``finish-sm_90a-4096-norm1``."""
     options = (f"{name}{int(value)}" for name, value in key.options)
     return "-".join((key.kernel, key.arch, str(key.hidden), *options))
 
 
 def _leave(file: Path, reason: str, where: Path | None = None) -> None:
-    """Warn once that a file is not used; once a folder where the reason is all its files'."""
+    """Warn once that a file is not used.
+
+    Args:
+        file: the file.
+        reason: why it is not used.
+        where: the folder, for a reason that all its files share; the folder is warned of once.
+    """
     with _warned_lock:
         if (where or file, reason) in _warned:
             return
@@ -81,16 +88,16 @@ def _leave(file: Path, reason: str, where: Path | None = None) -> None:
 
 
 def find(folder: Path, name: str, suffix: str, built_with: Mapping[str, str]) -> Found | None:
-    """A file of a folder, if it is whole and was built with this.
+    """Find a file of a folder that is whole and was built with what is asked for.
 
     Args:
-        folder: where to look; need not exist.
-        name: the stem of its files.
-        suffix: of the file, beside which stands a manifest.
-        built_with: what it must have been built with.
+        folder: where to look; the folder need not exist.
+        name: stem of the file and of its manifest.
+        suffix: suffix of the file.
+        built_with: what the file must have been built with.
 
     Returns:
-        The file; None where there is none, or one that does not match, which is logged.
+        The file. None where there is no file, or the file does not match, which is logged.
     """
     file, manifest = folder / f"{name}{suffix}", folder / f"{name}.json"
     try:
@@ -121,14 +128,14 @@ def find(folder: Path, name: str, suffix: str, built_with: Mapping[str, str]) ->
 
 
 def save(folder: Path, name: str, suffix: str, facts: Mapping[str, Any], content: bytes) -> None:
-    """Put a file and its manifest into a folder, whole or not at all.
+    """Put a file and its manifest into a folder, both whole or neither.
 
     Args:
-        folder: where to put it; made where it does not exist.
-        name: the stem of its files.
-        suffix: of the file.
-        facts: what its manifest says, what it was built with among them.
-        content: what goes into the file.
+        folder: where to put them; the folder is made if it does not exist.
+        name: stem of the file and of its manifest.
+        suffix: suffix of the file.
+        facts: content of the manifest, including what the file was built with.
+        content: content of the file.
 
     Raises:
         OSError: the folder cannot be written.
@@ -141,7 +148,8 @@ def save(folder: Path, name: str, suffix: str, facts: Mapping[str, Any], content
         new_file.chmod(0o755 if suffix == LIBRARY else 0o644)
         facts = {"name": name, **facts, "sha256": hashlib.sha256(content).hexdigest()}
         new_manifest.write_text(json.dumps(facts, indent=1) + "\n")
-        # whoever looks in between finds none, not the one's file with the other's manifest
+        # The old manifest goes first. A process that looks in between then finds no kernel instead
+        # of a new file with an old manifest.
         manifest.unlink(missing_ok=True)
         os.replace(new_file, file)
         os.replace(new_manifest, manifest)
@@ -164,15 +172,15 @@ def _from_facts(found: Found) -> Compiled:
 
 
 def load_kernel(folder: Path, key: Key) -> Compiled | None:
-    """A kernel of a folder.
+    """Load a kernel from a folder.
 
     Args:
-        folder: where to look; need not exist.
+        folder: where to look; the folder need not exist.
         key: the kernel.
 
     Returns:
-        The kernel; None where there is none that can be used, with the reason in the log where
-        there is one that cannot.
+        The kernel. None where the folder has none, or has one that cannot be used; the log then
+        gives the reason.
     """
     found = find(folder, file_name(key), CUBIN, kernels_built_with())
     if found is None:
@@ -188,12 +196,12 @@ def save_kernel(folder: Path, key: Key, kernel: Compiled) -> None:
     """Put a compiled kernel into a folder.
 
     Args:
-        folder: where to put it; made where it does not exist.
-        key: the kernel.
-        kernel: what the compiler returned for it.
+        folder: where to put the kernel; the folder is made if it does not exist.
+        key: the kernel's key.
+        kernel: what the compiler returned for the key.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
     facts = {
         **kernels_built_with(),
@@ -210,10 +218,10 @@ def save_kernel(folder: Path, key: Key, kernel: Compiled) -> None:
 
 
 def cached_folder() -> Path:
-    """Where the cache keeps the kernels of these sources.
+    """Return the folder in which the cache keeps the kernels of these sources.
 
     Raises:
-        RuntimeError: others can write to it, see :func:`mhc_ops.config.require_trusted`.
+        RuntimeError: others can write the folder, see :func:`mhc_ops.config.require_trusted`.
     """
     folder = config.own_cache_folder() / f"kernels-{digest(kernels_built_with())}"
     config.require_trusted(folder)
@@ -222,15 +230,16 @@ def cached_folder() -> Path:
 
 @contextmanager
 def lock(folder: Path, name: str) -> Iterator[None]:
-    """Keep other processes out of a piece of work, as long as that can be had.
+    """Keep other processes out of a piece of work, where a lock is possible.
 
-    The system frees the lock of a process that ends, however it ends. One that holds it for longer
-    than ``LOCK_SECONDS`` is no longer waited for, and a folder that takes no lock (read-only, or a
-    file system without them) goes without: the work is then done twice, which does no harm.
+    The system frees the lock of a process that ends, however the process ends. A process that holds
+    the lock for longer than ``LOCK_SECONDS`` is no longer waited for. In a folder that takes no
+    lock (a read-only one, or a file system without locks) the work goes on without one. In both
+    cases the work may be done twice, which does no harm.
 
     Args:
-        folder: where the lock's file is; made where it does not exist.
-        name: its stem.
+        folder: where the lock's file is; the folder is made if it does not exist.
+        name: stem of the lock's file.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Whether the TileLang kernels can serve a device, and why not."""
+"""Say whether the TileLang kernels can serve a device, and if not, why."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-LEAST_CAPABILITY = (8, 0)  # cp.async and bf16 mma
+LEAST_CAPABILITY = (8, 0)  # the kernels use cp.async and bf16 mma, which begin with it
 
 
 def _normalise(device: torch.device | str | int | None) -> torch.device:
@@ -30,7 +30,7 @@ def _cuda_support(index: int) -> tuple[bool, str]:
 
 
 def is_supported(device: torch.device | str | int | None = None) -> tuple[bool, str]:
-    """Whether the TileLang kernels can run on a device.
+    """Say whether the TileLang kernels can run on a device.
 
     Args:
         device: a device, its name or its CUDA index; the current CUDA device when None.
@@ -59,13 +59,13 @@ def is_supported(device: torch.device | str | int | None = None) -> tuple[bool, 
 
 
 def cuda_device(device: torch.device | str | int | None = None) -> torch.device:
-    """The CUDA device that is meant, with its index.
+    """Return a CUDA device with its index.
 
     Args:
-        device: a CUDA device, its name or its index; the current one when None.
+        device: a CUDA device, its name or its index; None for the current device.
 
     Returns:
-        The device; the current one where no index is given.
+        The device with its index; the current device where no index is given.
     """
     wanted = _normalise(device)
     index = torch.cuda.current_device() if wanted.index is None else wanted.index
@@ -73,26 +73,23 @@ def cuda_device(device: torch.device | str | int | None = None) -> torch.device:
 
 
 def arch_name(major: int, minor: int) -> str:
-    """TileLang's name of a compute capability: with the suffix ``a`` from Hopper on."""
+    """Return TileLang's name of a compute capability, which ends in ``a`` from Hopper on."""
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
 @functools.cache
 def arch(device: torch.device) -> str:
-    """TileLang's name of a CUDA device's architecture, such as ``sm_90a``.
+    """Return TileLang's name of a CUDA device's architecture, such as ``sm_90a``.
 
     Args:
         device: a CUDA device with an index.
-
-    Returns:
-        As :func:`arch_name`.
     """
     return arch_name(*torch.cuda.get_device_capability(device))
 
 
 @functools.cache
 def sm_count(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device."""
+    """Count the multiprocessors of a CUDA device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -103,14 +100,15 @@ def _refusal(device: torch.device) -> str | None:
 
 
 def require(op: str, device: torch.device) -> None:
-    """Raise where the kernels cannot serve a device.
+    """Refuse a device that the kernels cannot serve.
 
     Args:
         op: name of the op, for the message.
-        device: where its tensors are.
+        device: device of the op's tensors.
 
     Raises:
-        RuntimeError: with the reason that :func:`is_supported` gives.
+        RuntimeError: the kernels cannot serve the device; the message gives the reason that
+            :func:`is_supported` gives.
     """
     reason = _refusal(device)
     if reason is not None:

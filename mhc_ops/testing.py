@@ -1,15 +1,15 @@
-"""Inputs, a float64 oracle and comparisons for the ops; the tests use them and users may.
+"""Test the ops with inputs, a float64 oracle and comparisons, as this package's own tests do.
 
 :func:`make_inputs` makes the arguments of an op, easy or hard ones. :func:`assert_matches_oracle`
 compares what the op returned with the reference in float64, which is given the op's own
-``residual_out``, so that every output is judged by its own step alone. Why each bound is what it
-is stands in ``mhc_ops/oracle.py``.
+``residual_out``, so that every output is judged by its own step alone. ``mhc_ops/oracle.py`` gives
+the reason for each bound.
 
 >>> import mhc_ops
 >>> from mhc_ops.testing import assert_matches_oracle, make_inputs
 >>> inputs = make_inputs("head", 3, 256, norm=True, kind="large_logits")
 >>> errors = assert_matches_oracle("head", inputs, mhc_ops.head(**inputs))
->>> errors["layer_input"] <= 1  # as a fraction of what is allowed
+>>> errors["layer_input"] <= 1  # an error is a fraction of the allowed error
 True
 """
 
@@ -44,15 +44,15 @@ __all__ = [
 _PRE_TENSORS = ("fn", "hc_scale", "hc_base")
 _HEADS = ("head", "post_head", "post_head_streams")
 
-EPS = 1e-6  # every epsilon of DeepSeek-V4
-POST_MULT = 2.0  # its hc_post_mult_value
+EPS = 1e-6  # every epsilon of DeepSeek-V4 has this value
+POST_MULT = 2.0  # DeepSeek-V4 has this hc_post_mult_value
 
 
 # ---------------------------------------------------------------------------------------- inputs
 
 
 class _Random:
-    """Draws on the CPU, so that a seed means the same numbers on every device."""
+    """Draw random numbers on the CPU, so that a seed means the same numbers on every device."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -68,7 +68,7 @@ class _Random:
 
 
 def _classical(t: dict[str, Tensor], random: _Random) -> None:
-    """Small streams, logits below 2: the inputs that SGLang's own test of the boundary draws."""
+    """Draw small streams and logits below 2, as SGLang's own test of the boundary does."""
     columns = t["fn"].shape[1]
     t["fn"] = random.normal(t["fn"].shape[0], columns) * 0.01
     t["hc_scale"] = torch.tensor([0.5, 0.25, 0.25])
@@ -77,50 +77,54 @@ def _classical(t: dict[str, Tensor], random: _Random) -> None:
 
 
 def _signed_bases(t: dict[str, Tensor], random: _Random) -> None:
-    """Every bias +8 or -8: sigmoids near 0 and 1, softmax rows with ties far above the rest."""
+    """Set every bias to +8 or -8.
+
+    Sigmoids are then near 0 and 1, and softmax rows have ties far above the rest.
+    """
     t["hc_base"] = 8 * random.signs(t["hc_base"].numel())
 
 
 def _large_streams(t: dict[str, Tensor], random: _Random) -> None:
-    """Streams and sublayer output of size 30, as deep layers have them."""
+    """Make streams and sublayer output of size 30, as deep layers have them."""
     for name in ("x", "residual"):
         t[name] = t[name] * 300
 
 
 def _unequal_streams(t: dict[str, Tensor], random: _Random) -> None:
-    """One stream a million times another, before and after the post step."""
+    """Make one stream a million times as large as another, before and after the post step."""
     n = t["residual"].shape[-2]
     size = torch.logspace(3, -3, n)
     t["residual"] = t["residual"] * size[:, None]
     t["post_layer_mix"] = t["post_layer_mix"] * size[:, None]
-    # nearly the identity: more off the diagonal would make the streams equal again
+    # The comb is nearly the identity. Larger entries off the diagonal would make the streams alike
+    # again.
     t["comb_res_mix"] = torch.eye(n) + t["comb_res_mix"] * 1e-8
 
 
 def _skewed_comb(t: dict[str, Tensor], random: _Random) -> None:
-    """The comb that comes in is far from uniform, one entry a row near 1, and so are the posts."""
+    """Make the incoming comb far from uniform, with one entry a row near 1, and the posts too."""
     t["comb_res_mix"] = (8 * (t["comb_res_mix"] * 4 - 0.5)).softmax(-1)
     t["post_layer_mix"] = POST_MULT * torch.sigmoid(8 * (t["post_layer_mix"] - 0.5))
 
 
 def _large_logits(t: dict[str, Tensor], random: _Random) -> None:
-    """Logits up to about 10 of either sign, made by the projection."""
+    """Let the projection make logits up to about 10 of either sign."""
     t["hc_scale"].fill_(2.5)
 
 
 def _huge_logits(t: dict[str, Tensor], random: _Random) -> None:
-    """Logits up to about 40 of either sign, made by the projection."""
+    """Let the projection make logits up to about 40 of either sign."""
     t["hc_scale"].fill_(10.0)
 
 
 def _near_permutation(t: dict[str, Tensor], random: _Random) -> None:
-    """Comb logits of 12 on a permutation: Sinkhorn starts at its fixed point."""
+    """Put comb logits of 12 on a permutation, so that Sinkhorn starts at its fixed point."""
     n = t["residual"].shape[-2]
     t["hc_base"][2 * n :] = 12 * torch.eye(n).roll(1, 1).flatten()
 
 
 def _slow_sinkhorn(t: dict[str, Tensor], random: _Random) -> None:
-    """Comb logits of -9 below the diagonal: near a matrix whose Sinkhorn goes as 1 / rounds."""
+    """Put comb logits of -9 below the diagonal, near a matrix whose error falls as 1 / rounds."""
     n = t["residual"].shape[-2]
     t["hc_scale"][2] = 0.25
     t["hc_base"][2 * n :] = (-9 * torch.ones(n, n).tril(-1)).flatten()
@@ -154,32 +158,39 @@ def make_inputs(
     sinkhorn_repeat: int = 20,
     kind: str = "classical",
 ) -> dict[str, Any]:
-    """Arguments of an op, by name and in the order of its schema.
+    """Make the arguments of an op, by name and in the order of the op's schema.
 
-    Unless the kind says otherwise: streams and sublayer output of size 0.1, posts in [0, 1), combs
-    in [0, 0.25), a projection whose m is of size 1 at any hidden size, scales of 1, biases of 0.
+    Unless the kind says otherwise, streams and sublayer output have the size 0.1, posts lie in
+    [0, 1), combs in [0, 0.25), the projection makes m of size 1 at any hidden size, scales are 1
+    and biases are 0.
 
     Args:
         op: name of an op, a key of :data:`OUTPUTS`.
         tokens: token count, or the sizes of several leading dimensions.
-        hidden: the hidden size, H.
+        hidden: hidden size.
         hc_mult: n, number of residual streams.
-        device: where the tensors are put; the numbers do not depend on it.
-        seed: of the random numbers.
-        norm: pass ``norm_weight`` and ``norm_eps``; ``post`` has none.
-        sinkhorn_repeat: passed on to the ops that have it.
-        kind: a key of :data:`KINDS`, whose docstrings say what is hard about it.
+        device: device of the tensors; the numbers are the same on every device.
+        seed: seed of the random numbers.
+        norm: whether to add ``norm_weight`` and ``norm_eps``; ``post`` has neither.
+        sinkhorn_repeat: rounds of Sinkhorn, for the ops that have this argument.
+        kind: a key of :data:`KINDS`. The docstring of each kind says what is hard about the kind.
 
     Returns:
         Keyword arguments: ``torch.ops.mhc.<op>(**make_inputs("<op>", ...))``.
 
     Raises:
-        ValueError: an unknown op or kind.
+        ValueError: the op or the kind is unknown.
     """
     if op not in OUTPUTS:
-        raise ValueError(f"expected op to be one of {', '.join(OUTPUTS)}, got {op!r}")
+        raise ValueError(
+            f"mhc_ops.testing.make_inputs: expected op to be one of {', '.join(OUTPUTS)}, "
+            f"got {op!r}"
+        )
     if kind not in KINDS:
-        raise ValueError(f"expected kind to be one of {', '.join(KINDS)}, got {kind!r}")
+        raise ValueError(
+            f"mhc_ops.testing.make_inputs: expected kind to be one of {', '.join(KINDS)}, "
+            f"got {kind!r}"
+        )
     leading = (tokens,) if isinstance(tokens, int) else tuple(tokens)
     random = _Random(seed)
     columns, rows = hc_mult * hidden, mixes(hc_mult)
@@ -231,7 +242,7 @@ def make_inputs(
 
 
 def _excess(got: Tensor, expected: Expected) -> Tensor:
-    """|got - value| as a fraction of what is allowed; above 1 is a failure, and so is NaN."""
+    """Return |got - value| as a fraction of the allowed error; more than 1 and NaN are failures."""
     wide = got.double()
     error = (wide - expected.value).abs()
     allowed = expected.slack.expand_as(error)
@@ -245,15 +256,15 @@ def assert_matches(name: str, got: Tensor, expected: Expected) -> float:
     """Compare one output with what it has to be.
 
     Args:
-        name: of the output, for the message.
+        name: name of the output, for the message.
         got: what the op returned.
-        expected: its value and bounds.
+        expected: value and bounds of the output.
 
     Returns:
-        The largest error as a fraction of what was allowed; 0 for an empty output.
+        The largest error as a fraction of the allowed error; 0 for an empty output.
 
     Raises:
-        AssertionError: another shape, a NaN, or an element beyond the bound.
+        AssertionError: the output has another shape, a NaN, or an element beyond the bound.
     """
     if got.shape != expected.value.shape:
         raise AssertionError(
@@ -275,7 +286,7 @@ def assert_matches(name: str, got: Tensor, expected: Expected) -> float:
 
 
 def as_outputs(op: str, result: Any) -> dict[str, Tensor]:
-    """What an op returned, by the output names of its schema.
+    """Name what an op returned.
 
     Args:
         op: name of an op, a key of :data:`OUTPUTS`.
@@ -296,16 +307,16 @@ def assert_matches_oracle(
 
     Args:
         op: name of an op, a key of :data:`OUTPUTS`.
-        inputs: its arguments by name, as they were passed.
-        result: what it returned.
-        residual_out: for ``post_head``, which does not return them, the new streams; made with
-            :func:`mhc_ops.post` when None.
+        inputs: the op's arguments by name, as they were passed.
+        result: what the op returned.
+        residual_out: the new streams, for ``post_head``, which does not return them. When None,
+            :func:`mhc_ops.post` computes them.
 
     Returns:
-        Output name to largest error as a fraction of what was allowed.
+        Output name to largest error as a fraction of the allowed error.
 
     Raises:
-        AssertionError: an output beyond its bound.
+        AssertionError: an output is beyond its bound.
     """
     outputs = as_outputs(op, result)
     streams = outputs.get("residual_out", residual_out)
@@ -319,7 +330,8 @@ def assert_matches_oracle(
 def poisoned_memory() -> Iterator[None]:
     """Fill new uninitialised tensors with NaN (integers with their largest value).
 
-    An op run inside that leaves an element of its outputs or workspaces unwritten shows it.
+    When an op runs inside, an element of its outputs or workspaces that it left unwritten shows as
+    NaN.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -1,8 +1,8 @@
-"""The one way in which anything here is timed: chains of calls, in a CUDA graph or call by call.
+"""Time chains of calls, in a CUDA graph or call by call; everything here is timed in this way.
 
-A chain is one function that makes several calls, whose inputs are not all in the L2. Its time is
-taken by CUDA events, replay after replay; the time of a call is that of the chain divided by its
-length.
+A chain is one function that makes several calls, whose inputs are not all in the L2. CUDA events
+take the time of the chain, replay after replay. The time of a call is the time of the chain divided
+by its length.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ REPLAYS = 15
 WARMUPS = 3
 COPY_BYTES = 1 << 31
 
-# (most tokens, calls): fewer where each moves more. Every chain of boundaries moves several times
-# the 50 to 126 MB of an L2 between two uses of the same fn.
+# Each entry is (most tokens, calls). A chain has fewer calls where each moves more bytes. Every
+# chain of boundaries moves several times the 50 to 126 MB of an L2 between two uses of an fn.
 _CHAIN_LENGTHS = ((64, 64), (512, 32), (2048, 16))
 _LONGEST_CHAIN_LENGTH = 8
 
@@ -26,12 +26,12 @@ Result = TypeVar("Result")
 
 
 class Timing(NamedTuple):
-    """Microseconds of one call of a chain.
+    """Hold the microseconds of one call of a chain.
 
     Attributes:
-        us_median, us_p10, us_p90: on the GPU: median, 10th and 90th percentile of the replays.
-        host_us: median of what the host takes to issue a call.
-        chain: calls of the chain.
+        us_median, us_p10, us_p90: time on the GPU: median, 10th and 90th percentile of the replays.
+        host_us: median of the time that the host takes to issue a call.
+        chain: number of calls of the chain.
     """
 
     us_median: float
@@ -42,7 +42,7 @@ class Timing(NamedTuple):
 
 
 def chain_length(tokens: int) -> int:
-    """Choose the calls of a chain: 64 for up to 64 tokens, fewer where each moves more."""
+    """Choose the number of calls of a chain: 64 up to 64 tokens, fewer for more tokens."""
     for most, length in _CHAIN_LENGTHS:
         if tokens <= most:
             return length
@@ -61,15 +61,15 @@ def capture(
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
     """Warm up on a side stream, then capture on it.
 
-    The graph holds its memory, so the outputs stay valid as long as the graph lives; what the
-    closure ``run`` holds (inputs, weights) must live as long too.
+    The graph holds its memory, so the outputs stay valid as long as the graph lives. The inputs and
+    weights that the closure ``run`` holds must live as long, too.
 
     Args:
-        run: what is captured.
-        warmups: calls before it.
+        run: the function to capture.
+        warmups: number of calls before the capture.
 
     Returns:
-        (graph, what ``run`` returned while it was captured: each replay writes there).
+        (graph, what ``run`` returned during the capture). Each replay writes these outputs.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -100,7 +100,7 @@ def sample_us(run: Callable[[], object]) -> tuple[float, float]:
 def samples_us(
     run: Callable[[], object], repeats: int = REPLAYS
 ) -> tuple[list[float], list[float]]:
-    """Time so many calls after some that are not counted: (GPU, host) microseconds of each."""
+    """Time ``repeats`` calls after some that are not counted: (GPU, host) microseconds of each."""
     for _ in range(WARMUPS):
         run()
     samples = [sample_us(run) for _ in range(repeats)]
@@ -119,11 +119,11 @@ def time_chain(
 
     Args:
         run: the chain.
-        length: its calls.
-        check: is given what the chain returned at the end, and raises where that is wrong: no time
-            is reported for wrong work.
-        graph: capture the chain and replay it; call by call otherwise.
-        replays: samples that median and percentiles are taken from.
+        length: number of calls of the chain.
+        check: function that takes what the chain returned at the end, and raises where a result is
+            wrong, so that no time of wrong results is reported.
+        graph: whether to capture the chain and replay it instead of running it call by call.
+        replays: number of samples that median and percentiles are taken from.
 
     Returns:
         The times of one call.
@@ -131,7 +131,7 @@ def time_chain(
     if graph:
         captured, result = capture(run)
         device_us, host_us = samples_us(captured.replay, replays)
-        check(result)  # while the graph lives, whose memory it is
+        check(result)  # the result lies in memory of the graph, which still lives here
     else:
         device_us, host_us = samples_us(run, replays)
         check(run())
@@ -146,7 +146,7 @@ def copy_bandwidth(device: torch.device) -> float:
         device: a CUDA device.
 
     Returns:
-        That of the median of 15 copies.
+        The bandwidth of the median of 15 copies.
     """
     with torch.cuda.device(device):
         free, _ = torch.cuda.mem_get_info()

@@ -332,7 +332,7 @@ def test_refuses_without_a_supported_gpu(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(bench.support, "is_supported", lambda device: (False, "no GPU here"))
     assert main(["bench"]) == 2
     shown = capsys.readouterr()
-    assert shown.err == "mhc_ops bench: needs a GPU that the ops support: no GPU here\n"
+    assert shown.err == "mhc_ops bench: expected a GPU that the ops support: no GPU here\n"
     assert shown.out == ""
     assert not list(tmp_path.iterdir()), "no results file for a run that did not happen"
 

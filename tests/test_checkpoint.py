@@ -150,12 +150,12 @@ def missing(tensors, name):
 def misshaped(tensors, name):
     shape = tuple(tensors[name].shape)
     tensors[name] = torch.zeros(7, 3)
-    return f"{name} of shape (7, 3) in place of {shape}"
+    return f"{name} of shape (7, 3) instead of {shape}"
 
 
 def quantised(tensors, name):
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-    return f"{name} of dtype torch.float8_e4m3fn in place of a floating one of 16 bits"
+    return f"{name} of dtype torch.float8_e4m3fn instead of a floating dtype of at least 16 bits"
 
 
 def unexpected(tensors, name):

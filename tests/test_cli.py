@@ -281,7 +281,10 @@ def test_wrong_arguments(capsys, argv, message):
     [
         (["--hidden", "100"], "expected hidden sizes that are multiples of 256, got 100"),
         (["--max-tokens", "0"], "expected max_tokens of at least 1, got 0"),
-        (["--device", "cpu"], "device cpu is not a CUDA device"),
+        (
+            ["--device", "cpu"],
+            "expected a GPU that the ops support: device cpu is not a CUDA device",
+        ),
     ],
 )
 def test_prewarm_refuses(capsys, argv, message):

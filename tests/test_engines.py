@@ -636,7 +636,10 @@ def test_a_model_of_transformers_is_refused_too(monkeypatch):
     monkeypatch.setattr(support, "is_supported", lambda device: (False, "too old"))
     with pytest.raises(RuntimeError) as caught:
         transformers._check_settings(decoder)
-    assert str(caught.value) == "expected kernels for hidden size 4096 on cuda:0: too old"
+    assert str(caught.value) == (
+        "mhc_ops.integrations.transformers: expected kernels for hidden size 4096 on cuda:0: "
+        "too old"
+    )
 
 
 class TestObtainable:

@@ -29,7 +29,14 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Sites that the pages link to; the project has no address of its own.
-SITES = ("arxiv.org", "github.com", "huggingface.co", "keepachangelog.com", "semver.org")
+SITES = (
+    "arxiv.org",
+    "docs.pytest.org",
+    "github.com",
+    "huggingface.co",
+    "keepachangelog.com",
+    "semver.org",
+)
 
 each_page = pytest.mark.parametrize("page", pages.PAGES, ids=pages.name)
 

@@ -36,7 +36,8 @@ def test_bad_arguments(arguments, message):
 
 def test_unsupported_device(monkeypatch):
     monkeypatch.setattr(support, "is_supported", lambda device: (False, "no CUDA device"))
-    with pytest.raises(RuntimeError, match=r"^mhc_ops\.prewarm: no CUDA device$"):
+    refusal = r"^mhc_ops\.prewarm: expected a GPU that the ops support: no CUDA device$"
+    with pytest.raises(RuntimeError, match=refusal):
         mhc_ops.prewarm([256])
 
 

@@ -1,4 +1,5 @@
-// Runs the package that package.py makes, without Python, and compares the results with Python's.
+// This program runs the package that package.py makes, without Python, and compares the results
+// with Python's.
 //
 //   python examples/aoti/package.py DIR
 //   python -m mhc_ops build --arch sm_90a --hidden 256 -o KERNELS
@@ -8,8 +9,8 @@
 //       -L$TORCH/lib -Wl,-rpath,$TORCH/lib -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10 -ldl
 //   ./main KERNELS/host-torch2.14.so DIR
 //
-// With a CUDA build of torch add -ltorch_cuda -lc10_cuda; and -DWITH_CUDA -I$CUDA_HOME/include, and
-// -lcudart from there, to replay the package in a CUDA graph, too.
+// With a CUDA build of torch add -ltorch_cuda -lc10_cuda. To replay the package in a CUDA graph,
+// too, add -DWITH_CUDA -I$CUDA_HOME/include, and -lcudart from CUDA_HOME.
 
 #include <fstream>
 #include <iostream>
@@ -30,7 +31,8 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
-// Defines the ops of mhc_ops, with the kernels that lie beside the library. Before any package.
+// Defines the ops of mhc_ops, with the kernels that lie beside the library. This has to happen
+// before any package is loaded.
 void serve(const char* path) {
   void* const library = dlopen(path, RTLD_NOW);
   if (library == nullptr) {
@@ -67,7 +69,7 @@ bool report(const char* how, const std::vector<at::Tensor>& outputs, const at::T
 
 bool run(const std::string& folder) {
   const std::vector<at::Tensor> expected = read(folder + "/expected.pt");
-  // single-threaded, which lets CUDA graphs capture it
+  // The last argument makes the loader single-threaded, so that a CUDA graph can capture a call.
   torch::inductor::AOTIModelPackageLoader loader(folder + "/stack.pt2", "model", true);
   const at::Device device(loader.get_metadata()["AOTI_DEVICE_KEY"]);
   bool same = true;

@@ -1,4 +1,4 @@
-"""A stack as a package of AOTInductor, with its results in Python for main.cpp to compare with.
+"""Package a stack with AOTInductor, and save its results in Python, for main.cpp to compare.
 
 python examples/aoti/package.py DIR
 """
@@ -12,14 +12,14 @@ import torch
 import mhc_ops
 from mhc_ops import nn
 
-os.environ["MHC_OPS_FUSE_POST_PRE"] = "1"  # read by wire()
+os.environ["MHC_OPS_FUSE_POST_PRE"] = "1"  # wire() reads this variable
 HIDDEN = int(os.environ.get("HIDDEN", "256"))
 DEVICE = "cuda" if mhc_ops.is_supported()[0] else "cpu"
 folder = Path(sys.argv[1])
 
 
 class Mlp(torch.nn.Module):
-    """Stands for attention and MLP alike: any f(x) -> x will do."""
+    """Stand in for both attention and MLP, because any f(x) -> x will do."""
 
     def __init__(self) -> None:
         super().__init__()

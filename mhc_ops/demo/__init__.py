@@ -1,20 +1,22 @@
-"""``python -m mhc_ops demo``: a small DeepSeek-V4 of transformers, stock against these ops.
+"""Run ``python -m mhc_ops demo``: a small DeepSeek-V4 of transformers, stock against these ops.
 
-Random weights, real text, the CPU or a GPU. Every claim that the demo prints is checked, and the
-exit status is 1 where one does not hold:
+The demo uses random weights and real text, on the CPU or a GPU. Every claim that the demo prints is
+checked, and the exit status is 1 where a claim does not hold:
 
-1. Teacher-forced logits of stock bf16 and of mhc-ops bf16 (unfused and fused), each compared with
-   the stock model in float32. The error of mhc-ops is at most ``ERROR_RATIO`` times stock's own,
-   and its top token is float32's wherever float32's margin exceeds stock's largest error.
-2. A greedy continuation with the KV cache.
-3. ``torch.compile(fullgraph=True)``: one graph.
-4. On a GPU: a CUDA graph replayed on new input, and the times of a boundary.
+1. Teacher-forced logits of stock bf16 and of mhc-ops bf16 (unfused and fused) are compared with
+   those of the stock model in float32. The error of mhc-ops is at most ``ERROR_RATIO`` times the
+   error of stock bf16, and the top token is float32's wherever float32's margin exceeds the largest
+   error of stock bf16.
+2. A greedy continuation with the KV cache takes tokens that float32 ranks first, or almost.
+3. ``torch.compile(fullgraph=True)`` makes one graph.
+4. On a GPU a CUDA graph is replayed on new input, and a boundary is timed.
 
-The comparison is made twice (:mod:`mhc_ops.demo.models` says why): with the choices of the float32
-run given to both, where the error is that of the arithmetic and is checked seed by seed; and with
-every run choosing for itself, as in use, where it is checked over all seeds together.
+The comparison is made twice (:mod:`mhc_ops.demo.models` says why). In the first both runs are given
+the choices of the float32 run, so that the error comes from the arithmetic alone; this error is
+checked seed by seed. In the second every run chooses for itself, as in use; the error over all
+seeds together is checked.
 
-It ends with a table, and with a picture where matplotlib is installed.
+The demo ends with a table, and with a picture where matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ PICTURE = Path("mhc_ops_demo.png")
 
 @torch.no_grad()
 def run(report: summary.Report, device: str, picture: Path = PICTURE) -> None:
-    """All steps on one device, then the table and the picture."""
+    """Run all parts of the demo on one device, then show the table and the picture."""
     source, text = readme()
     report.step(f"{steps.SEEDS} random DeepSeek-V4 models on {device}; text: {source}")
     if device == "cuda":
@@ -49,7 +51,7 @@ def run(report: summary.Report, device: str, picture: Path = PICTURE) -> None:
     cases = [steps.make_case(seed, text, device) for seed in range(steps.SEEDS)]
     compared = steps.compare_logits(report, cases)
     steps.continue_greedily(report, cases[0], summary.outcomes_of(compared)[0].own_error)
-    # one pair of layers: half the time of Inductor
+    # One pair of layers takes Inductor half the time of two.
     steps.compile_model(report, steps.make_case(0, text, device, pairs=1))
     times: list[dict[str, Any]] = []
     if device == "cuda":
@@ -60,7 +62,7 @@ def run(report: summary.Report, device: str, picture: Path = PICTURE) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """``python -m mhc_ops demo``.
+    """Run ``python -m mhc_ops demo``.
 
     Args:
         argv: ``--device auto`` (a GPU that the ops support, else the CPU), ``cpu`` or ``cuda``;

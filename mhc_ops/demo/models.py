@@ -1,10 +1,10 @@
-"""A small random DeepSeek-V4 of transformers, run stock and on these ops, and how far it is off.
+"""Run a small random DeepSeek-V4 of transformers stock and on these ops, and compare the logits.
 
 A model of this kind is not continuous: where two experts (or two compressed entries of the sparse
-attention) score alike, one rounding changes which is taken, and the logits of that position jump.
-Such jumps make most of the error of any bf16 run, whichever path it takes (NOTES.md, "Jumps of a
-mixture of experts"). So a comparison is best made with the choices of the float32 run given to all
-(:class:`Choices`), where the error is that of the arithmetic.
+attention) have almost the same score, one rounding changes the choice, and the logits of that
+position jump. Such jumps make most of the error of any bf16 run on any path (benchmarks/NOTES.md,
+"Jumps of a mixture of experts"). So runs are best compared with the choices of the float32 run
+given to all of them (:class:`Choices`), where the error comes from the arithmetic alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import config, geometry
 
-ERROR_RATIO = 1.05  # largest error of mhc-ops, in units of stock bf16's own
+ERROR_RATIO = 1.05  # the error of mhc-ops may be at most so many times the error of stock bf16
 KEPT_IN_FLOAT32 = ("attn_hc", "ffn_hc", "hc_head", "sinks", "position_bias", "correction_bias")
 
 PATHS = {
@@ -31,7 +31,7 @@ PATHS = {
 
 
 def readme() -> tuple[str, bytes]:
-    """Where the text comes from, and the text: the README of the checkout or of the package."""
+    """Return where the text comes from, and the text: the README of the checkout or the package."""
     path = Path(__file__).resolve().parents[2] / "README.md"
     if path.is_file():
         return str(path), path.read_bytes()
@@ -44,14 +44,14 @@ def readme() -> tuple[str, bytes]:
 
 
 def byte_tokens(text: bytes, part: int, rows: int, length: int, device: str) -> Tensor:
-    """[rows, length] tokens, one a byte: the given part of a text that is read round and round."""
+    """Return a part of an endlessly repeated text as [rows, length] tokens, one for each byte."""
     start = part * rows * length
     tokens = [text[index % len(text)] for index in range(start, start + rows * length)]
     return torch.tensor(tokens, device=device).view(rows, length)
 
 
 def to_checkpoint_dtypes(model: Any) -> None:
-    """The dtypes of the published checkpoints: bf16, and what they keep in float32."""
+    """Give a model the dtypes of the published checkpoints: bf16, and a few tensors in float32."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and not (
             "inv_freq" in name or any(part in name for part in KEPT_IN_FLOAT32)
@@ -60,11 +60,12 @@ def to_checkpoint_dtypes(model: Any) -> None:
 
 
 def small_model(seed: int, device: str, pairs: int = 2) -> Any:
-    """A DeepSeek-V4 of 2 layers a pair in bf16, with weights that make every part of it count.
+    """Make a DeepSeek-V4 of 2 layers a pair in bf16, with weights that make every part matter.
 
-    Both kinds of compressed attention, hash and top-k routing. The hyper-connections get mixes
-    far from uniform, the norms weights other than 1. dtypes are those of the published
-    checkpoints: bf16, the hyper-connections and a few small tensors in float32.
+    The model has both kinds of compressed attention, and both hash and top-k routing. The mixes of
+    the hyper-connections are far from uniform, and the norms have weights other than 1. The dtypes
+    are those of the published checkpoints: the hyper-connections and a few small tensors are in
+    float32, all others in bf16.
     """
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
@@ -125,7 +126,7 @@ def small_model(seed: int, device: str, pairs: int = 2) -> Any:
 
 @contextlib.contextmanager
 def switches(values: dict[str, str]) -> Iterator[None]:
-    """The switches of the model wiring: those given, the others at their defaults."""
+    """Set the given switches of the model wiring for a while, and the others to their defaults."""
     before = {name: os.environ.pop(name, None) for name in config.WIRING}
     os.environ.update(values)
     try:
@@ -139,7 +140,7 @@ def switches(values: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def path(model: Any, name: str) -> Iterator[Any]:
-    """The model on one of ``PATHS``, or stock; stock again afterwards."""
+    """Put the model on one of ``PATHS`` for a while; any other name leaves the model stock."""
     from ..integrations import transformers as integration
 
     if name not in PATHS:
@@ -154,7 +155,7 @@ def path(model: Any, name: str) -> Iterator[Any]:
 
 
 class Choices:
-    """The discontinuous choices of a run: experts of each router, entries of each indexer."""
+    """Hold the discontinuous choices of a run: experts of each router, entries of each indexer."""
 
     def __init__(self) -> None:
         self.taken: dict[str, Tensor] = {}
@@ -178,7 +179,7 @@ class Choices:
                 handle.remove()
 
     def recorded(self, model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
-        """While it lasts, keep what the model chooses."""
+        """Keep what the model chooses while the context lasts."""
 
         def keep(name: str, _: torch.nn.Module, output: Any) -> None:
             self.taken[name] = output[2] if isinstance(output, tuple) else output
@@ -186,7 +187,7 @@ class Choices:
         return self._hooks(model, keep)
 
     def replayed(self, model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
-        """While it lasts, the model takes what was recorded, with weights of its own."""
+        """Give the model the recorded choices while the context lasts; its weights stay its own."""
 
         def replace(name: str, module: Any, output: Any) -> Any:
             taken = self.taken[name]
@@ -200,12 +201,12 @@ class Choices:
 
 
 class Errors(NamedTuple):
-    """How far logits are from those of the float32 model.
+    """Say how far logits are from those of the float32 model.
 
     Attributes:
         mean: mean absolute error over all logits.
         largest: largest absolute error.
-        agreement: share of positions with float32's top token.
+        agreement: share of positions whose top token is float32's.
     """
 
     mean: float
@@ -221,12 +222,15 @@ def errors(logits: Tensor, exact: Tensor) -> Errors:
 
 
 def top_tokens(logits: Tensor, exact: Tensor, least_margin: float) -> tuple[int, float]:
-    """(positions with another top token than float32's, share of positions looked at).
+    """Compare the top tokens with float32's where float32's margin is large.
 
     Args:
         logits: [..., vocabulary].
-        exact: the same of the float32 model.
+        exact: [..., vocabulary], logits of the float32 model.
         least_margin: positions where float32's margin is at most this are left out.
+
+    Returns:
+        (number of positions with another top token than float32's, share of positions compared).
     """
     best = exact.topk(2, dim=-1)
     covered = best.values[..., 0] - best.values[..., 1] > least_margin
@@ -235,5 +239,5 @@ def top_tokens(logits: Tensor, exact: Tensor, least_margin: float) -> tuple[int,
 
 
 def logits_of(model: Any, tokens: Tensor, masks: dict[str, Tensor] | None = None) -> Tensor:
-    """[rows, length, vocabulary]; ``masks`` by kind of attention, made by the model when None."""
+    """Compute the logits [rows, length, vocabulary]; without ``masks`` the model makes its own."""
     return model(tokens, attention_mask=masks, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""The steps of the demo, each of which checks what it prints."""
+"""Run the parts of the demo, each of which checks what it prints."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ from .models import (
 )
 from .summary import Comparison, Report
 
-LEAST_COVERED = 0.5  # share of positions that the check of the top token must reach
+LEAST_COVERED = 0.5  # the check of the top token must cover this share of the positions
 
 SEEDS = 4
-SEQUENCES, LENGTH = 4, 512  # of one teacher-forced batch
+SEQUENCES, LENGTH = 4, 512  # a teacher-forced batch has this size
 PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 4, 128, 48
-GRAPH_SEQUENCES, GRAPH_LENGTH = 2, 64  # of a compiled or captured run
+GRAPH_SEQUENCES, GRAPH_LENGTH = 2, 64  # a compiled or captured run has this size
 BENCH_TOKENS, BENCH_HIDDEN = (1, 8, 64, 512), (4096, 7168)
 
 
 def readable(tokens: Tensor) -> str:
-    """One character a token: those of ASCII as they are, the rest as a dot."""
+    """Show each token as one character: printable ASCII as it is, the rest as a dot."""
     return "".join(chr(t) if 32 <= t < 127 else "·" for t in tokens.tolist())
 
 
-# ------------------------------------------------------------------------------------- the steps
+# ------------------------------------------------------------------------------------- the parts
 
 
 class Case(NamedTuple):
-    """One random model and its text.
+    """Hold one random model and its text.
 
     Attributes:
-        model: stock, in bf16.
-        exact: the same weights in float32.
+        model: the stock model in bf16.
+        exact: a model with the same weights in float32.
         tokens: [SEQUENCES, LENGTH].
     """
 
@@ -67,7 +67,7 @@ def make_case(seed: int, text: bytes, device: str, pairs: int = 2) -> Case:
 
 
 def compare_logits(report: Report, cases: Sequence[Case]) -> list[Comparison]:
-    """Check 1."""
+    """Check 1: the logits are as near to float32's as those of stock bf16."""
     table = Table(title="error of the logits against float32 (mean; largest; same top token)")
     for column in ("seed", "path", "float32's choices", "own choices"):
         table.add_column(column)
@@ -179,7 +179,8 @@ def compile_model(report: Report, case: Case) -> None:
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
-        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # off for the float32 run
+        # TF32 stays off because the float32 run is the reference.
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
         compiled = errors(
             torch.compile(model, fullgraph=True, backend=counting)(tokens, use_cache=False).logits,
             exact,
@@ -202,12 +203,12 @@ def compile_model(report: Report, case: Case) -> None:
 
 
 def replay_cuda_graph(report: Report, case: Case) -> None:
-    """Check 4: the fused model captured once and replayed on other tokens."""
+    """Check 4: the fused model, captured once and replayed on other tokens, gives eager's bits."""
     report.step("CUDA graph: captured on one text, replayed on another")
     from transformers.masking_utils import create_sliding_window_causal_mask
 
     tokens = case.tokens[:GRAPH_SEQUENCES, :GRAPH_LENGTH].clone()
-    # transformers builds its mask with a copy from the CPU, which no capture allows
+    # transformers builds its mask with a copy from the CPU, which no capture allows.
     mask = create_sliding_window_causal_mask(
         config=case.model.config,
         inputs_embeds=case.model.model.embed_tokens(tokens),
@@ -218,7 +219,7 @@ def replay_cuda_graph(report: Report, case: Case) -> None:
     masks = {"sliding_attention": mask}
     other = case.tokens[GRAPH_SEQUENCES : 2 * GRAPH_SEQUENCES, :GRAPH_LENGTH]
     experts = case.model.config._experts_implementation
-    case.model.set_experts_implementation("batched_mm")  # no sizes that depend on the data
+    case.model.set_experts_implementation("batched_mm")  # its sizes do not depend on the data
     with path(case.model, "mhc-ops fused") as model:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -237,7 +238,7 @@ def replay_cuda_graph(report: Report, case: Case) -> None:
 
 
 def time_boundaries(report: Report, device: str) -> list[dict[str, Any]]:
-    """The times of a boundary at the sizes of V4-Flash and V4-Pro."""
+    """Time a boundary at the sizes of V4-Flash and V4-Pro."""
     from .. import bench
 
     report.step("time of one boundary in a CUDA graph")

@@ -1,4 +1,4 @@
-"""What the demo shows: a line for each step and check, and at the end a table and a picture."""
+"""Show the demo's results: a line for each part and check, and at the end a table and a picture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .models import PATHS, Errors
 
 
 class Report:
-    """Prints what is done and remembers what failed."""
+    """Print what is done, and remember what failed."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -36,12 +36,12 @@ class Report:
 
 
 class Comparison(NamedTuple):
-    """The logits of one path of one model against float32's.
+    """Compare the logits of one path of one model with float32's.
 
     Attributes:
-        seed, path: which.
-        pinned: with float32's choices.
-        own: with the path's own choices.
+        seed, path: which model and which path.
+        pinned: errors with float32's choices.
+        own: errors with the path's own choices.
     """
 
     seed: int
@@ -51,13 +51,13 @@ class Comparison(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What is left of a path in the table at the end.
+    """Hold the row of a path in the table at the end.
 
     Attributes:
-        path: its name.
-        error, own_error: mean errors of the logits over all seeds, with float32's choices and its
-            own.
-        agreement: share of positions with float32's top token, with float32's choices.
+        path: name of the path.
+        error, own_error: mean errors of the logits over all seeds, with float32's choices and with
+            the path's own.
+        agreement: share of positions whose top token is float32's, with float32's choices.
     """
 
     path: str
@@ -86,11 +86,11 @@ def outcomes_of(compared: Sequence[Comparison]) -> list[Outcome]:
 def summarise(
     report: Report, compared: Sequence[Comparison], times: Sequence[dict[str, Any]]
 ) -> None:
-    """Print the table at the end: a row a path.
+    """Print the table at the end, with one row for each path.
 
-    The mean error of the logits with float32's choices, in units of stock's, and in those where
-    each run chooses for itself; positions with float32's top token; the times of a boundary, where
-    a GPU took them.
+    The columns are the mean error of the logits with float32's choices, the same in units of
+    stock's error, the error in units of stock's where each run makes its own choices, the share of
+    positions with float32's top token, and on a GPU the times of a boundary.
     """
     outcomes = outcomes_of(compared)
     stock = outcomes[0]
@@ -117,7 +117,7 @@ def summarise(
 
 
 def draw(compared: Sequence[Comparison], times: Sequence[dict[str, Any]], output: Path) -> None:
-    """Draw the picture: left the errors seed by seed, right the times, or the top tokens.
+    """Draw the errors seed by seed on the left, the times or the top tokens on the right.
 
     Raises:
         ImportError: there is no matplotlib.

@@ -1,1 +1,1 @@
-"""Adapters that make existing model code run on the ops; each is imported by its own name."""
+"""Hold the adapters that run existing model code on the ops; each is imported by its own name."""

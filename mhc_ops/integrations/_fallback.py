@@ -1,10 +1,10 @@
 """Hand calls that the ops do not serve to the engine's own functions, and log the reason once.
 
-What is the same for all calls of a model, device and sizes, is decided at the first call, which
-also loads every kernel of the hidden size: engines run a model once before they capture it, and
-SGLang calls ``mhc_pre`` when it has loaded the weights. The rest (layouts, addresses, numbers) is
-what the ops check themselves before they launch anything, so a call that they serve costs nothing
-more.
+The *place* of a call is its number of streams, hidden size, dtype and device. Whether the ops serve
+a place is decided at the first call of the place, which also loads every kernel of the hidden size.
+Engines run a model once before they capture it, and SGLang calls ``mhc_pre`` when it has loaded the
+weights. Layouts, addresses and numbers are checked by the ops themselves before they launch
+anything, so this module adds no second check to a call that the ops serve.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ T = TypeVar("T")
 
 _NUMBERS = re.compile(r"\d+")
 
-Place = tuple[int, int, torch.dtype, torch.device]  # hc_mult, hidden, and of the streams
+# A place is hc_mult, the hidden size, and dtype and device of the streams.
+Place = tuple[int, int, torch.dtype, torch.device]
 
 
 class NotServed(Exception):
-    """Says that a call is the engine's by design, which is no news to its log."""
+    """Say that a call goes to the engine's own function by design, which is not logged."""
 
 
-# The reason why the ops do not serve a place; None where they do.
+# This maps a place to the reason why the ops do not serve it, or to None where they do.
 _decided: dict[Place, str | None] = {}
 _told: set[str] = set()
 
 
 def _tell(reason: str) -> None:
-    """Log a reason once; other numbers in it, such as a token count, make no other reason."""
+    """Log a reason once; reasons that differ in numbers only, such as a token count, are one."""
     sort = _NUMBERS.sub("#", reason)
     if sort not in _told:
         _told.add(sort)
@@ -57,12 +58,12 @@ def no_kernels(hidden: int, device: torch.device) -> str | None:
     """Look for the kernels of a hidden size, without compiling any.
 
     Args:
-        hidden: H.
-        device: where they would run; CUDA is initialised if it is a CUDA device.
+        hidden: hidden size.
+        device: device on which the kernels would run; for a CUDA device CUDA is initialised.
 
     Returns:
-        The reason why there are none; None where they can be had, and on a CPU, where the ops are
-        their own reference.
+        The reason why there are none. None where the kernels are available, and on a CPU, where
+        the ops run the reference.
     """
     multiple = geometry.HIDDEN_MULTIPLE
     if hidden < 1 or hidden % multiple != 0:
@@ -79,11 +80,12 @@ def require(engine: str, hidden: int) -> None:
     """Refuse an install that would serve nothing.
 
     Args:
-        engine: of the adapter, for the message.
-        hidden: of the model that will run on the current CUDA device.
+        engine: name of the adapter, for the message.
+        hidden: hidden size of the model that will run on the current CUDA device.
 
     Raises:
-        RuntimeError: the device is not served, or the kernels cannot be had, with the reason.
+        RuntimeError: the ops do not serve the device, or the kernels are not available; the message
+            gives the reason.
     """
     reason = no_kernels(hidden, torch.device("cuda"))
     if reason is not None:
@@ -93,14 +95,14 @@ def require(engine: str, hidden: int) -> None:
 
 
 def load_kernels(hidden: int, device: torch.device) -> None:
-    """Load every kernel of a hidden size, and compile those that are not built.
+    """Load every kernel of a hidden size; compile a kernel that is neither built ahead nor cached.
 
     Args:
-        hidden: H.
-        device: where the model runs; nothing is done for a CPU, nor while CUDA is captured.
+        hidden: hidden size.
+        device: device of the model; nothing is loaded for a CPU, nor during CUDA-graph capture.
 
     Raises:
-        RuntimeError: a kernel cannot be had.
+        RuntimeError: a kernel is not available.
     """
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         prewarm([hidden], device=device, max_tokens=sys.maxsize)
@@ -115,24 +117,25 @@ def _decide(hc_mult: int, hidden: int, dtype: torch.dtype, device: torch.device)
         reason = no_kernels(hidden, device)
         if reason is None:
             load_kernels(hidden, device)
-    except Exception as error:  # whatever it is, the engine can do without the ops
+    except Exception as error:  # after any failure the engine can run its own functions
         return str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
     return reason
 
 
 def _place(streams: Any, flat: Any = None) -> Place | None:
-    """Say where a call belongs.
+    """Say which place a call belongs to.
 
     Args:
         streams: the streams [..., n, H], or with ``flat`` any activation [..., H].
-        flat: [..., n*H], streams or their projection.
+        flat: [..., n*H], the streams or their projection.
 
     Returns:
-        The place; None for what are no streams, which the engine knows best to refuse.
+        The place. None where the argument is no tensor of streams, which the engine's own function
+        is left to refuse.
     """
     try:
         shape = streams.shape
-        # Of symbols in a trace, index makes numbers.
+        # In a trace the sizes are symbols, which index turns into numbers.
         hidden = index(shape[-1])
         hc_mult = index(shape[-2] if flat is None else flat.shape[-1] // hidden)
         return hc_mult, hidden, streams.dtype, streams.device
@@ -142,7 +145,7 @@ def _place(streams: Any, flat: Any = None) -> Place | None:
 
 @torch.compiler.assume_constant_result
 def _refusal(place: Place) -> str | None:
-    """The reason why the ops do not serve a place; None where they do. A trace calls it too."""
+    """Say why the ops do not serve a place; None where they do. A trace calls this, too."""
     try:
         return _decided[place]
     except KeyError:
@@ -155,12 +158,12 @@ def _refusal(place: Place) -> str | None:
 
 
 def warm(hc_mult: int, hidden: int, device: torch.device) -> None:
-    """Decide for a model before its first call, and load its kernels where the ops serve it.
+    """Decide for a model before its first call, and load the kernels where the ops serve the model.
 
     Args:
-        hc_mult: n.
-        hidden: H.
-        device: where the model runs.
+        hc_mult: number of streams.
+        hidden: hidden size.
+        device: device of the model.
     """
     _refusal((hc_mult, hidden, ACTIVATION, device))
 
@@ -173,14 +176,14 @@ def bf16(weight: Tensor | None) -> Tensor | None:
 def falls_back(
     streams: str, *, flat: str | None = None
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Make a function that calls an op call the engine's own one where the op does not serve.
+    """Make a function that calls an op fall back to the engine's own where the op does not serve.
 
     A function that calls no op for some of its arguments raises :class:`NotServed` for these.
 
     Args:
-        streams: the parameter that is the residual streams [..., n, H]; with ``flat`` one that is
-            an activation [..., H].
-        flat: a parameter [..., n*H], which tells n where the streams do not.
+        streams: name of the parameter that is the residual streams [..., n, H]; with ``flat`` name
+            of a parameter that is an activation [..., H].
+        flat: name of a parameter [..., n*H], which tells n where ``streams`` does not.
     """
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
@@ -207,7 +210,8 @@ def falls_back(
                 reason = str(error)
             except jit.KernelUnavailable as error:
                 reason = str(error)
-                # Another call would try again for as long; outside of a capture it could succeed.
+                # The failure is remembered, because each further call would take as long to fail. A
+                # failure during a capture is not remembered: the same call may succeed outside.
                 if not torch.cuda.is_current_stream_capturing():
                     _decided[place] = reason
             _tell(reason)

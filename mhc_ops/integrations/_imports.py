@@ -1,4 +1,4 @@
-"""Call a function when somebody else has imported a module, without importing the module now."""
+"""Call a function once other code has imported a module, without importing the module now."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _waiting: dict[str, Callable[[], None]] = {}
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Find a module as the other finders do, and let its loader call what waits for the module."""
+    """Find a module as the other finders do, and make its loader call what waits for the module."""
 
     def __init__(self) -> None:
         self._busy = threading.local()
@@ -41,7 +41,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             if then is not None:
                 then()
 
-        loader.exec_module = exec_module  # of this one loader, which is this one module's
+        loader.exec_module = exec_module  # a loader belongs to one module, so no other is affected
         return spec
 
 
@@ -49,11 +49,12 @@ _finder = _Finder()
 
 
 def after(module: str, then: Callable[[], None]) -> None:
-    """Call a function once a module is imported: now, if it is imported already.
+    """Call a function once a module is imported; call it now if the module is imported already.
 
     Args:
         module: full name of the module.
-        then: the function; raises nothing. It takes the place of one that waits for this module.
+        then: the function, which must raise nothing. It replaces a function that already waits for
+            the module.
     """
     if module in sys.modules:
         then()
@@ -64,10 +65,10 @@ def after(module: str, then: Callable[[], None]) -> None:
 
 
 def forget(module: str) -> None:
-    """Call nothing when a module is imported.
+    """Drop the function that waits for a module, if there is one.
 
     Args:
-        module: full name of the module; one that nothing waits for is left alone.
+        module: full name of the module.
     """
     _waiting.pop(module, None)
     if not _waiting and _finder in sys.meta_path:

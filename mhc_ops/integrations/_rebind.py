@@ -1,4 +1,4 @@
-"""Functions of an engine replaced in place, and put back; what sglang.py and vllm.py share."""
+"""Replace functions of an engine in place, and put them back, for sglang.py and vllm.py."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ logger = logging.getLogger("mhc_ops")
 
 
 class Replacement(NamedTuple):
-    """Name a function or method of an engine, and what takes its place.
+    """Name a function or method of an engine, and the function that replaces it.
 
     Attributes:
-        module: full name of the module that defines it.
-        name: its name there; a method is ``Class.method``.
-        function: takes its place; has the signature that is expected of it.
-        late: the module is the engine's to import, such as that of a model. The replacement is
-            made when the engine has imported the module, and a module that is not what is
-            expected costs this one replacement alone.
+        module: full name of the module that defines the engine's function.
+        name: name of the engine's function in the module; a method is ``Class.method``.
+        function: the function that replaces the engine's. It has the signature that the engine's
+            is expected to have.
+        late: whether only the engine imports the module, such as that of a model. The replacement
+            is then made when the engine has imported the module. If the module is not as expected,
+            this replacement alone is left out.
     """
 
     module: str
@@ -36,15 +37,16 @@ class Replacement(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """A function of an engine where it is defined, and the one that takes its place."""
+    """Hold a function of an engine, where it is defined, and the function that replaces it."""
 
-    owner: Any  # a module or a class
+    owner: Any  # the owner is a module or a class
     attribute: str
     stock: Callable[..., Any]
     ours: Callable[..., Any]
 
 
-# Ours to the engine's own; kept after uninstall for whoever still holds one of ours.
+# This maps a function of ours to the engine's own that it replaced. An entry stays after uninstall,
+# because other code may still hold the function of ours.
 _stock: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
@@ -65,7 +67,7 @@ def _text(function: Callable[..., Any]) -> str:
 
 
 def _find(engine: str, tested: str, wanted: Replacement) -> _Found:
-    """Find the engine's function, and see to it that callers call it as they call ours."""
+    """Find the engine's function, and refuse one whose signature is not that of ours."""
     asked = f"mhc_ops.integrations.{engine}: expected {wanted.module}.{wanted.name}"
     hint = f"; tested with {engine} {tested}"
     try:
@@ -86,7 +88,7 @@ def _find(engine: str, tested: str, wanted: Replacement) -> _Found:
 
 
 def _bound(engine: str, function: Callable[..., Any]) -> Iterator[tuple[Any, str]]:
-    """List where the engine's modules bind a function: model code imports functions by name."""
+    """List where the engine's modules bind a function, because model code imports it by name."""
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == engine and isinstance(module, ModuleType):
             for attribute, value in list(vars(module).items()):
@@ -102,7 +104,7 @@ def _places(engine: str, found: _Found) -> Iterator[tuple[Any, str]]:
 
 
 def _replace(engine: str, found: Sequence[_Found]) -> None:
-    """Bind ours wherever the engine binds its own: all of them or none."""
+    """Bind our functions wherever the engine binds its own: all of them, or none if one fails."""
     done: list[tuple[Any, str, Callable[..., Any]]] = []
     try:
         for one in found:
@@ -122,7 +124,7 @@ def _replace_late(engine: str, tested: str, wanted: Sequence[Replacement]) -> No
     for one in wanted:
         try:
             _replace(engine, [_find(engine, tested, one)])
-        except Exception as error:  # whatever it is, the engine can do without this one
+        except Exception as error:  # after any failure the engine can keep its own function
             logger.warning("%s keeps its own %s: %s", engine, one.name, error)
 
 
@@ -130,9 +132,9 @@ def install(engine: str, tested: str, replacements: Sequence[Replacement]) -> No
     """Bind every replacement wherever the engine's modules bind the function that it replaces.
 
     Args:
-        engine: name of its top-level package.
-        tested: the version that the signatures are those of, for the messages.
-        replacements: what to replace; one that is in place already is left there.
+        engine: name of the engine's top-level package.
+        tested: version of the engine that has these signatures, for the messages.
+        replacements: what to replace; a replacement that is in place already is left there.
 
     Raises:
         RuntimeError: the engine is not installed, a function that is not ``late`` is missing or has
@@ -154,8 +156,8 @@ def uninstall(engine: str, replacements: Sequence[Replacement]) -> None:
     """Undo :func:`install`, also in modules that were imported after it.
 
     Args:
-        engine: name of its top-level package.
-        replacements: those that were installed; one that is not in place is left alone.
+        engine: name of the engine's top-level package.
+        replacements: the replacements to undo; one that is not in place is left alone.
     """
     for module, name, ours, late in replacements:
         if late:
@@ -175,11 +177,11 @@ def uninstall(engine: str, replacements: Sequence[Replacement]) -> None:
 def guarded(engine: str, install: Callable[[], None]) -> None:
     """Call an adapter's install from a plugin, which the engine may call without any guard.
 
-    Whatever goes wrong is logged; only a request to end the process gets out.
+    Every exception is logged instead of raised, except a request to end the process.
 
     Args:
-        engine: its name, for the log.
-        install: of its adapter.
+        engine: name of the engine, for the log.
+        install: function ``install`` of the engine's adapter.
     """
     try:
         install()

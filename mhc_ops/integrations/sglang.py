@@ -1,33 +1,36 @@
-"""SGLang's models with hyper-connections on the mHC ops: :func:`install` and :func:`uninstall`.
+"""Run SGLang's models with hyper-connections on the mHC ops: :func:`install`, :func:`uninstall`.
 
 :func:`install` rebinds, in modules of ``sglang``:
 
 * ``mhc_pre``, ``mhc_post`` and ``mhc_fused_post_pre`` of ``kernels.ops.layernorm.mhc``, which
   DeepSeek-V4 and GLM-5.3 call, and ``fused_hc_head`` of ``mhc_head`` beside it;
-* of DeepSeek-V4, whatever SGLang's switches for other implementations say (FlashInfer's,
+* of DeepSeek-V4, with any setting of SGLang's switches for other implementations (FlashInfer's,
   DeepGEMM's): ``DeepseekV4DecoderLayerBase.hc_pre``, ``deepseek_v4_mhc.post``, and the heads
   ``hc_head_torch`` (DSpark) and ``DeepseekV4ModelNextN.hc_head``;
 * of GLM-5.3, ``Glm5NextDecoderLayer.hc_ffn_post_pre``, for any number of tokens.
 
-SGLang keeps its own: the copy of the embedding into the streams, GLM-5.3's mean over the streams,
-and of DeepSeek-V4.1, whose pre step is another one, all but the post step of more than 64 tokens.
+SGLang keeps its own functions for the copy of the embedding into the streams, for GLM-5.3's mean
+over the streams, and for all of DeepSeek-V4.1, whose pre step differs, but the post step of more
+than 64 tokens.
 
 SGLang runs the model in processes of its own. Where mhc-ops is installed beside it, the entry
 point ``mhc_ops`` of the group ``sglang.srt.plugins`` calls :func:`plugin` in each of them.
-``SGLANG_PLUGINS``, a list of names, says which plugins SGLang loads; all when it is not set.
-Without the entry point call ``install()`` at the top level of the script that starts the engine,
-not under ``if __name__ == "__main__"``: a spawned process imports that script too.
+``SGLANG_PLUGINS``, a list of names, says which plugins SGLang loads; SGLang loads all when the
+variable is not set. Without the entry point call ``install()`` at the top level of the script that
+starts the engine, not under ``if __name__ == "__main__"``, because a spawned process imports that
+script too.
 
-A call that the ops do not serve runs SGLang's own function, and the log says why, once: another
-device, ``hc_mult``, hidden size or dtype, a layout or an address that the kernels do not read,
-kernels that are neither there nor can be compiled. The device is first looked at by a call, so
-that CUDA is not initialised before SGLang does it. The first call loads every kernel of the
-hidden size; SGLang makes that call when it has loaded the weights of DeepSeek-V4.
+A call that the ops do not serve runs SGLang's own function, and the log says why, once. The reason
+may be another device, ``hc_mult``, hidden size or dtype, a layout or an address that the kernels do
+not read, or kernels that are neither built ahead nor cached and cannot be compiled. Only a call
+looks at the device, so that CUDA is not initialised before SGLang does it. The first call loads
+every kernel of the hidden size; SGLang makes that call when it has loaded the weights of
+DeepSeek-V4.
 
-``layer_input`` comes from torch's allocator, not from SGLang's pool of symmetric memory: an
-all-reduce that writes into it takes NCCL's usual way.
+``layer_input`` comes from torch's allocator and not from SGLang's pool of symmetric memory, so
+NCCL runs an all-reduce that writes into it without symmetric memory.
 
-Tested with SGLang 0.5.23.
+This adapter is tested with SGLang 0.5.23.
 """
 
 from __future__ import annotations
@@ -45,10 +48,10 @@ TESTED = "0.5.23"
 
 @_fallback.falls_back("residual")
 def mhc_post(x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor) -> Tensor:
-    """:func:`mhc_ops.post` as SGLang calls it.
+    """Run :func:`mhc_ops.post` with the signature of SGLang's function.
 
     Args:
-        x, residual, post_layer_mix, comb_res_mix: as there.
+        x, residual, post_layer_mix, comb_res_mix: as in :func:`mhc_ops.post`.
 
     Returns:
         The new streams.
@@ -73,12 +76,13 @@ def mhc_pre(
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`mhc_ops.pre` as SGLang calls it.
+    """Run :func:`mhc_ops.pre` with the signature of SGLang's function.
 
     Args:
-        residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps: as there.
-        hc_post_mult_value, sinkhorn_repeat, norm_weight, norm_eps: as there.
-        n_splits, n_splits_pre: how SGLang's kernels cut the projection; the ops cut it themselves.
+        residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps: as in :func:`mhc_ops.pre`.
+        hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat: as in :func:`mhc_ops.pre`.
+        norm_weight, norm_eps: as in :func:`mhc_ops.pre`.
+        n_splits, n_splits_pre: how SGLang's kernels cut the projection; the op needs neither.
 
     Returns:
         (post_mix, comb_mix, layer_input).
@@ -109,13 +113,14 @@ def mhc_fused_post_pre(
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`mhc_ops.fused_post_pre` as SGLang calls it.
+    """Run :func:`mhc_ops.fused_post_pre` with the signature of SGLang's function.
 
     Args:
-        x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base: as there.
-        rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value: as there.
-        sinkhorn_repeat, norm_weight, norm_eps: as there.
-        n_splits, tile_n: how SGLang's kernels cut their work; the ops cut it themselves.
+        x, residual, post_layer_mix, comb_res_mix, fn: as in :func:`mhc_ops.fused_post_pre`.
+        hc_scale, hc_base, rms_eps, hc_pre_eps: as in :func:`mhc_ops.fused_post_pre`.
+        hc_sinkhorn_eps, hc_post_mult_value: as in :func:`mhc_ops.fused_post_pre`.
+        sinkhorn_repeat, norm_weight, norm_eps: as in :func:`mhc_ops.fused_post_pre`.
+        n_splits, tile_n: how SGLang's kernels cut their work; the op needs neither.
 
     Returns:
         (residual_out, post_mix, comb_mix, layer_input).
@@ -131,21 +136,21 @@ def mhc_fused_post_pre(
 def fused_hc_head(
     x: Tensor, hc_fn: Tensor, hc_scale: Tensor, hc_base: Tensor, norm_eps: float, hc_eps: float
 ) -> Tensor:
-    """:func:`mhc_ops.head` as SGLang calls it.
+    """Run :func:`mhc_ops.head` with the signature of SGLang's function.
 
     Args:
         x, hc_fn, hc_scale, hc_base, norm_eps, hc_eps: residual, fn, scale, base, rms_eps and
-            hc_eps there; SGLang's final norm follows by itself.
+            hc_eps of :func:`mhc_ops.head`.
 
     Returns:
-        The last hidden state, not normed.
+        The last hidden state, to which SGLang applies its final norm.
     """
     return ops.head(x, hc_fn, hc_scale, hc_base, norm_eps, hc_eps)
 
 
 # -------------------------------------------------------------------- DeepSeek-V4, by its modules
 
-_POST_MULT_VALUE = 2.0  # of every model; SGLang has it as a constant, too
+_POST_MULT_VALUE = 2.0  # every model has this value, which is a constant in SGLang, too
 
 
 @_fallback.falls_back("x")
@@ -158,10 +163,10 @@ def hc_head_torch(
     norm_eps: float,
     hc_eps: float,
 ) -> Tensor:
-    """:func:`mhc_ops.head` as DSpark calls it.
+    """Run :func:`mhc_ops.head` as DSpark calls its head.
 
     Args:
-        x, hc_fn, hc_scale, hc_base, norm_eps, hc_eps: as of :func:`fused_hc_head`.
+        x, hc_fn, hc_scale, hc_base, norm_eps, hc_eps: as in :func:`fused_hc_head`.
 
     Returns:
         The last hidden state, not normed.
@@ -171,11 +176,11 @@ def hc_head_torch(
 
 @_fallback.falls_back("x")
 def nextn_hc_head(self: Any, x: Tensor, hc_fn: Tensor, hc_scale: Tensor, hc_base: Tensor) -> Tensor:
-    """:func:`mhc_ops.head` as a method of ``DeepseekV4ModelNextN``.
+    """Run :func:`mhc_ops.head` as a method of ``DeepseekV4ModelNextN``.
 
     Args:
         self: the model, which has ``rms_norm_eps`` and ``hc_eps``.
-        x, hc_fn, hc_scale, hc_base: as of :func:`fused_hc_head`.
+        x, hc_fn, hc_scale, hc_base: as in :func:`fused_hc_head`.
 
     Returns:
         The last hidden state, not normed.
@@ -193,14 +198,14 @@ def layer_hc_pre(
     norm: Any = None,
     forward_batch: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """:func:`mhc_ops.pre` as a method of ``DeepseekV4DecoderLayerBase``.
+    """Run :func:`mhc_ops.pre` as a method of ``DeepseekV4DecoderLayerBase``.
 
     Args:
         self: the layer, which has ``rms_norm_eps``, ``hc_eps`` and ``hc_sinkhorn_iters``.
         x: the streams [T, n, H].
-        hc_fn, hc_scale, hc_base: as of :func:`mhc_pre`.
+        hc_fn, hc_scale, hc_base: as in :func:`mhc_pre`.
         norm: RMSNorm of the sublayer that follows, or None.
-        forward_batch: SGLang's batch, of which the ops need nothing.
+        forward_batch: SGLang's batch, which the op does not need.
 
     Returns:
         (layer_input, post_mix [T, n], comb_mix, whether layer_input is normed).
@@ -216,16 +221,17 @@ def layer_hc_pre(
 
 @_fallback.falls_back("residual")
 def post(cfg: Any, x: Tensor, residual: Tensor, post_mix: Tensor, comb: Tensor) -> Tensor:
-    """:func:`mhc_ops.post` as DeepSeek-V4's layers call it.
+    """Run :func:`mhc_ops.post` as DeepSeek-V4's layers call their post step.
 
     Args:
         cfg: SGLang's configuration of the hyper-connection.
-        x, residual, post_mix, comb: x, residual, post_layer_mix and comb_res_mix there.
+        x, residual, post_mix, comb: x, residual, post_layer_mix and comb_res_mix of
+            :func:`mhc_ops.post`.
 
     Returns:
         The new streams.
     """
-    if cfg.pre_from_prev:  # DeepSeek-V4.1, for which SGLang has kernels by token count
+    if cfg.pre_from_prev:  # this is DeepSeek-V4.1, for which SGLang has kernels by token count
         raise _fallback.NotServed
     return ops.post(x, residual, post_mix, comb)
 
@@ -240,7 +246,7 @@ def glm_hc_ffn_post_pre(
     out_norm_weight: Tensor | None,
     out_norm_eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, bool] | None:
-    """:func:`mhc_ops.fused_post_pre` as a method of ``Glm5NextDecoderLayer``.
+    """Run :func:`mhc_ops.fused_post_pre` as a method of ``Glm5NextDecoderLayer``.
 
     Args:
         self: the layer, which has ``hc_ffn_fn``, ``hc_ffn_scale``, ``hc_ffn_base`` and ``config``.
@@ -251,8 +257,8 @@ def glm_hc_ffn_post_pre(
         out_norm_weight, out_norm_eps: norm_weight and norm_eps.
 
     Returns:
-        (layer_input, residual_out, comb_mix, post_mix, whether layer_input is normed), each as
-        SGLang keeps it; SGLang's own function returns None where it does not fuse.
+        (layer_input, residual_out, comb_mix, post_mix, whether layer_input is normed), each in the
+        shape that SGLang keeps. SGLang's own function returns None where it does not fuse.
     """
     config = self.config
     (tokens, hidden), n = hidden_states.shape, config.hc_mult
@@ -297,7 +303,7 @@ REPLACEMENTS = (
 
 
 def _forget_cached() -> None:
-    """SGLang's model keeps functions that it looked up once."""
+    """Make SGLang's model look up its mHC functions again, which it keeps after the first time."""
     model = sys.modules.get("sglang.srt.models.deepseek_v4")
     forget = getattr(getattr(model, "get_mhc_ops", None), "cache_clear", None)
     if forget is not None:
@@ -305,11 +311,11 @@ def _forget_cached() -> None:
 
 
 def install(*, hidden: int | None = None) -> None:
-    """Make SGLang's mHC functions run the ops, in this process; again is harmless.
+    """Make SGLang's mHC functions run the ops, in this process; a second call is harmless.
 
     Args:
-        hidden: of the model. Where it is given, the current CUDA device is looked at now, and
-            whether its kernels can be had; otherwise each is at the first call.
+        hidden: hidden size of the model. With it the current CUDA device and the availability of
+            the kernels are checked now; without it the first call checks both.
 
     Raises:
         RuntimeError: SGLang is not installed, one of its functions is missing or has another
@@ -323,15 +329,15 @@ def install(*, hidden: int | None = None) -> None:
 
 
 def uninstall() -> None:
-    """Put SGLang's own functions back; without :func:`install` before it, do nothing."""
+    """Put SGLang's own functions back; without an :func:`install` before, do nothing."""
     _rebind.uninstall("sglang", REPLACEMENTS)
     _forget_cached()
 
 
 def plugin() -> None:
-    """What SGLang's entry point calls: :func:`install`, or a warning that says why not.
+    """Call :func:`install` for SGLang's entry point, and log a failure as a warning.
 
-    It runs in every process of SGLang, whatever the model: where the ops do not fit, SGLang has to
+    SGLang calls this in every process, with any model. Where the ops do not fit, SGLang has to
     start as it would without them.
     """
     _rebind.guarded("SGLang", install)

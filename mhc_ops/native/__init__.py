@@ -1,1 +1,1 @@
-"""How a CUDA call runs: plans, the launcher, the short and the long way, and early reading."""
+"""Run CUDA calls: plans, the launcher, the short way and the long way, and early reading."""

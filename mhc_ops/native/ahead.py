@@ -1,8 +1,9 @@
-"""What a process without Python needs to know of ops and plans, as files beside the kernels.
+"""Write what a process without Python needs to know of ops and plans to files beside the kernels.
 
-``ops.txt`` says what the ops are, ``plans-ARCH-HIDDEN.txt`` how their calls are served there:
-``standalone.h`` reads them. The first line of each names the sources of the native library and the
-SHA-1 of what follows, so that a file of another version, or half of one, is refused.
+``ops.txt`` says what the ops are, and ``plans-ARCH-HIDDEN.txt`` how calls are served at this
+architecture and hidden size; ``standalone.h`` reads both. The first line of each file names the
+sources of the native library and the SHA-1 of the other lines, so that a file of another version,
+or an incomplete one, is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .plan import plan
 
 def _write(path: Path, lines: Iterable[str]) -> None:
     body = "".join(f"{line}\n" for line in lines)
-    seal = hashlib.sha1(body.encode()).hexdigest()  # torch's headers have that one alone
+    seal = hashlib.sha1(body.encode()).hexdigest()  # torch's headers have no hash but SHA-1
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         new = Path(scratch) / path.name
         new.write_text(f"{host.source()} {seal}\n{body}")
@@ -32,13 +33,13 @@ def _write(path: Path, lines: Iterable[str]) -> None:
 
 
 def write_ops(folder: Path) -> None:
-    """Write what the ops are: name, what their calls show of the plan that they need, schema.
+    """Write of each op the name, what its calls show of the plan that they need, and the schema.
 
     Args:
-        folder: of kernels.
+        folder: folder of kernels.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
     _write(
         folder / "ops.txt",
@@ -53,15 +54,15 @@ def _kernel(key: Key, kernel: compiler.Compiled) -> str:
 
 
 def write_plans(folder: Path, arch: str, hidden: int) -> None:
-    """Write the plans for a hidden size on an architecture, with the kernels that are there.
+    """Write the plans for a hidden size on an architecture, with the kernels of the folder.
 
     Args:
-        folder: of kernels.
-        arch: such as ``sm_90a``.
-        hidden: H.
+        folder: folder of kernels.
+        arch: architecture, such as ``sm_90a``.
+        hidden: hidden size.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
     plans = [
         plan(op, hidden, arch, None, norm)
@@ -71,7 +72,7 @@ def write_plans(folder: Path, arch: str, hidden: int) -> None:
     every = dict.fromkeys(step.key for of in plans for r in of.ranges for step in r.steps)
     found = {key: store.load_kernel(folder, key) for key in every}
     kernels = {key: kernel for key, kernel in found.items() if kernel is not None}
-    # in place of its handle a kernel has its number
+    # In the file each kernel has a number instead of a handle.
     numbered = {key: launcher.Kernel(i, kernel) for i, (key, kernel) in enumerate(kernels.items())}
     lines = [_kernel(key, kernel) for key, kernel in kernels.items()]
     for of in plans:

@@ -1,17 +1,17 @@
-"""Early reading: whether a kernel may read ``fn`` before the kernel in front of it has finished.
+"""Decide on early reading: may a kernel read ``fn`` before the previous kernel has finished?
 
-Kernels that take ``early`` read ``fn`` before they wait for their predecessor on the stream, and
-let their successor start at once; told not to, they do both only after the wait. A kernel may read
-``fn`` early when an earlier call has read this very tensor and nothing has written it since: then
-whatever wrote it had finished before that call read it. So a read counts once its launch has
-succeeded, and
+With ``early`` set, a kernel reads ``fn`` before it waits for the previous kernel of the stream, and
+lets the next kernel start at once. Without ``early`` the kernel does both only after the wait. A
+kernel may read ``fn`` early when an earlier call has read the same tensor and nothing has written
+the tensor since, because every write had finished before that earlier call read. So a read is
+remembered when its launch has succeeded, and counts under these rules:
 
-* only for the same tensor, at the same version and at the same place in memory;
-* not for a tensor without a version counter, one that was made in inference mode;
-* a read in a capture only for calls of the same capture: nothing has run yet.
+* The tensor has to be the same, at the same version and at the same address.
+* A tensor without a version counter, which is one made in inference mode, is never read early.
+* A read in a capture counts only for calls of the same capture, because nothing of it has run yet.
 
-The table of what was read is in the native library where that is loaded, and otherwise here. Both
-follow these rules and pass the same tests.
+Where the native library is loaded, its table of reads is used, otherwise the table of this module.
+Both follow these rules and pass the same tests.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ def _weak_reference(tensor: Tensor) -> Any:
 
 
 class Read(NamedTuple):
-    """What a call reads.
+    """Describe what a call reads.
 
     Attributes:
-        tensor: a weak reference, which keeps the tensor's address from being given away.
-        address: of the tensor itself.
-        version: of its content, before the launch.
-        data: where its memory starts.
+        tensor: a weak reference, which keeps the tensor's address from being used again.
+        address: address of the tensor object.
+        version: version of the tensor's content, before the launch.
+        data: address of the tensor's memory.
         capture: number of the capture that the call is in; 0 for none.
     """
 
-    tensor: Any  # torch._C._WeakTensorRef, of which torch's stubs do not know
+    tensor: Any  # torch's stubs do not know the type, torch._C._WeakTensorRef
     address: int
     version: int
     data: int
@@ -49,7 +49,7 @@ class Read(NamedTuple):
 
 
 class Table:
-    """What the calls of this process have read."""
+    """Remember what the calls of this process have read."""
 
     def __init__(self) -> None:
         self._reads: dict[int, Read] = {}
@@ -57,15 +57,15 @@ class Table:
         self._next_sweep = _FIRST_SWEEP
 
     def look(self, fn: Tensor, capture: Callable[[], int]) -> tuple[bool, Read | None]:
-        """Whether a call may read a projection early.
+        """Decide whether a call may read a projection early.
 
         Args:
             fn: the projection.
-            capture: tells the number of the capture that the call is in, 0 for none; asked only
-                where it matters.
+            capture: function that tells the number of the capture that the call is in, 0 for none;
+                it is called only where the answer matters.
 
         Returns:
-            (whether it may, what to give to :meth:`add` after the launch; None for nothing).
+            (whether the call may, what to give to :meth:`add` after the launch or None).
         """
         if fn.is_inference():
             return False, None

@@ -1,8 +1,9 @@
-// The launcher: loads cubins and launches kernels through the CUDA driver API, and nothing else.
+// The launcher loads cubins and launches kernels through the CUDA driver API, and nothing else.
 //
-// No torch, no Python, no TileLang, no header of CUDA: the driver is opened at run time, and what is
-// used of its interface, which never changes, is declared here. Compiled once with any C compiler;
-// mhc_ops/native/launcher.py builds and calls it, and host.cpp is given the address of mhc_launch.
+// It needs no torch, Python, TileLang or CUDA header. The driver is opened at run time, and the
+// used part of the driver's interface, which never changes, is declared here. Any C compiler
+// compiles this file. mhc_ops/native/launcher.py builds and calls the launcher, and host.cpp gets
+// the address of mhc_launch.
 
 #include <dlfcn.h>
 #include <pthread.h>
@@ -11,7 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-// ------------------------------------------------------------------- what is used of the driver API
+// ----------------------------------------------------------------- the used part of the driver API
 
 typedef int CUresult;
 typedef int CUdevice;
@@ -61,16 +62,16 @@ enum { PORTABLE_CLUSTER = 8 };
 
 // ------------------------------------------------------------------------------------- the interface
 
-// Of mhc_open, mhc_load and mhc_launch: a result of the driver (0 is success), or one of these.
+// mhc_open, mhc_load and mhc_launch return a result of the driver (0 is success), or one of these.
 enum { MHC_NO_DRIVER = -1, MHC_OLD_DRIVER = -2, MHC_NO_MEMORY = -3 };
 
-// A kernel that is loaded on a device; it stays loaded as long as the process lives.
+// A kernel is loaded on a device, and stays loaded as long as the process lives.
 typedef struct {
   CUfunction function;
-  CUcontext context;  // the device's primary one
+  CUcontext context;  // this is the primary context of the device
   unsigned block, cluster, shared;
   int pdl;
-  char name[];  // in words, for messages
+  char name[];  // messages show this name
 } mhc_kernel;
 
 #define MHC_EXPORT __attribute__((visibility("default")))
@@ -91,10 +92,10 @@ static struct {
   CUresult (*capture)(CUstream, int*, uint64_t*, void**, const void**, size_t*);
   CUresult (*error_name)(CUresult, const char**);
   CUresult (*error_text)(CUresult, const char**);
-  CUresult (*load_now)(CUfunction);  // may be missing: it came with CUDA 12.4
+  CUresult (*load_now)(CUfunction);  // drivers older than CUDA 12.4 lack this function
 } driver;
 
-static int opened = 0;  // guarded by the lock; the table above does not change once it is set
+static int opened = 0;  // the lock guards this; once it is set, the table above does not change
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static int find_all(void* library) {
@@ -130,8 +131,8 @@ static int find_all(void* library) {
   return CUDA_SUCCESS;
 }
 
-// Opens the driver, libcuda.so.1 unless it is named otherwise; any number of threads may call it,
-// and a failure is not remembered.
+// Opens the driver at this path. Any number of threads may call this function, and a failure is
+// not remembered.
 MHC_EXPORT int mhc_open(const char* path) {
   int result = CUDA_SUCCESS;
   pthread_mutex_lock(&lock);
@@ -147,7 +148,8 @@ MHC_EXPORT int mhc_open(const char* path) {
   return result;
 }
 
-// What a device is, once mhc_open has succeeded: major, minor, multiprocessors.
+// Tells the major and minor compute capability and the multiprocessors of a device. mhc_open must
+// have succeeded before.
 MHC_EXPORT int mhc_describe(int device, int facts[3]) {
   static const int attributes[] = {CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
                                    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
@@ -174,7 +176,8 @@ static CUresult load(const void* cubin, const char* symbol, mhc_kernel* kernel) 
   if (result == CUDA_SUCCESS && kernel->cluster > PORTABLE_CLUSTER) {
     result = driver.set(kernel->function, CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1);
   }
-  // the driver may put off loading until the first launch, which must not be one in a capture
+  // The driver may put off loading until the first launch. A launch in a capture cannot load a
+  // kernel, so the kernel is loaded now.
   if (result == CUDA_SUCCESS && driver.load_now != NULL) {
     result = driver.load_now(kernel->function);
   }
@@ -184,7 +187,7 @@ static CUresult load(const void* cubin, const char* symbol, mhc_kernel* kernel) 
   return result;
 }
 
-// Loads one kernel in the primary context of a device, once mhc_open has succeeded.
+// Loads one kernel in the primary context of a device. mhc_open must have succeeded before.
 MHC_EXPORT int mhc_load(int device, const void* cubin, const char* symbol, const char* name,
                         unsigned block, unsigned cluster, unsigned shared, int pdl,
                         mhc_kernel** loaded) {
@@ -219,7 +222,8 @@ MHC_EXPORT int mhc_load(int device, const void* cubin, const char* symbol, const
   return CUDA_SUCCESS;
 }
 
-// Launches a kernel on a stream of its device; the arguments stand in the order of its signature.
+// Launches a kernel on a stream of the kernel's device. The arguments have the order of the
+// kernel's signature.
 MHC_EXPORT int mhc_launch(const mhc_kernel* kernel, unsigned grid_x, unsigned grid_y, void* stream,
                           void** arguments) {
   CUlaunchAttribute attributes[2];
@@ -247,7 +251,7 @@ MHC_EXPORT int mhc_launch(const mhc_kernel* kernel, unsigned grid_x, unsigned gr
       .attributes = attributes,
       .attribute_count = count,
   };
-  // a thread that has not used the device yet has no context, or another device's
+  // A thread that has not used the device yet has no context, or another device's.
   CUcontext current = NULL;
   CUresult result = driver.current(&current);
   if (result != CUDA_SUCCESS) {
@@ -264,8 +268,8 @@ MHC_EXPORT int mhc_launch(const mhc_kernel* kernel, unsigned grid_x, unsigned gr
   return result;
 }
 
-// The number of the capture that a stream of the kernel's device is in, or without a kernel one of the
-// current device; 0 where it is in none.
+// Returns the number of the capture that a stream is in, or 0. The stream belongs to the kernel's
+// device, or without a kernel to the current device.
 MHC_EXPORT uint64_t mhc_capture(const mhc_kernel* kernel, void* stream) {
   int status = 0;
   uint64_t number = 0;
@@ -280,7 +284,7 @@ MHC_EXPORT uint64_t mhc_capture(const mhc_kernel* kernel, void* stream) {
   return result == CUDA_SUCCESS && status == CU_STREAM_CAPTURE_STATUS_ACTIVE ? number : 0;
 }
 
-// What a result means, in words.
+// Says in words what a result means.
 MHC_EXPORT void mhc_explain(int result, char* text, size_t size) {
   const char* name = NULL;
   const char* said = NULL;
@@ -297,7 +301,7 @@ MHC_EXPORT void mhc_explain(int result, char* text, size_t size) {
     default:
       break;
   }
-  pthread_mutex_lock(&lock);  // another thread may be filling the table
+  pthread_mutex_lock(&lock);  // another thread may be filling the table of the driver's functions
   const int known = driver.error_name != NULL && driver.error_text != NULL &&
                     driver.error_name(result, &name) == CUDA_SUCCESS &&
                     driver.error_text(result, &said) == CUDA_SUCCESS;
@@ -309,7 +313,7 @@ MHC_EXPORT void mhc_explain(int result, char* text, size_t size) {
   }
 }
 
-// What a failed launch is about, in words.
+// Says in words which launch failed, and why.
 MHC_EXPORT void mhc_explain_launch(const mhc_kernel* kernel, unsigned grid_x, unsigned grid_y,
                                    int result, char* text, size_t size) {
   char reason[256];

@@ -1,4 +1,4 @@
-"""The launcher in Python: loads cubins on a device and launches them, through ``launcher.c``."""
+"""Load cubins on a device and launch them, through ``launcher.c``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..compiler import Compiled
 from . import library
 
-NAME = "launcher"  # among kernels that are built ahead
+NAME = "launcher"  # the library has this stem beside the kernels that are built ahead
 SOURCE = Path(__file__).with_name("launcher.c")
 FLAGS = ("-std=c11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
 DRIVER = "libcuda.so.1"
@@ -38,23 +38,23 @@ _library: ctypes.CDLL | None = None
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel that is loaded on a device, for as long as the process lives.
+    """Hold a kernel that is loaded on a device, and stays loaded as long as the process lives.
 
     Attributes:
-        handle: where launcher.c keeps it.
-        compiled: what it was loaded from.
+        handle: address of the kernel in launcher.c.
+        compiled: the compiled kernel.
     """
 
     handle: int
     compiled: Compiled
 
     def takes(self, parameter: str) -> bool:
-        """Whether the kernel has a parameter of this name."""
+        """Say whether the kernel has a parameter of this name."""
         return any(name == parameter for name, _ in self.compiled.parameters)
 
 
 def built_with() -> dict[str, str]:
-    """What the launcher depends on: its source and the machine, no version of anything."""
+    """Return what the launcher depends on: its source, flags and machine, but no version."""
     return {
         "machine": platform.machine(),
         "flags": " ".join(FLAGS),
@@ -63,24 +63,24 @@ def built_with() -> dict[str, str]:
 
 
 def command() -> list[str]:
-    """The compiler's command line."""
+    """Return the compiler's command line."""
     return [*shlex.split(os.environ.get("CC", "cc")), *FLAGS, str(SOURCE), "-ldl"]
 
 
 def build(folder: Path) -> None:
-    """Build the launcher into a folder, where it is not there yet.
+    """Build the launcher into a folder that does not have it yet.
 
     Args:
-        folder: where to put it.
+        folder: where to put the launcher.
 
     Raises:
-        OSError, subprocess.SubprocessError: it cannot be built or written.
+        OSError, subprocess.SubprocessError: the launcher cannot be built or written.
     """
     library.build(folder, NAME, built_with(), command())
 
 
 def declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    """Tell ctypes the types of the launcher's functions; returns the library."""
+    """Tell ctypes the types of the launcher's functions, and return the library."""
     loaded.mhc_open.argtypes = (ctypes.c_char_p,)
     loaded.mhc_load.argtypes = (
         *(ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p),
@@ -104,10 +104,10 @@ def declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def get() -> ctypes.CDLL:
-    """The library, built at the first call of a machine where that was not done ahead.
+    """Return the library; the first call loads it, and builds it where it is not built yet.
 
     Raises:
-        RuntimeError: it cannot be had, with what to do.
+        RuntimeError: the library cannot be built; the message says what to do.
     """
     global _library
     with _lock:
@@ -133,12 +133,13 @@ def load(name: str, compiled: Compiled, device_index: int) -> Kernel:
     """Load a kernel in the primary context of a device.
 
     Args:
-        name: of the kernel, for messages.
-        compiled: the kernel.
-        device_index: of a CUDA device.
+        name: name of the kernel, for messages.
+        compiled: the compiled kernel.
+        device_index: index of a CUDA device.
 
     Raises:
-        RuntimeError: there is no driver, or it refuses the kernel, with its words.
+        RuntimeError: there is no driver, or the driver refuses the kernel; the message repeats the
+            driver's words.
     """
     launcher = get()
     result = launcher.mhc_open(DRIVER.encode())
@@ -174,15 +175,15 @@ def launch(
     """Launch a kernel.
 
     Args:
-        op: that asks for it, for the message.
-        kernel: loaded on the device of the stream.
+        op: op that launches the kernel, for the message.
+        kernel: kernel that is loaded on the device of the stream.
         grid: CTAs along x and y.
         values: parameter to tensor or number.
         stream: handle of a CUDA stream.
 
     Raises:
-        RuntimeError: the driver refuses the launch: the kernel, its configuration and the
-            driver's words.
+        RuntimeError: the driver refuses the launch; the message gives the kernel, its configuration
+            and the driver's words.
     """
     held: list[Any] = []
     for name, kind in kernel.compiled.parameters:
@@ -197,6 +198,6 @@ def launch(
 
 
 def capture(kernel: Kernel, stream: int) -> int:
-    """The number of the capture that a stream of the kernel's device is in; 0 for none."""
+    """Return the number of the capture that a stream of the kernel's device is in; 0 for none."""
     number: int = get().mhc_capture(kernel.handle, stream)
     return number

@@ -1,7 +1,8 @@
-"""Plans: the recipe of an op and its rows of the table, for one hidden size on one device.
+"""Make plans: the recipe of an op and its rows of the table, for one hidden size on one device.
 
-A plan is what both ways of a CUDA call follow. It says what each argument must be, what is
-allocated, and for every parameter of every launch where its value comes from.
+The short way and the long way of a CUDA call follow the same plan. A plan says what each argument
+must be, what is allocated, and where the value of every parameter of every launch comes from. A
+:class:`Range` of a plan is a row of the table of routes, a :class:`Step` is a launch of the row.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from ..routes import Key
 
 
 class Memory(NamedTuple):
-    """Memory that one call needs between its launches.
+    """Describe memory that one call needs between its launches.
 
     Attributes:
-        dtype: what it holds.
-        shape: its sizes, as formulas of the token count.
+        dtype: dtype of the memory.
+        shape: sizes of the memory, as formulas of the token count.
     """
 
     dtype: torch.dtype
@@ -31,12 +32,12 @@ class Memory(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One launch.
+    """Describe one launch of a plan.
 
     Attributes:
         key: the kernel.
-        scalars: parameter to formula of the token count, ``tokens`` among them.
-        renamed: parameter to the op's name for it, where they differ.
+        scalars: parameter to formula of the token count; ``tokens`` is one of the parameters.
+        renamed: parameter to the op's name for the value, where the two differ.
     """
 
     key: Key
@@ -44,17 +45,17 @@ class Step(NamedTuple):
     renamed: Mapping[str, str]
 
     def source(self, parameter: str) -> str:
-        """The op's name for a parameter of the kernel."""
+        """Return the op's name for a parameter of the kernel."""
         return self.renamed.get(parameter, parameter)
 
 
 class Range(NamedTuple):
-    """The launches that serve a range of token counts.
+    """Hold the launches that serve a range of token counts.
 
     Attributes:
-        max_tokens: the largest token count that they serve; None for any.
-        memory: what is allocated for them.
-        steps: the launches, in order.
+        max_tokens: the largest token count of the range; None for a range without an end.
+        memory: name to description of the memory that is allocated for the launches.
+        steps: the launches, in the order in which they run.
     """
 
     max_tokens: int | None
@@ -63,13 +64,13 @@ class Range(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How calls of an op are served.
+    """Say how calls of an op are served.
 
     Attributes:
-        recipe: what its arguments and outputs are.
-        sizes: those of a token.
+        recipe: the arguments and outputs of the op.
+        sizes: the sizes of a token.
         norm: whether the RMSNorm follows.
-        ranges: by rising token count.
+        ranges: the ranges, by rising token count.
     """
 
     recipe: Recipe
@@ -78,12 +79,12 @@ class Plan(NamedTuple):
     ranges: tuple[Range, ...]
 
     def range(self, tokens: int) -> Range:
-        """The launches for at least one token."""
+        """Return the range that serves a call with at least one token."""
         return next(r for r in self.ranges if r.max_tokens is None or tokens <= r.max_tokens)
 
 
 def _memory(of: Recipe, steps: tuple[Step, ...], hidden: int) -> dict[str, Memory]:
-    """What the launches of a row hand on to each other, and is no output."""
+    """Return the memory that the launches of a row pass to each other and that is no output."""
     tokens, n = formula.name("tokens"), formula.constant(geometry.HC_MULT)
     width, columns = formula.constant(geometry.PARTIAL_WIDTH), formula.constant(hidden)
     needed = {}
@@ -98,13 +99,14 @@ def _memory(of: Recipe, steps: tuple[Step, ...], hidden: int) -> dict[str, Memor
 
 @functools.lru_cache(maxsize=1024)
 def plan(op: str, hidden: int, arch: str, sm_count: int | None, norm: bool) -> Plan:
-    """The plan of an op.
+    """Return the plan of an op.
 
     Args:
-        op: its name.
-        hidden: H.
-        arch: such as ``sm_90a``.
-        sm_count: multiprocessors of the device; None leaves them open, for a plan written ahead.
+        op: name of the op.
+        hidden: hidden size.
+        arch: architecture, such as ``sm_90a``.
+        sm_count: multiprocessors of the device. With None the formulas keep the name
+            ``multiprocessors``, for a plan that is written to a file ahead of time.
         norm: whether the RMSNorm follows.
     """
     of, n = recipe(op), geometry.HC_MULT

@@ -1,7 +1,7 @@
-"""A CUDA call in Python: the long way, which serves every call or says what is wrong with it.
+"""Serve a CUDA call by the long way, in Python, or say what is wrong with the call.
 
-The short way (``host.cpp``) stands in front of it and takes nearly all calls, once the kernels that
-a call needs are loaded. Both follow the same plan.
+The short way (``host.cpp``) is tried first. It serves nearly all calls, once the kernels that a
+call needs are loaded, and leaves the others to the long way. Both ways follow the same plan.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .plan import Plan, Range, Step, plan
 
 
 def _dense(value: Tensor, spec: TensorSpec) -> Tensor:
-    """As the kernels read it: contiguous, and of their dtype."""
+    """Make a tensor as the kernels read it: contiguous, and of the kernels' dtype."""
     return value.to(spec.dtypes[0]).contiguous()
 
 
 def current_stream(device: torch.device) -> int:
-    """The handle of torch's current stream of a device."""
+    """Return the handle of torch's current stream of a device."""
     handle: int = torch.cuda.current_stream(device).cuda_stream
     return handle
 
@@ -40,7 +40,7 @@ def _launch(
     values: Mapping[str, Any],
     stream: int,
 ) -> None:
-    """One launch of a call; ``values`` are the op's by name."""
+    """Run one launch of a call; ``values`` are the op's arguments and outputs by name."""
     scalars = {name: evaluate(f, {"tokens": tokens}) for name, f in step.scalars.items()}
     read = None
     if kernel.takes("early"):
@@ -61,7 +61,7 @@ def _launch(
 def _launch_all(
     of: Plan, served: Range, tokens: int, values: Mapping[str, Any], device: torch.device
 ) -> None:
-    """Load what is missing, then launch; nothing is launched where a kernel is refused."""
+    """Load the missing kernels, then launch; where a kernel is refused, launch nothing."""
     kernels = [jit.loaded(step.key, device) for step in served.steps]
     host.load()
     stream = current_stream(device)
@@ -81,15 +81,16 @@ def serve(op: str, values: dict[str, Any]) -> tuple[Tensor, ...]:
     """Serve a call on CUDA tensors.
 
     Args:
-        op: its name.
-        values: every argument of its schema by name, None where it was left out.
+        op: name of the op.
+        values: every argument of the op's schema by name; None for one that was left out.
 
     Returns:
         The outputs, in the order of the schema.
 
     Raises:
-        ValueError: an argument that the op cannot serve, as :func:`mhc_ops._checks.check`.
-        RuntimeError: the device cannot be served, a kernel cannot be had or not be launched.
+        ValueError: :func:`mhc_ops._checks.check` refuses an argument.
+        RuntimeError: the kernels cannot serve the device, or a kernel is not available or cannot be
+            launched.
     """
     sizes = check(op, values)
     streams: Tensor = values[recipe(op).streams]

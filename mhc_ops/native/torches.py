@@ -1,7 +1,7 @@
-"""Builds of torch that the short way can be compiled for: this environment's, and others as files.
+"""Describe builds of torch to compile the short way for: this environment's, and others as files.
 
-Another torch is never imported: its headers, the two libraries that the linker looks at and its
-``version.py`` tell all that a build needs, so one machine builds for every torch.
+Another torch is never imported. Its headers, its ``version.py`` and the two libraries that the
+linker reads are all that a build needs, so one machine builds for every torch.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing import NamedTuple
 
 import torch
 
-# A release, of which torch's index has several builds: 2.14.1, 2.14.1+cpu, 2.14.1+cu130.
+# torch's index has several builds of a release, such as 2.14.1, 2.14.1+cpu and 2.14.1+cu130.
 RELEASE = re.compile(r"(\d+\.\d+)\.\d+(\+(cpu|cu\d+))?")
 
-HEADERS = "include/torch/library.h"  # one that stands for all
+HEADERS = "include/torch/library.h"  # where this header exists, the others are taken to exist
 LIBRARIES = ("lib/libc10.so", "lib/libtorch_cpu.so")
 VERSION = "version.py"
 
 
 class Torch(NamedTuple):
-    """A build of torch.
+    """Describe a build of torch.
 
     Attributes:
-        home: its package folder.
-        version: such as ``2.14.1+cu130``.
-        commit: what it was built from.
+        home: package folder of the build.
+        version: version, such as ``2.14.1+cu130``.
+        commit: commit that the build was made from.
     """
 
     home: Path
@@ -40,30 +40,30 @@ class Torch(NamedTuple):
 
     @property
     def series(self) -> str:
-        """``2.14`` of a release, the version of any other build.
+        """Return the series of a release, such as ``2.14``, or the version of any other build.
 
-        The releases of a series differ in fixes: none of them changes what its headers declare,
-        and its builds for a CPU and for any CUDA are compiled from one tree with one C++ ABI. The
-        next series changes classes that the short way reads the fields of, and so may any commit
-        between two releases.
+        The releases of a series differ in fixes, none of which changes what the headers declare.
+        The builds of a release for a CPU and for any CUDA are compiled from one tree with one C++
+        ABI. The next series changes classes whose fields the short way reads, and any commit
+        between two releases may do so, too.
         """
         release = RELEASE.fullmatch(self.version)
         return release[1] if release else self.version
 
     @property
     def facts(self) -> dict[str, str]:
-        """What a library that is compiled against it depends on."""
+        """Return what a library that is compiled against this build depends on."""
         release = RELEASE.fullmatch(self.version)
         return {"torch": self.series, **({} if release else {"torch_commit": self.commit})}
 
 
 def here() -> Torch:
-    """The torch of this environment."""
+    """Return the torch of this environment."""
     return Torch(Path(torch.__file__).parent, torch.__version__, str(torch.version.git_version))
 
 
 def _assigned(source: str) -> dict[str, object]:
-    """Name to what a module assigns to it, where that is a constant."""
+    """Map each name to which a module assigns a constant to the constant."""
     found: dict[str, object] = {}
     for node in ast.parse(source).body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Constant):
@@ -91,7 +91,7 @@ def _of_folder(home: Path, given: Path) -> Torch:
 
 
 def _unpack(wheel: Path, target: Path) -> None:
-    """Put what a build needs of a wheel into a folder."""
+    """Put the files of a wheel that a build needs into a folder."""
     needed = (VERSION, *LIBRARIES)
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -107,13 +107,13 @@ def _unpack(wheel: Path, target: Path) -> None:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Torch]:
-    """A build of torch from its files, as long as the context lasts.
+    """Give a build of torch from its files, as long as the context lasts.
 
     Args:
-        path: the folder of an installed or unpacked package ``torch``, or a wheel of it.
+        path: the folder of an installed or unpacked package ``torch``, or a wheel of torch.
 
     Raises:
-        ValueError: it is neither, with what it lacks.
+        ValueError: the path is neither; the message says what is missing.
     """
     if not path.is_file():
         yield _of_folder(path, path)

@@ -1,4 +1,4 @@
-"""Hyper-connections as modules, with the state that a model carries from layer to layer.
+"""Provide hyper-connections as modules, with the state that a model carries between layers.
 
 A model built on this module runs::
 
@@ -10,15 +10,15 @@ A model built on this module runs::
     ...
     hidden = model.head(state, model.norm)
 
-:class:`DecoderStack` is that loop, for sublayers of any kind; :class:`DecoderLayer` is one turn of
-it, for model code with a loop of its own, and :class:`NextNLayer` a draft layer behind it.
-:mod:`mhc_ops.checkpoint` loads their parameters.
+:class:`DecoderStack` is that loop, for sublayers of any kind. :class:`DecoderLayer` is one turn of
+the loop, for model code with a loop of its own, and :class:`NextNLayer` is a draft layer.
+:mod:`mhc_ops.checkpoint` loads the parameters of all three.
 
-A :class:`StreamState` keeps the last sublayer's output beside the streams, so that its post step
-meets the pre step of whatever sublayer comes next, in this layer or in the next one.
+A :class:`StreamState` keeps the last sublayer's output beside the streams, so that the pending post
+step runs together with the pre step of the next sublayer, in this layer or in the next one.
 
 :func:`wire` reads the switches of :mod:`mhc_ops.config` once and decides for every module which
-function runs each step; nothing is decided inside a forward, so a model is traced as one graph.
+function runs each step. No forward decides anything, so a model is traced as one graph.
 """
 
 from .connection import POST_MULT_VALUE, HyperConnection, HyperHead

@@ -1,4 +1,4 @@
-"""The parameters of a hyper-connection and of the head, and the steps that they make."""
+"""Hold the parameters of a hyper-connection and of the head, and run their steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .norm import FoldedRMSNorm, norm_arguments
 from .state import Copies, StreamState, SublayerEntry, expand
 from .wiring import Wired
 
-POST_MULT_VALUE = 2.0  # post weights lie in (0, 2) in DeepSeek-V4
+POST_MULT_VALUE = 2.0  # with this factor post weights lie in (0, 2), as in DeepSeek-V4
 
 
 class HyperConnection(Wired):
@@ -71,7 +71,7 @@ class HyperConnection(Wired):
         self.scale = torch.nn.Parameter(torch.ones(3, device=device, dtype=MIX))
 
     def _arguments(self) -> tuple[Any, ...]:
-        """The arguments of a pre step, after its streams."""
+        """Return the arguments of a pre step that follow the streams."""
         return (
             self.fn, self.scale, self.base, self.rms_eps, self.hc_pre_eps, self.hc_sinkhorn_eps,
             self.hc_post_mult_value, self.sinkhorn_repeat,
@@ -178,7 +178,7 @@ class HyperHead(Wired):
         self.scale = torch.nn.Parameter(torch.ones(1, device=device, dtype=MIX))
 
     def _arguments(self, norm: FoldedRMSNorm | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a head after its streams, by position and by name."""
+        """Return the arguments of a head that follow the streams, by position and by name."""
         positional = (self.fn, self.scale, self.base, self.rms_eps, self.hc_eps)
         return positional, norm_arguments(norm)
 
@@ -212,9 +212,10 @@ class HyperHead(Wired):
     def materialise_and_collapse(
         self, state: StreamState, norm: FoldedRMSNorm | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The plain streams, which a draft layer starts from, and the last hidden state.
+        """Compute the plain streams, which a draft layer starts from, and the last hidden state.
 
-        One ``post_head_streams`` where the model is wired fused; ``post``, then ``head`` otherwise.
+        This is one ``post_head_streams`` where the model is wired fused; ``post``, then ``head``
+        otherwise.
 
         Args:
             state: the streams and what the last sublayer left pending.

@@ -1,4 +1,4 @@
-"""Decoder layers on hyper-connections: a whole stack of them, one of them, and a draft layer."""
+"""Run decoder layers on hyper-connections: a whole stack, a single layer, and a draft layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .state import Copies, StreamState
 
 
 class DecoderLayer(torch.nn.Module):
-    """Attention and MLP, or any other two sublayers, on hyper-connections.
+    """Run attention and MLP, or any other two sublayers, on hyper-connections.
 
     Args:
         attention, mlp: ``f(x) -> x`` on [..., H] bf16; modules become submodules.
@@ -51,12 +51,12 @@ class DecoderLayer(torch.nn.Module):
         self.ffn_norm = FoldedRMSNorm(hidden_size, norm_eps, device=device)
 
     def forward(self, streams: Tensor | Copies | StreamState) -> StreamState:
-        """Boundary, attention, boundary, MLP.
+        """Run boundary, attention, boundary and MLP.
 
         Args:
-            streams: the state that the layer before returned; or the copies of the embedding, as
-                the first layer takes them; or [..., n, H] bf16, plain streams, as they come behind
-                a cut.
+            streams: the state that the layer before returned; or the copies of the embedding, for
+                the first layer of a model; or plain streams [..., n, H] bf16, for the first layer
+                behind the cut of a pipeline.
 
         Returns:
             The state after the MLP, whose post step is pending.
@@ -75,7 +75,7 @@ class DecoderLayer(torch.nn.Module):
 
 @exportable
 class StackOutput(NamedTuple):
-    """What a :class:`DecoderStack` returns.
+    """Hold what a :class:`DecoderStack` returns.
 
     Attributes:
         hidden: [..., H] bf16, after the head and the final norm.
@@ -89,9 +89,9 @@ class StackOutput(NamedTuple):
 
 
 class DecoderStack(torch.nn.Module):
-    """Decoder layers from the embedding to the final norm.
+    """Run decoder layers from the embedding to the final norm.
 
-    Expand, the first pre, [sublayer, boundary]..., the last post, head, final norm.
+    The order is: expand, the first pre, [sublayer, boundary]..., the last post, head, final norm.
 
     Args:
         sublayers: (attention, MLP) of every layer, ``f(x) -> x`` on [..., H] bf16.
@@ -126,7 +126,9 @@ class DecoderStack(torch.nn.Module):
     ) -> None:
         super().__init__()
         if not sublayers:
-            raise ValueError("DecoderStack: expected at least one pair of sublayers, got none")
+            raise ValueError(
+                "mhc_ops.nn.DecoderStack: expected at least one pair of sublayers, got none"
+            )
         self.hc_mult = hc_mult
         self.layers = torch.nn.ModuleList(
             DecoderLayer(
@@ -152,19 +154,19 @@ class DecoderStack(torch.nn.Module):
             the layers.
 
         Raises:
-            ValueError: an index is not that of a layer.
+            ValueError: ``capture`` has an index that no layer has.
             RuntimeError: the stack is not wired.
         """
         count = len(self.layers)
         for index in capture:
             if not 0 <= index < count:
                 raise ValueError(
-                    f"DecoderStack: expected capture to name layers from 0 to {count - 1}, "
-                    f"got {index}"
+                    "mhc_ops.nn.DecoderStack: expected capture to name layers from 0 to "
+                    f"{count - 1}, got {index}"
                 )
         post = self.head._steps().post
         captured = []
-        state: Any = Copies(embedding)  # then what the layers return
+        state: Any = Copies(embedding)  # each layer replaces the state
         for index, layer in enumerate(self.layers):
             state = layer(state)
             if index in capture and index < count - 1:
@@ -181,7 +183,7 @@ def _mean(streams: Tensor) -> Tensor:
 
 @exportable
 class NextNOutput(NamedTuple):
-    """What a :class:`NextNLayer` returns.
+    """Hold what a :class:`NextNLayer` returns.
 
     Attributes:
         hidden: [..., H] bf16, after its head and norm: the draft model's LM head takes it.
@@ -237,10 +239,10 @@ class NextNLayer(torch.nn.Module):
         self.norm = FoldedRMSNorm(hidden_size, norm_eps, device=device)
 
     def forward(self, embedding: Tensor, streams: Tensor) -> NextNOutput:
-        """One draft step.
+        """Run one draft step.
 
         Args:
-            embedding: [..., H] bf16, of the tokens that follow those of the streams.
+            embedding: [..., H] bf16, embedding of the tokens that follow the streams' tokens.
             streams: [..., n, H] bf16, of the target before its head, or of the step before.
 
         Returns:

@@ -1,4 +1,4 @@
-"""RMSNorms whose weight the ops fold in."""
+"""Hold RMSNorms whose weight the ops fold in."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class FoldedRMSNorm(torch.nn.Module):
         self.norm_weight_cache.copy_(self.weight)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """What ``.to()`` and ``.float()`` go through: the cache moves along, and stays bf16."""
+        """Move the cache along, and keep it in bf16, when ``.to()`` or ``.float()`` is called."""
         super()._apply(*args, **kwargs)
         if self.norm_weight_cache.dtype != ACTIVATION:
             self.add_norm_weight_cache()
@@ -94,7 +94,7 @@ def norm_arguments(norm: FoldedRMSNorm | None) -> dict[str, Any]:
 def refresh_norm_weight_cache(model: torch.nn.Module) -> None:
     """Copy every norm weight of a model into its bf16 cache, in place.
 
-    Needed after weights were written other than by ``load_state_dict``. Captured CUDA graphs see
+    Call this after weights were written other than by ``load_state_dict``. Captured CUDA graphs see
     the new weights.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a model carries from layer to layer: the streams, with a post step still to be applied."""
+"""Hold what a model carries from layer to layer: streams with a post step still to be applied."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .._exportable import exportable
 
 @exportable
 class Copies(NamedTuple):
-    """The streams that a model starts from, which are all the same and need not be written yet.
+    """Stand for the streams that a model starts from, which are all equal and not written yet.
 
     Attributes:
-        x: [..., H] bf16, what each of them is: the embedding.
+        x: [..., H] bf16, the embedding, which every stream is a copy of.
     """
 
     x: Tensor
@@ -24,13 +24,13 @@ class Copies(NamedTuple):
 
 @exportable
 class StreamState(NamedTuple):
-    """The state that a model carries: residual streams with a post step still to be applied.
+    """Hold the state that a model carries: streams with a post step still to be applied.
 
     Attributes:
         residual: [..., n, H] bf16, the streams before the sublayer that just ran.
         x: [..., H] bf16, output of that sublayer.
-        post: [..., n, 1] fp32, its post weights.
-        comb: [..., n, n] fp32, its stream mixing, indexed [old stream, new stream].
+        post: [..., n, 1] fp32, post weights of that sublayer.
+        comb: [..., n, n] fp32, stream mixing of that sublayer, indexed [old stream, new stream].
     """
 
     residual: Tensor
@@ -54,12 +54,12 @@ class StreamState(NamedTuple):
 
 @exportable
 class SublayerEntry(NamedTuple):
-    """What a hyper-connection hands to its sublayer.
+    """Hold what a hyper-connection hands to its sublayer.
 
     Attributes:
         residual: [..., n, H] bf16, the streams that the sublayer starts from.
-        layer_input: [..., H] bf16, its input, normed where the pre step had a norm.
-        post: [..., n, 1] fp32, weight of its output in each new stream.
+        layer_input: [..., H] bf16, the sublayer's input, normed where the pre step had a norm.
+        post: [..., n, 1] fp32, weight of the sublayer's output in each new stream.
         comb: [..., n, n] fp32, stream mixing, indexed [old stream, new stream].
     """
 
@@ -69,7 +69,7 @@ class SublayerEntry(NamedTuple):
     comb: Tensor
 
     def after(self, x: Tensor) -> StreamState:
-        """The state once the sublayer has run.
+        """Return the state after the sublayer has run.
 
         Args:
             x: [..., H] bf16, the sublayer's output.

@@ -1,4 +1,4 @@
-"""Which function runs each step of a model, chosen once for every module of it."""
+"""Choose which function runs each step of a model, once for every module of the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger("mhc_ops")
 
 
 class Steps(NamedTuple):
-    """The functions that run the steps of a wired module.
+    """Hold the functions that run the steps of a wired module.
 
     Attributes:
         post: as :func:`mhc_ops.post`.
@@ -39,7 +39,7 @@ class Steps(NamedTuple):
 
 
 class Wired(torch.nn.Module):
-    """A module whose steps are chosen by :func:`wire`."""
+    """Hold the steps that :func:`wire` chooses for a module."""
 
     fn: Tensor
     hc_mult: int
@@ -55,7 +55,7 @@ class Wired(torch.nn.Module):
 
 
 def _device_refusal(device: torch.device, hc_mult: int, hidden_size: int) -> str | None:
-    """Why the ops cannot serve streams of this shape on a device; None where they can."""
+    """Say why the ops cannot serve streams of this shape on a device; None where they can."""
     if device.type in ("cpu", "meta"):
         return None
     supported, reason = support.is_supported(device)
@@ -72,10 +72,10 @@ def _device_refusal(device: torch.device, hc_mult: int, hidden_size: int) -> str
 
 
 def _refusal(modules: Sequence[Wired], dtype: torch.dtype) -> str | None:
-    """Why the ops cannot run these modules.
+    """Say why the ops cannot run these modules.
 
     Args:
-        modules: wired modules, on the device where they will run.
+        modules: modules to wire, on the device where they will run.
         dtype: dtype of the activations.
 
     Returns:
@@ -94,12 +94,14 @@ def _refusal(modules: Sequence[Wired], dtype: torch.dtype) -> str | None:
 def wire(model: torch.nn.Module, *, dtype: torch.dtype = ACTIVATION) -> None:
     """Choose what runs each step of a model's hyper-connections.
 
-    Reads the switches once. A step runs on its op where its switch is on and the op can serve the
-    device; the plain functions of :mod:`mhc_ops.reference` run it otherwise, and one line in the
-    log says why. A boundary is fused where all three switches are on and the ops can serve, and so
-    are the ends of the model, expand with pre and post with head.
+    The switches are read when this function is called. A step runs on its op where its switch is on
+    and the op can serve the device; otherwise a plain function of :mod:`mhc_ops.reference` runs the
+    step, and one line in the log says why. Where all three switches are on and the ops can serve
+    the device, boundaries are fused, and so are the ends of the model: expand with pre, and post
+    with head.
 
-    Call it once the model stands on its device, and again after moving it or changing a switch.
+    Call this function when the model is on its device, and again after moving the model or changing
+    a switch.
 
     Args:
         model: any module; every :class:`~mhc_ops.nn.HyperConnection` and
@@ -112,7 +114,8 @@ def wire(model: torch.nn.Module, *, dtype: torch.dtype = ACTIVATION) -> None:
     modules = [module for module in model.modules() if isinstance(module, Wired)]
     if not modules:
         raise ValueError(
-            f"wire: expected a model with hyper-connections, got {type(model).__name__} without any"
+            f"mhc_ops.nn.wire: expected a model with hyper-connections, got {type(model).__name__} "
+            "without any"
         )
     switches = config.switches()
     reason = _refusal(modules, dtype)

@@ -1,4 +1,4 @@
-"""The ops, one to a file, each in the order CPU, definition, public function."""
+"""Define the ops, one in each file, in the order CPU function, definition, public function."""
 
 from .expand_pre import ExpandPreOutput, expand_pre
 from .fused_post_pre import FusedPostPreOutput, fused_post_pre

@@ -1,7 +1,8 @@
-"""How an op is defined: its recipe and its CPU function give all implementations.
+"""Define an op: make all implementations from the op's recipe and CPU function.
 
-The recipe is the op's schema with what ``_arguments`` says of each name there. From it follow the
-check, the fake implementation, and both ways of a CUDA call; autograd is the same for every op.
+The recipe is the op's schema together with the description of each argument in ``_arguments``. The
+check, the fake implementation, the short way and the long way of a CUDA call follow from the
+recipe; autograd is the same for every op.
 """
 
 from __future__ import annotations

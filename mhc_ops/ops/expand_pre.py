@@ -1,4 +1,4 @@
-"""``mhc::expand_pre``: the residual streams that a model starts from, and its first pre step."""
+"""Define ``mhc::expand_pre``: the streams that a model starts from, and the first pre step."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ from .._exportable import exportable
 from ._define import define
 
 
-# CPU
 def _cpu(x: Tensor, fn: Tensor, **mixing: Any) -> tuple[Tensor, ...]:
     hc_mult = streams_of(fn.shape[0])
-    assert hc_mult is not None  # the check has seen to it
+    assert hc_mult is not None  # the check refuses other numbers of rows
     streams = reference.expand(x, hc_mult)
     return streams, *reference.pre(streams, fn, **mixing)
 
 
-# checks, fake, CUDA and autograd follow from the recipe
+# The checks and the fake, CUDA and autograd implementations follow from the recipe.
 define("expand_pre", cpu=_cpu)
 
 
-# public function
 @exportable
 class ExpandPreOutput(NamedTuple):
-    """What :func:`expand_pre` returns.
+    """Hold what :func:`expand_pre` returns.
 
     Attributes:
         residual_out: [..., n, H] bf16, the residual streams: n copies of the embedding.

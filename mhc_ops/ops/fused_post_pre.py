@@ -1,4 +1,4 @@
-"""``mhc::fused_post_pre``: the boundary between two sublayers as one op."""
+"""Define ``mhc::fused_post_pre``: the boundary between two sublayers as one op."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from .._exportable import exportable
 from ._define import define
 
 
-# CPU
 def _cpu(
     x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor, **mixing: Any
 ) -> tuple[Tensor, ...]:
@@ -20,14 +19,13 @@ def _cpu(
     return streams, *reference.pre(streams, **mixing)
 
 
-# checks, fake, CUDA and autograd follow from the recipe
+# The checks and the fake, CUDA and autograd implementations follow from the recipe.
 define("fused_post_pre", cpu=_cpu)
 
 
-# public function
 @exportable
 class FusedPostPreOutput(NamedTuple):
-    """What :func:`fused_post_pre` returns.
+    """Hold what :func:`fused_post_pre` returns.
 
     Attributes:
         residual_out: [..., n, H] bf16, the new residual streams.

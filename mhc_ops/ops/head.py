@@ -1,4 +1,4 @@
-"""``mhc::head``: the residual streams collapsed into the model's last hidden state."""
+"""Define ``mhc::head``, which collapses the streams into the model's last hidden state."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from torch import Tensor
 from .. import reference
 from ._define import define
 
-# CPU: reference.head
+# The CPU implementation is reference.head.
 
 
-# checks, fake, CUDA and autograd follow from the recipe
+# The checks and the fake, CUDA and autograd implementations follow from the recipe.
 define("head", cpu=reference.head)
 
 
-# public function
 def head(
     residual: Tensor,
     fn: Tensor,

@@ -1,4 +1,4 @@
-"""``mhc::post``: the output of a sublayer written back into the residual streams."""
+"""Define ``mhc::post``, which writes the output of a sublayer back into the streams."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from .. import reference
 from ._define import define
 
 
-# CPU
 def _cpu(x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor) -> Tensor:
     return reference.post(x, residual, post_layer_mix, comb_res_mix).contiguous()
 
 
-# checks, fake, CUDA and autograd follow from the recipe
+# The checks and the fake, CUDA and autograd implementations follow from the recipe.
 define("post", cpu=_cpu)
 
 
-# public function
 def post(x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor) -> Tensor:
     """Write a sublayer's output back into the residual streams::
 

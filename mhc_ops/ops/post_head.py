@@ -1,4 +1,4 @@
-"""``mhc::post_head``: the last post step and the head as one op; the streams are not written."""
+"""Define ``mhc::post_head``: the last post step and the head as one op, without the streams."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from .. import reference
 from ._define import define
 
 
-# CPU
 def _cpu(
     x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor, **collapse: Any
 ) -> Tensor:
@@ -19,11 +18,10 @@ def _cpu(
     return reference.head(streams, **collapse)
 
 
-# checks, fake, CUDA and autograd follow from the recipe
+# The checks and the fake, CUDA and autograd implementations follow from the recipe.
 define("post_head", cpu=_cpu)
 
 
-# public function
 def post_head(
     x: Tensor,
     residual: Tensor,

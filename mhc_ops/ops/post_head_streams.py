@@ -1,4 +1,4 @@
-"""``mhc::post_head_streams``: ``post_head``, with the new streams written as well."""
+"""Define ``mhc::post_head_streams``: ``post_head``, which returns the new streams as well."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from .._exportable import exportable
 from ._define import define
 
 
-# CPU
 def _cpu(
     x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor, **collapse: Any
 ) -> tuple[Tensor, Tensor]:
@@ -20,14 +19,13 @@ def _cpu(
     return streams, reference.head(streams, **collapse)
 
 
-# checks, fake, CUDA and autograd follow from the recipe
+# The checks and the fake, CUDA and autograd implementations follow from the recipe.
 define("post_head_streams", cpu=_cpu)
 
 
-# public function
 @exportable
 class PostHeadOutput(NamedTuple):
-    """What :func:`post_head_streams` returns.
+    """Hold what :func:`post_head_streams` returns.
 
     Attributes:
         residual_out: [..., n, H] bf16, the new residual streams.

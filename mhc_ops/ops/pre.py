@@ -1,4 +1,4 @@
-"""``mhc::pre``: the residual streams collapsed into the input of the next sublayer."""
+"""Define ``mhc::pre``, which collapses the streams into the input of the next sublayer."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from .. import reference
 from .._exportable import exportable
 from ._define import define
 
-# CPU: reference.pre
+# The CPU implementation is reference.pre.
 
 
-# checks, fake, CUDA and autograd follow from the recipe
+# The checks and the fake, CUDA and autograd implementations follow from the recipe.
 define("pre", cpu=reference.pre)
 
 
-# public function
 @exportable
 class PreOutput(NamedTuple):
-    """What :func:`pre` returns.
+    """Hold what :func:`pre` returns.
 
     Attributes:
         post_mix: [..., n, 1] fp32, weight of the sublayer's output in each new stream.
