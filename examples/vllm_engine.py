@@ -27,8 +27,9 @@ def main(model: str) -> None:
 
 
 if __name__ == "__main__":
-    for module, name, function in mhc_vllm.REPLACEMENTS:
-        bound = getattr(sys.modules[module], name)
-        print(f"{module}.{name} runs the op: {bound is function}")
+    for replaced in mhc_vllm.REPLACEMENTS:
+        if not replaced.late:  # The engine imports the modules of its models later.
+            bound = getattr(sys.modules[replaced.module], replaced.name)
+            print(f"{replaced.module}.{replaced.name} runs the op: {bound is replaced.function}")
     for path in sys.argv[1:]:
         main(path)

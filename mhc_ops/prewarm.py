@@ -78,6 +78,9 @@ class _NoBar(AbstractContextManager["_NoBar"]):
     def advance(self, task: int) -> None:
         """Show nothing of the progress of a task."""
 
+    def update(self, task: int, *, completed: int) -> None:
+        """Show nothing of how far a task is."""
+
 
 def progress_bar(shown: bool) -> Progress | _NoBar:
     """Make a progress bar on standard error; without rich, make one that shows nothing."""

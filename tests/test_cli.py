@@ -359,5 +359,7 @@ def test_no_bar_without_rich(monkeypatch):
     prewarm = sys.modules["mhc_ops.prewarm"]  # whose function hides it
     with prewarm.progress_bar(True) as bar:
         prewarm.side_by_side(bar, "working", done.append, [1, 2, 3])
-        bar.advance(bar.add_task("more", total=1))
+        more = bar.add_task("more", total=2)
+        bar.advance(more)
+        bar.update(more, completed=2)
     assert sorted(done) == [1, 2, 3]

@@ -205,6 +205,13 @@ def test_text_of_an_installed_package(monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match="expected a README"):
         models.readme()
 
+    def not_installed(name):
+        raise models.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(models.importlib.metadata, "metadata", not_installed)
+    with pytest.raises(RuntimeError, match="expected a README"):
+        models.readme()
+
 
 def test_mixes_of_the_model_are_not_degenerate():
     """Neither uniform nor one-hot: a wrong mix has to show in the logits."""

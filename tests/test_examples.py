@@ -86,7 +86,8 @@ def test_engine(engine, tmp_path):
     """On the stand-in of the engine."""
     engines.write(engine, tmp_path)
     output = run(f"{engine}_engine.py", "some/model", beside=[tmp_path])
-    assert output.count("runs the op: True") == 4
+    signatures = engines.SIGNATURES[engine].values()
+    assert output.count("runs the op: True") == sum(map(len, signatures))
     assert "some/model: Four streams flow" in output
 
 

@@ -35,7 +35,10 @@ def readme() -> tuple[str, bytes]:
     path = Path(__file__).resolve().parents[2] / "README.md"
     if path.is_file():
         return str(path), path.read_bytes()
-    description = importlib.metadata.metadata("mhc-ops")["Description"]
+    try:
+        description = importlib.metadata.metadata("mhc-ops")["Description"]
+    except importlib.metadata.PackageNotFoundError:
+        description = None
     if not description or not description.strip():
         raise RuntimeError(
             f"expected a README at {path} or in the metadata of mhc-ops, got neither"
