@@ -125,7 +125,7 @@ def draw(compared: Sequence[Comparison], times: Sequence[dict[str, Any]], output
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     seeds = sorted({row.seed for row in compared})
     for index, name in enumerate(("stock", *PATHS)):
@@ -163,7 +163,8 @@ def draw(compared: Sequence[Comparison], times: Sequence[dict[str, Any]], output
         axes.set_xticks(seeds)
         axes.set_xlabel("seed")
     for axes in (left, right):
-        axes.legend(fontsize=8)
+        # Below the axes, no legend covers a bar or a line.
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=150)
 
