@@ -22,11 +22,8 @@ from . import compiler, routes, store, support
 from .native import ahead, host, launcher, library, torches
 from .prewarm import DEFAULT_MAX_TOKENS, check_sizes, progress_bar, side_by_side
 
-DEFAULT_HIDDEN = (
-    4096,
-    5120,
-    7168,
-)  # These are V4-Flash and GLM-5.3; V4.1, whose post step alone is served; and V4-Pro.
+# These are V4-Flash and GLM-5.3; V4.1, whose post step alone is served; and V4-Pro.
+DEFAULT_HIDDEN = (4096, 5120, 7168)
 ARCH = re.compile(r"sm_(\d+)(\d)(a?)")
 
 
