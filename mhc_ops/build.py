@@ -1,7 +1,7 @@
 """Compile kernels ahead of time, for any architecture and without a GPU.
 
 ``python -m mhc_ops build --arch sm_90a --hidden 4096 -o DIR`` fills a folder that
-``MHC_OPS_KERNELS=DIR`` makes the ops load from. What is there already, from these sources, is kept;
+``MHC_OPS_KERNELS=DIR`` makes the ops load from. What the folder has of these sources is kept;
 ``--torch`` without ``--arch`` adds the native library for another torch. A wheel built with
 ``MHC_OPS_AOT_ARCHS`` set carries such a folder.
 """
@@ -22,23 +22,20 @@ from . import compiler, routes, store, support
 from .native import ahead, host, launcher, library, torches
 from .prewarm import DEFAULT_MAX_TOKENS, check_sizes, progress_bar, side_by_side
 
-DEFAULT_HIDDEN = (
-    4096,
-    5120,
-    7168,
-)  # V4-Flash and GLM-5.3; V4.1, whose post step alone is served; V4-Pro
+# These are V4-Flash and GLM-5.3; V4.1, whose post step alone is served; and V4-Pro.
+DEFAULT_HIDDEN = (4096, 5120, 7168)
 ARCH = re.compile(r"sm_(\d+)(\d)(a?)")
 
 
 class BuildReport(NamedTuple):
-    """What :func:`build` did.
+    """Tell what :func:`build` did.
 
     Attributes:
         folder: where the kernels are.
         kernels: the kernels that were asked for.
-        compiled: those of them that were not there yet.
+        compiled: those of the kernels that the folder did not have yet.
         libraries: the native libraries that were asked for, by name.
-        seconds: how long it took.
+        seconds: how long the build took.
     """
 
     folder: Path
@@ -71,7 +68,7 @@ def _build_library(name: str, build: Callable[[], None]) -> str:
 
 
 def _build_libraries(folder: Path, given: Sequence[Path]) -> tuple[str, ...]:
-    """Build the launcher, and the short way for every torch; returns their names."""
+    """Build the launcher, and the short way for every torch; return the names of the libraries."""
     names = [_build_library(launcher.NAME, lambda: launcher.build(folder))]
     built: dict[str, torches.Torch] = {}
     for path in given or [torches.here().home]:
@@ -95,17 +92,17 @@ def build(
     max_tokens: int = DEFAULT_MAX_TOKENS,
     progress: bool = False,
 ) -> BuildReport:
-    """Compile every kernel that these sizes can reach into a folder; needs no GPU.
+    """Compile every kernel that these sizes can reach into a folder, without a GPU.
 
-    With the kernels come the native libraries: the launcher, and the short way of eager calls for
-    each release series of torch; and what a process without Python needs to know of the ops. What
-    the folder has of these sources already is kept.
+    With the kernels come the native libraries (the launcher, and the short way of eager calls for
+    each release series of torch) and what a process without Python needs to know of the ops. What
+    the folder has of these sources is kept.
 
     Args:
         archs: such as ``sm_90a``, as :func:`mhc_ops.is_supported` names a device's; none where
             ``torch`` names some, to add their native libraries alone.
         hidden: hidden sizes, multiples of 256.
-        folder: where to put them; made where it does not exist.
+        folder: where to put the kernels; a folder that does not exist is made.
         torch: package folders or wheels of the torch to build for, one of a release series; when
             empty the torch of this environment.
         max_tokens: the largest token count of a call.
@@ -162,7 +159,7 @@ def _sizes(text: str) -> list[int]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """``python -m mhc_ops build``; returns the exit status."""
+    """Run ``python -m mhc_ops build`` and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m mhc_ops build", description=__doc__)
     parser.add_argument("--arch", type=_words, default=[], help="such as sm_90a,sm_100a")
     parser.add_argument("--hidden", type=_sizes, default=list(DEFAULT_HIDDEN), help="4096,7168")

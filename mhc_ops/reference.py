@@ -1,4 +1,4 @@
-"""Readable fp32 reference of every op; it also serves as the CPU kernels.
+"""Define every op readably in fp32, as its reference and as its CPU kernel.
 
 The functions take tensors of any floating dtype and any device and compute in ``compute_dtype``
 (float32 unless told): called with ``torch.float64`` they are the oracle of the tests. Rounding
@@ -6,7 +6,7 @@ points are those of the ops: the new streams are rounded once, the projection re
 streams, the layer input is rounded before and after the norm.
 
 On the CPU and without gradients a token has the same bits alone and at any place in any batch.
-PyTorch does not see to that by itself; the functions that come first do.
+PyTorch does not ensure that by itself; the private functions at the head of this file do.
 
 Formulas: mHC (Xie et al., 2026) as used in DeepSeek-V4, ``DeepseekV4HyperConnection`` of
 transformers. n is the number of residual streams (hc_mult), H the hidden size.
@@ -18,26 +18,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# A BLAS adds up the products of one row one after the other, those of a matrix in blocks. Rows in
-# parts of this length come out as exact as a matrix (NOTES.md, "Sums of a CPU's matrix product").
+# A BLAS adds up the products of one row one after the other, but those of a matrix in blocks. Rows
+# in parts of this length come out as exact as a matrix
+# (NOTES.md, "Sums of a CPU's matrix product").
 LONGEST_SUM = 1024
 
 
 def _is_alone(values: Tensor) -> bool:
-    """Whether [..., a, b] is of one token and on the CPU; what follows computes it twice then.
+    """Return whether [..., a, b] is of one token and on the CPU; callers compute that token twice.
 
     PyTorch treats one token unlike several: a batch of one matrix product goes to another function
     of the BLAS, and threads share a sum that is the only one. The shape of a DTensor does not say
-    how many tokens a process has; the ops never see one.
+    how many tokens a process has; the ops never see a DTensor.
     """
     return type(values) is Tensor and values.is_cpu and values.shape[:-2].numel() == 1
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` of each token by itself: [..., a, k] and [..., k, b] to [..., a, b].
+    """Compute ``left @ right`` of each token: [..., a, k] and [..., k, b] to [..., a, b].
 
-    The products of a matrix that holds several tokens are added up in an order that depends on how
-    many they are; in a batch of matrices of one token each, every token meets the same shape.
+    The products of a matrix that holds several tokens are added up in an order that depends on the
+    number of tokens; in a batch of matrices of one token each, every token meets the same shape.
     """
     if _is_alone(left):
         return torch.matmul(left.expand(2, *left.shape), right.expand(2, *right.shape))[0]
@@ -45,15 +46,16 @@ def _matmul(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _linear(values: Tensor, weights: Tensor) -> Tensor:
-    """``values @ weights^T``: [..., K] and [M, K] to [..., M]."""
+    """Compute ``values @ weights^T``: [..., K] and [M, K] to [..., M]."""
     if not values.is_cpu or (weights.requires_grad and torch.is_grad_enabled()):
-        # faster, and without a gradient of the weights for every token in memory
+        # This is faster, and memory holds no gradient of the weights for every token.
         return torch.matmul(values, weights.t())
     result = values.new_zeros(())
     for part, columns in zip(
         values.split(LONGEST_SUM, -1), weights.split(LONGEST_SUM, -1), strict=True
     ):
-        # a copy: weights that were mapped from a file start anywhere, and are added up by that
+        # Weights that were mapped from a file start at any address, and the order of their sum
+        # depends on the address, so they are copied.
         columns = columns.clone(memory_format=torch.contiguous_format)
         each = columns.t().expand(*values.shape[:-1], -1, -1)
         result = result + _matmul(part.unsqueeze(-2), each)
@@ -61,7 +63,7 @@ def _linear(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def _mean_square(values: Tensor) -> Tensor:
-    """``mean_k(values[k]^2)`` of each token: [..., K] to [..., 1]."""
+    """Compute ``mean_k(values[k]^2)`` of each token: [..., K] to [..., 1]."""
     rows = values.square().unsqueeze(-2)
     if _is_alone(rows):
         return rows.expand(2, *rows.shape).mean(-1)[0]
@@ -69,10 +71,10 @@ def _mean_square(values: Tensor) -> Tensor:
 
 
 def _sigmoid(logits: Tensor) -> Tensor:
-    """``1 / (1 + exp(-logits))``.
+    """Compute ``1 / (1 + exp(-logits))``.
 
     On the CPU PyTorch computes 16 or 32 neighbours at once, and the last few of a stretch of memory
-    one by one, with another exp. A gap after each token makes it a stretch by itself.
+    one by one, with another exp. A gap after each token makes each token a stretch by itself.
     """
     if logits.is_cpu:
         logits = pad(logits, (0, 1))[..., :-1]
@@ -93,8 +95,8 @@ def post(
 
     Args:
         x: [..., H], output of the sublayer.
-        residual: [..., n, H], the residual streams before it.
-        post_layer_mix: [..., n, 1] or [..., n], its post weights.
+        residual: [..., n, H], the residual streams before the sublayer.
+        post_layer_mix: [..., n, 1] or [..., n], the post weights of the sublayer.
         comb_res_mix: [..., n, n], indexed [old stream, new stream].
         compute_dtype: dtype of the arithmetic.
 
@@ -126,7 +128,7 @@ def expand(x: Tensor, hc_mult: int) -> Tensor:
 def project(
     residual: Tensor, fn: Tensor, rms_eps: float, *, compute_dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Project the streams, k over all n * H elements of them, and divide by their size::
+    """Project the streams, k over all their n * H elements, and divide by their size::
 
         m = (sum_k residual[k] * fn[:, k]) * rsqrt(mean_k(residual[k]^2) + rms_eps)
 
@@ -185,7 +187,7 @@ def collapse(
         residual: [..., n, H].
         weights: [..., n], in the dtype of the arithmetic.
         norm_weight: [H], weight of the RMSNorm, or None for no norm.
-        norm_eps: its epsilon; given exactly when ``norm_weight`` is.
+        norm_eps: the epsilon of the RMSNorm; given exactly when ``norm_weight`` is.
 
     Returns:
         [..., H], dtype of ``residual``.

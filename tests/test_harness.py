@@ -1,4 +1,4 @@
-"""The timing harness of the benchmarks: turns, chains and records; the clock itself on a GPU."""
+"""Test the timing harness of the benchmarks: turns, chains, records, and on a GPU the clock."""
 
 import itertools
 import json
@@ -37,9 +37,9 @@ def test_samples_are_taken_in_turn():
 
 @pytest.mark.parametrize("graph", [True, False])
 def test_time_of_a_chain_is_divided_by_its_length(monkeypatch, graph):
-    """A pretended clock: the first calls are not timed, and what the chain returned is checked."""
+    """Pretend a clock: the first calls are not timed, and what the chain returned is checked."""
     calls, checked = [], []
-    replays = itertools.count(1)  # those that are timed
+    replays = itertools.count(1)  # This counts the timed replays.
 
     def sample_us(run):
         run()
@@ -94,7 +94,7 @@ def test_paths_of_an_end_agree(part):
 
 @SCRIPTS
 def test_records(script, tmp_path, capsys, monkeypatch):
-    """Everything but the GPU: a row for each size and kind, with figures, floor and commit."""
+    """Record a row for each size and kind, with figures, floor and commit, without a GPU."""
     times = timing.Timing(6.0, 5.5, 6.5, 2.0, 64)
     monkeypatch.setattr(script, "make_chain", lambda *arguments: None)
     monkeypatch.setattr(timing, "time_chain", lambda run, length, check: times)

@@ -1,7 +1,7 @@
-"""The short way: what it gives the kernels, what it leaves to Python, and how it is built.
+"""Test the short way: what it gives the kernels, what it leaves to Python, how it is built.
 
-A CPU has no kernel. These tests give it a driver without a GPU, whose kernels are the reference
-(``fake_driver.py``), so the native library serves CPU tensors as it serves those of a GPU.
+A CPU has no kernels. These tests give the CPU a driver without a GPU, whose kernels are the
+reference (``fake_driver.py``), so the short way serves CPU tensors as it serves those of a GPU.
 """
 
 import ctypes
@@ -48,7 +48,7 @@ from mhc_ops.testing import OUTPUTS, as_outputs, make_inputs
 OP = "fused_post_pre"
 HIDDEN = 256
 NAME = host.name(torches.here())
-MOST = routes.ONE_ROUND_TOKENS  # tokens that the loaded kernel of fused_post_pre takes
+MOST = routes.ONE_ROUND_TOKENS  # The loaded kernel of fused_post_pre takes so many tokens.
 ROOT = Path(mhc_ops.__file__).parents[1]
 OUT = OUTPUTS[OP]
 INPUTS = ("x", "residual", "post_layer_mix", "comb_res_mix", "fn", "hc_scale", "hc_base")
@@ -61,7 +61,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture
 def kernel(driver):
-    """The driver, in use, with plans of every op; the kernels for few tokens are loaded."""
+    """Return the driver, with plans of every op and the kernels for few tokens loaded."""
     if not host.load():
         pytest.skip("there is no native library here")
     for op in OPS:
@@ -76,7 +76,7 @@ def kernel(driver):
 
 
 def remember(driver, op, norm, tokens=1):
-    """A plan with the kernels for so many tokens loaded."""
+    """Remember a plan with the kernels for so many tokens loaded."""
     of = driver.plan(op, HIDDEN, norm)
     for step in of.range(tokens).steps:
         jit.loaded(step.key, CPU)
@@ -88,25 +88,25 @@ def inputs_of(tokens=3, norm=True, **make):
 
 
 def python(inputs, op=OP):
-    """What the op gives without the short way: the CPU implementation."""
+    """Return what the CPU implementation gives."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     with torch.no_grad():
         return as_outputs(op, overload(op).redispatch(keys, **inputs))
 
 
 def long_way(inputs, op=OP):
-    """What the op gives by the long way, with the same driver."""
+    """Return what the op gives by the long way, with the same driver."""
     outputs = serve(op, recipe(op).bind((), inputs))
     return dict(zip(OUTPUTS[op], outputs, strict=True))
 
 
-# ----------------------------------------------------------------------------------- what it takes
+# ------------------------------------------------------------------ which calls the short way takes
 
 
 @pytest.mark.parametrize("leading", [(1,), (3,), (2, 3), (1, 2, 1, 3)], ids=str)
 @pytest.mark.parametrize(("op", "norm"), OP_AND_NORM)
 def test_it_serves_a_call(kernel, op, norm, leading):
-    if op == "head":  # the stand-in for its kernels makes no output
+    if op == "head":  # The stand-ins for the kernels of head make no output.
         kernel.run = lambda launch: None
     inputs = make_inputs(op, leading, HIDDEN, norm=norm, sinkhorn_repeat=3)
     before = host.calls()
@@ -134,7 +134,7 @@ def test_it_serves_a_call_without_tokens(kernel, op, norm, leading):
 
 
 def facts(launch, held):
-    """What a launch was given; of a tensor where it lies, if it is one of the op's arguments."""
+    """Return what a launch was given; a tensor counts by its address if the op was given it."""
     places = {value.data_ptr() for value in tensors(held).values()}
     return launch._replace(
         arguments={
@@ -149,13 +149,13 @@ def facts(launch, held):
 @pytest.mark.parametrize("tokens", [1, 3, 40, 49, 100, 128, 129, 200, 449, 1000])
 @pytest.mark.parametrize(("op", "norm"), OP_AND_NORM)
 def test_both_ways_launch_alike(kernel, op, norm, tokens):
-    """Kernel, configuration and every argument, for every range of the table."""
+    """Compare kernel, configuration and every argument, for every row of the table of routes."""
     kernel.run = lambda launch: None
     inputs = make_inputs(op, tokens, HIDDEN, norm=norm)
     inputs |= {name: 0.5 + i for i, name in enumerate(NUMBERS) if name in inputs}
     if "hc_post_mult_value" in inputs:
         inputs["hc_post_mult_value"] *= -1
-    long_way(inputs, op)  # loads what is missing
+    long_way(inputs, op)  # This loads the missing kernels.
     by_long = kernel.launches.copy()
     kernel.launches.clear()
     before = host.calls()
@@ -166,7 +166,7 @@ def test_both_ways_launch_alike(kernel, op, norm, tokens):
         launch.kernel for launch in routes.row(op, HIDDEN, ARCH, tokens).launches
     )
     for short, long in zip(kernel.launches, by_long, strict=True):
-        long.arguments.pop("early", None)  # the first read, and a later one
+        long.arguments.pop("early", None)  # The long way had the first read.
         assert short.arguments.pop("early", 1) == 1
         assert facts(short, inputs) == facts(long, inputs)
 
@@ -179,7 +179,7 @@ def test_posts_without_their_last_dimension(kernel):
 
 
 def test_outputs_are_filled_where_torch_is_asked_to(kernel):
-    """``torch.use_deterministic_algorithms`` fills what ``torch.empty`` gives."""
+    """Fill outputs as ``torch.empty`` does under ``torch.use_deterministic_algorithms``."""
     kernel.run = lambda launch: None
     torch.use_deterministic_algorithms(True)
     try:
@@ -191,7 +191,7 @@ def test_outputs_are_filled_where_torch_is_asked_to(kernel):
 
 
 def test_scale_and_base_may_lie_anywhere(kernel):
-    """The kernel reads them number by number; engines keep them packed in one tensor."""
+    """Take scale and base at any address, because engines keep both packed in one tensor."""
     inputs = inputs_of()
     packed = torch.cat([torch.zeros(1), inputs["hc_scale"], inputs["hc_base"]])
     inputs |= {"hc_scale": packed[1:4], "hc_base": packed[4:]}
@@ -200,7 +200,7 @@ def test_scale_and_base_may_lie_anywhere(kernel):
 
 
 def test_an_aligned_address_at_an_odd_offset(kernel):
-    """Alignment is judged by address: the storage may start anywhere."""
+    """Judge alignment by address: the storage may start anywhere."""
     inputs = inputs_of()
     memory = torch.zeros(inputs["x"].numel() + 64, dtype=torch.bfloat16)
     start = -memory.data_ptr() % 16 // 2 + 1
@@ -222,7 +222,7 @@ def changed(name, how, change):
 
 
 def misaligned(tensor):
-    """The same values, contiguous, 4 bytes off."""
+    """Return the same values, contiguous, 4 bytes off."""
     step = 4 // tensor.element_size()
     moved = tensor.new_empty(tensor.numel() + step)[step:].view(tensor.shape)
     return moved.copy_(tensor)
@@ -269,7 +269,7 @@ OFF = [
 
 @pytest.mark.parametrize("change", OFF)
 def test_what_it_leaves_to_python(kernel, change, monkeypatch):
-    """One case a condition: the kernel is not called, Python serves the call or refuses it."""
+    """Break one condition a case: no kernel is launched, and Python serves or refuses the call."""
     inputs = change(inputs_of())
     served = []
 
@@ -320,7 +320,7 @@ def test_plans_that_are_forgotten_and_remembered(kernel):
 
 
 def test_a_kernel_that_is_loaded_later_joins_the_plan(kernel):
-    """The table has another kernel for more tokens; until it is loaded, Python serves them."""
+    """Serve more tokens in Python until the kernel that the table has for so many is loaded."""
     many = inputs_of(MOST + 1)
     call(OP, many)
     assert not kernel.launches
@@ -344,7 +344,7 @@ def test_an_error_of_the_launch(kernel):
 
 
 def test_arguments_are_let_go(kernel):
-    """Nothing of a call stays behind: neither its arguments nor, once given away, its outputs."""
+    """Keep nothing of a call: neither its arguments nor, once given away, its outputs."""
     inputs = inputs_of()
     held = tensors(inputs)
 
@@ -363,7 +363,7 @@ def test_arguments_are_let_go(kernel):
 
 
 def test_calls_of_threads_that_are_not_pythons(kernel):
-    """``torch.jit.fork`` runs on a thread that has no state of Python's, and so no GIL."""
+    """Call by ``torch.jit.fork``, on a thread that has no state of Python's and so no GIL."""
     inputs = inputs_of(norm=False)
     held = tensors(inputs)
     numbers = ", ".join(str(v) for n, v in inputs.items() if n not in held and v is not None)
@@ -407,7 +407,7 @@ def test_tensors_of_inference_mode(kernel):
 
 @pytest.mark.parametrize("name", [*INPUTS, "norm_weight"])
 def test_gradients_are_refused(kernel, name):
-    """The kernel runs, below autograd, and backward says why there is none."""
+    """Run the kernel below autograd; backward says why there is no gradient."""
     inputs = inputs_of()
     inputs[name].requires_grad_()
     with torch.no_grad():
@@ -465,7 +465,7 @@ def test_a_function_mode_sees_the_op(kernel):
 
 
 def test_the_python_dispatcher(kernel):
-    """It gives a kernel the whole key set, also what lies above the kernel."""
+    """Show that the short way bears a key set with the keys above its kernel, too."""
     inputs = inputs_of()
     want = python(inputs)
     with enable_python_dispatcher():
@@ -477,7 +477,7 @@ def test_the_python_dispatcher(kernel):
 
 
 class Wrapped(torch.Tensor):
-    """A subclass that answers every op itself."""
+    """Answer every op without calling it."""
 
     seen: ClassVar[list] = []
 
@@ -543,7 +543,7 @@ def test_make_fx(kernel, tracing):
 
 @pytest.mark.parametrize("transform", ["vmap", "functionalize", "jvp"])
 def test_functorch(kernel, transform):
-    """As without the native way, whatever that is."""
+    """Compare with what the ops give without the short way, whatever that is."""
     inputs = inputs_of()
 
     def run(x):
@@ -630,14 +630,14 @@ def test_many_threads(kernel):
 
 @pytest.fixture
 def untried(monkeypatch):
-    """A ``host`` that has not tried to load anything, and nothing that was built ahead."""
+    """Let ``host`` have tried to load nothing, with no library built ahead."""
     monkeypatch.delenv("MHC_OPS_KERNELS", raising=False)
     monkeypatch.setattr(host, "_tried", False)
     monkeypatch.setattr(host, "_library", None)
     monkeypatch.setattr(host, "_remembered", {})
     monkeypatch.setattr(host, "_ops", {})
     monkeypatch.setattr(host, "_reads", host.early_reads())
-    # the ops have the short way already, from the library that every test has
+    # The ops have the short way already, by the library that every test has.
     monkeypatch.setattr(host, "_define", lambda loaded, of: 0)
 
 
@@ -703,7 +703,7 @@ def test_another_source_or_torch_is_another_library(monkeypatch, tmp_path):
 
 
 def host_folder(cache):
-    """The one folder of this library in a cache."""
+    """Return the one folder of the library in a cache."""
     (folder,) = (cache / "mhc_ops").glob("host-*")
     return folder
 
@@ -711,7 +711,7 @@ def host_folder(cache):
 @pytest.mark.slow
 @needs_compiler
 def test_processes_that_build_at_once(tmp_path):
-    """One builds it, the other waits; nothing else is left behind."""
+    """Let one process build the library and the other wait; nothing else is left behind."""
     code = (
         "import logging; logging.basicConfig(level='INFO', format='%(message)s')\n"
         "from mhc_ops.native import host; print(host.load(), host.load())"
@@ -747,11 +747,11 @@ def test_the_first_call_loads_it(monkeypatch, driver):
 
 @needs_compiler
 def test_a_library_that_was_built_ahead(untried, monkeypatch, tmp_path, caplog):
-    """It is taken without a compiler and without the cache; one of another torch is not."""
+    """Take the library without a compiler and without the cache, but not one of another torch."""
     launcher.get()
     ahead = tmp_path / "ahead"
     of = torches.here()
-    # built by the fixture that all tests have
+    # The fixture that all tests have has built this.
     built = library.obtain(NAME, host.built_with(of), host.command(of))
     monkeypatch.setattr(library, "compile", lambda name, command: built.read_bytes())
     host.build(ahead, of)
@@ -764,7 +764,7 @@ def test_a_library_that_was_built_ahead(untried, monkeypatch, tmp_path, caplog):
     assert loaded == [str(ahead / f"{NAME}.so")]
     assert not (tmp_path / "cache").exists()
 
-    # the name says which torch it is for, so one of another is not even looked at
+    # The name says which torch a library is for, so a library of another torch is not looked at.
     monkeypatch.setattr(host, "_tried", False)
     monkeypatch.setattr(torch, "__version__", "2.10.0")
     with caplog.at_level(logging.WARNING, logger="mhc_ops"):
@@ -784,7 +784,7 @@ def test_a_library_of_another_commit_of_an_unreleased_torch(untried, monkeypatch
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.version, "git_version", "after")
     with caplog.at_level(logging.WARNING, logger="mhc_ops"):
-        assert not host.load()  # what has been compiled is no library
+        assert not host.load()  # The compiled bytes are no library.
     assert caplog.messages[0] == (
         f"{tmp_path / 'host-torch2.99.0a0+git1.so'} is not used: built with torch_commit before, "
         "expected after"
@@ -805,7 +805,7 @@ def test_a_cache_that_others_can_write_is_not_loaded_from(untried, monkeypatch, 
 
 
 def native(function):
-    """What the function returned, and how many calls took the native way in it."""
+    """Return what the function returned, and how many of its calls took the short way."""
     before = host.calls()
     return function(), host.calls() - before
 
@@ -866,7 +866,7 @@ def test_gpu_tensors_of_two_devices(name):
 
 @pytest.mark.gpu
 def test_gpu_memory_is_of_the_allocator():
-    """Counted there as that of ``torch.empty`` is, and given back."""
+    """Count memory in the allocator as that of ``torch.empty``, and see the memory given back."""
     inputs = make_inputs(OP, 8, 4096, device="cuda", norm=True)
     call(OP, inputs)
     before = torch.cuda.memory_allocated()
@@ -911,7 +911,7 @@ def test_gpu_compiled_code(fresh_dynamo):
 
 @pytest.mark.gpu
 def test_gpu_16_threads():
-    """Each on a stream of its own, with another token count."""
+    """Give each thread a stream of its own and another token count."""
     inputs = [make_inputs(OP, 8 * (i + 1), 4096, device="cuda", seed=i) for i in range(16)]
     want = [call(OP, i) for i in inputs]
     torch.cuda.synchronize()

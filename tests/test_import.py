@@ -1,4 +1,4 @@
-"""What importing the package does and does not do, each in a process of its own."""
+"""Test what importing the package does and does not do, each in a process of its own."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ ROOT = Path(mhc_ops.__file__).parents[1]
 
 
 def run(code, **environment):
-    """What the code printed, in a new interpreter that finds this package."""
+    """Return what the code printed, in a new interpreter that finds this package."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -41,7 +41,7 @@ print(sorted(set(torch._C._dispatch_get_all_op_names()) - before))
 
 @pytest.mark.parametrize("module", ["mhc_ops", "mhc_ops.testing", "mhc_ops.prewarm"])
 def test_import_is_light(module):
-    """Neither TileLang nor transformers is imported, and CUDA is not initialised."""
+    """Import neither TileLang nor transformers, and leave CUDA uninitialised."""
     code = f"""
 import sys
 import torch
@@ -67,7 +67,7 @@ print("tilelang" in sys.modules, "transformers" in sys.modules)
 
 
 def test_import_survives_a_wrong_switch():
-    """Switches are read when a model is wired: a typo does not break the import."""
+    """Read switches when a model is wired: a typo does not break the import."""
     assert run("import mhc_ops; print('ok')", MHC_OPS_FUSE_POST_PRE="maybe") == "ok"
 
 

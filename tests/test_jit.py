@@ -1,4 +1,4 @@
-"""jit: where a kernel comes from; one compile a key however many ask; what a failure says."""
+"""Test jit: where a kernel comes from, one compile a key for any number of threads, failures."""
 
 import importlib.metadata
 import logging
@@ -24,7 +24,7 @@ KEY = routes.Key("post", "sm_90a", 256)
 
 
 def compiled(key):
-    """What stands for a compiled kernel."""
+    """Return what stands for a compiled kernel."""
     return compiler.Compiled(
         cubin=b"machine code",
         symbol=key.kernel,
@@ -40,7 +40,7 @@ def compiled(key):
 
 @pytest.fixture
 def empty(monkeypatch, tmp_path):
-    """A jit that has compiled nothing, with an empty cache."""
+    """Let jit have compiled nothing, with an empty cache."""
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
     for name in ("MHC_OPS_KERNELS", "MHC_OPS_DISABLE_JIT", "MHC_OPS_TRUST_CACHE"):
         monkeypatch.delenv(name, raising=False)
@@ -51,7 +51,7 @@ def empty(monkeypatch, tmp_path):
 
 @pytest.fixture
 def compile_calls(monkeypatch, empty):
-    """A stand-in for the compiler that counts its calls, and waits for its gate."""
+    """Replace the compiler by a function that counts its calls and waits for a gate."""
     calls = []
     gate = threading.Event()
 
@@ -115,7 +115,7 @@ def test_a_failed_compile_is_tried_again(compile_calls, monkeypatch):
 
 
 def test_many_threads_load_once(compile_calls, monkeypatch):
-    """On each device; a kernel that was refused is tried again."""
+    """Load once on each device; a kernel that was refused is tried again."""
     loads = []
 
     def load(name, kernel, device_index):
@@ -145,12 +145,12 @@ def test_many_threads_load_once(compile_calls, monkeypatch):
     assert compile_calls.calls == [KEY]
 
 
-# ---------------------------------------------------------------------------- where it comes from
+# ------------------------------------------------------------------------ where a kernel comes from
 
 
 @pytest.fixture
 def folders(monkeypatch, compile_calls, tmp_path):
-    """Stands for ``store.load_kernel``: folder to the kernel that it gives; asked folders."""
+    """Replace ``store.load_kernel``: hold the kernel of each folder, and the asked folders."""
     compile_calls.gate.set()
     monkeypatch.setenv("MHC_OPS_KERNELS", str(tmp_path / "ahead"))
     held = types.SimpleNamespace(kernels={}, asked=[])
@@ -258,7 +258,7 @@ WHAT = "mhc: kernel post for hidden size 256 on sm_90a cannot be compiled: "
 
 @pytest.fixture
 def failing(monkeypatch, empty):
-    """Have TileLang's compiler fail; returns what the user is advised to do."""
+    """Have TileLang's compiler fail, and return what the user is advised to do."""
     nvcc = types.SimpleNamespace(get_nvcc_compiler=lambda: "/no/such/nvcc")
     monkeypatch.setitem(sys.modules, "tilelang", types.SimpleNamespace())
     monkeypatch.setitem(sys.modules, "tilelang.contrib.nvcc", nvcc)
@@ -308,7 +308,7 @@ def test_a_kernel_that_nvcc_refuses(failing, monkeypatch):
 
 @pytest.mark.parametrize("installed", [None, "0.1.12"])
 def test_without_the_tilelang_that_the_kernels_are_written_for(empty, monkeypatch, installed):
-    """One clear error, before anything of another TileLang is imported."""
+    """Raise one clear error, before anything of another TileLang is imported."""
 
     def version(package):
         assert package == "tilelang"
@@ -357,7 +357,7 @@ except RuntimeError as error:
 
 
 def test_tilelang_where_the_cache_cannot_be_made(tmp_path):
-    """The errors above are those that TileLang raises."""
+    """Show that TileLang raises the errors that the tests above pretend."""
     (tmp_path / "file").touch()
     environment = {"TILELANG_CACHE_DIR": str(tmp_path / "file"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

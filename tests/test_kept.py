@@ -1,4 +1,4 @@
-"""What tests keep between runs: made once, whole or not at all, and found by what it depends on."""
+"""Test what tests keep between runs: made once, whole or not at all, found by what decides it."""
 
 import os
 import subprocess

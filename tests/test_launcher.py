@@ -1,4 +1,4 @@
-"""The launcher: what it asks the driver for, what a failure says, threads and contexts."""
+"""Test the launcher: what it asks the driver for, what a failure says, threads and contexts."""
 
 import ctypes
 import logging
@@ -25,7 +25,7 @@ POST = routes.Key("post", ARCH, 256)
 
 
 def values_of(key, tokens=3):
-    """Some memory and some numbers for a kernel."""
+    """Return some memory and some numbers for a kernel."""
     hidden = key.hidden
     numbers = {"tokens": tokens, "early": 1, "sinkhorn_repeat": 20, "group_tokens": 1}
     return {
@@ -58,7 +58,7 @@ def test_a_launch_without_clusters(driver):
 
 
 def test_a_thread_without_a_context(driver):
-    """A new thread has used no device yet; the launch gives it the kernel's and takes it back."""
+    """Launch on a thread that has used no device: its context is the kernel's during the launch."""
     driver.run = lambda launch: None
     kernels = [driver.load(KEY, device) for device in (0, 1)]
     depths = []
@@ -100,7 +100,7 @@ def test_a_kernel_that_the_driver_refuses(driver):
         launcher.load(WHAT, compiled(POST)._replace(shared=300_000), 0)
     with pytest.raises(RuntimeError, match="CUDA_ERROR_NO_DEVICE"):
         launcher.load(WHAT, compiled(POST), 7)
-    # what was loaded before the refusal is unloaded, and no context stays behind
+    # What was loaded before the refusal is unloaded, and no context stays behind.
     assert driver.library.fake_loads() - driver.library.fake_unloads() == loads
     assert driver.library.fake_depth() == 0
 
@@ -125,7 +125,7 @@ def test_long_names_are_cut_not_overrun(driver):
 
 
 def own_launcher(folder):
-    """A launcher that has opened no driver."""
+    """Return a launcher that has opened no driver."""
     copy = folder / "own.so"
     shutil.copy(launcher.get()._name, copy)
     return launcher.declare(ctypes.CDLL(str(copy)))
@@ -137,7 +137,7 @@ def test_without_a_driver(monkeypatch, tmp_path):
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"there is no CUDA driver \(libcuda\.so\.1\)"):
             launcher.load(WHAT, compiled(POST), 0)
-    # a failure is not remembered: the driver may be there later
+    # A failure is not remembered, because the driver may be there later.
     monkeypatch.setattr(launcher, "DRIVER", str(build_driver(tmp_path)))
     launcher.load(WHAT, compiled(POST), 0)
 
@@ -189,7 +189,7 @@ int main(int count, char** arguments) {
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_first_calls_of_many_threads_under_a_sanitizer(tmp_path, sanitizer):
-    """All open the driver, load and launch at once; ThreadSanitizer finds nothing."""
+    """Open the driver, load and launch from all threads at once; the sanitizer finds nothing."""
     (tmp_path / "threads.c").write_text(THREADS)
     flags = [f"-fsanitize={sanitizer}", "-g", "-O1"]
     driver, program = tmp_path / "driver.so", tmp_path / "threads"
@@ -201,7 +201,7 @@ def test_first_calls_of_many_threads_under_a_sanitizer(tmp_path, sanitizer):
     command = [str(program), str(driver)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if "unexpected memory mapping" in done.stderr:
-        # g++ 12's ThreadSanitizer wants less address-space randomisation than newer kernels use
+        # g++ 12's ThreadSanitizer wants less address-space randomisation than newer kernels use.
         command = ["setarch", "-R", *command]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "0 failures\n"), done.stderr
@@ -215,7 +215,7 @@ def test_it_compiles_without_a_warning(tmp_path):
 
 
 def test_it_needs_nothing_but_the_c_library():
-    """No torch, no Python, no CUDA: what it is linked with, and the symbols it asks for."""
+    """Need no torch, Python or CUDA: look at the linked libraries and the symbols asked for."""
     path = launcher.get()._name
     said = subprocess.run(
         ["readelf", "-d", path], capture_output=True, text=True, check=True
@@ -231,7 +231,7 @@ def cuda_home():
 
 @pytest.mark.skipif(cuda_home() is None, reason="needs the header of the CUDA driver")
 def test_what_it_declares_is_what_the_driver_declares(tmp_path):
-    """Names, numbers and layouts, against CUDA's own header."""
+    """Compare names, numbers and layouts with CUDA's own header."""
     text = launcher.SOURCE.read_text()
     enumerators = re.findall(r"^  (CU_\w+) = (\d+),", text, re.MULTILINE)
     assert len(enumerators) == 8
@@ -269,7 +269,7 @@ def test_what_it_declares_is_what_the_driver_declares(tmp_path):
 
 @pytest.fixture
 def unbuilt(monkeypatch, tmp_path):
-    """A launcher that was not asked for, and an empty cache."""
+    """Let nobody have asked for the launcher, with an empty cache."""
     monkeypatch.setattr(launcher, "_library", None)
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("MHC_OPS_KERNELS", raising=False)
@@ -320,7 +320,7 @@ def test_it_depends_on_no_version_of_anything():
 def test_a_broken_one_is_built_anew(unbuilt):
     launcher.get()
     (folder,) = unbuilt.iterdir()
-    (folder / "launcher.so").unlink()  # the one that is loaded stays whole
+    (folder / "launcher.so").unlink()  # The loaded library stays whole.
     (folder / "launcher.so").write_bytes(b"no ELF")
     path = library.obtain(launcher.NAME, launcher.built_with(), launcher.command())
     assert store.find(folder, launcher.NAME, store.LIBRARY, launcher.built_with()) is not None
@@ -332,7 +332,7 @@ def test_a_broken_one_is_built_anew(unbuilt):
 
 @pytest.mark.parametrize("kernel", SIGNATURES)
 def test_the_stand_ins_have_the_signatures_of_the_kernels(kernel, lowered):
-    """Names, kinds and order of all parameters, and clusters, from TileLang's own source."""
+    """Compare names, kinds and order of all parameters, and clusters, with TileLang's source."""
     options = {
         "projection": (("rows", 24), ("token_tiles", 1), ("ctas_per_sm", 5)),
         "post": (),
@@ -340,16 +340,16 @@ def test_the_stand_ins_have_the_signatures_of_the_kernels(kernel, lowered):
         "post_projection": (),
     }.get(kernel, (("norm", 1), *((("streams", 1),) if kernel.startswith("post_head") else ())))
     key = routes.Key(kernel, ARCH, HIDDEN, options)
-    real = lowered(key)  # of a size that the emulation runs, too
+    real = lowered(key)  # The emulation runs this size, too.
     assert real.parameters == signature(key)
     assert (real.cluster == 16) == kernel.startswith(CLUSTERED)
     names = {name for name, kind in real.parameters if kind != "pointer"}
     for extent in real.grid:
-        formula.evaluate(extent, dict.fromkeys(names, 1))  # of these sizes alone
+        formula.evaluate(extent, dict.fromkeys(names, 1))  # These names suffice.
 
 
 def test_the_package_launches_nothing_else():
-    """Neither the launcher nor the short way needs TileLang's run time."""
+    """Load launcher and short way without TileLang's run time."""
     code = (
         "import sys, mhc_ops\n"
         "from mhc_ops.native import host, launcher\n"

@@ -1,7 +1,7 @@
-"""Malformed calls by the thousand: each is refused clearly or gives a right answer.
+"""Test malformed calls by the thousand: each is refused clearly or gives a right answer.
 
 Hypothesis spoils one to three arguments of a valid call. The call then runs on the CPU kernels and
-on the fake ones; both must say the same. 5,250 calls a run, 750 an op, each on both kernels.
+on the fake ones; both must say the same.
 """
 
 import functools
@@ -22,10 +22,10 @@ from helpers import OPS, STREAMS, overload
 from mhc_ops.native import host
 from mhc_ops.testing import as_outputs, assert_matches_oracle, make_inputs
 
-EXAMPLES = 750  # an op
-SECONDS = 60  # of one call: a hang, not a slow machine
+EXAMPLES = 750  # Each op gets so many.
+SECONDS = 60  # A call that takes longer hangs; no slow machine is the cause.
 
-# What the ops document. The dispatcher of torch refuses what no schema allows with a RuntimeError
+# The ops document these. The dispatcher of torch refuses what no schema allows with a RuntimeError
 # or a TypeError of its own that names the op.
 DOCUMENTED = (RuntimeError, TypeError, ValueError)
 
@@ -38,7 +38,7 @@ BASES = [
 
 @functools.cache
 def base(op: str, number: int) -> dict[str, Any]:
-    """A valid call. It is never written: every example looks at that."""
+    """Return a valid call, whose tensors are never written: every example looks at that."""
     leading, hidden, hc_mult, norm = BASES[number]
     return make_inputs(
         op, leading, hidden, hc_mult=hc_mult, norm=norm and op != "post", sinkhorn_repeat=3
@@ -46,14 +46,14 @@ def base(op: str, number: int) -> dict[str, Any]:
 
 
 def with_gaps(t: Tensor) -> Tensor:
-    """The same values, each followed by a gap."""
+    """Return the same values, each followed by a gap."""
     wide = t.new_zeros((*t.shape, 2))
     wide[..., 0] = t
     return wide[..., 0]
 
 
 def moved(t: Tensor, elements: int) -> Tensor:
-    """The same values, so many elements into their storage."""
+    """Return the same values, so many elements into their storage."""
     flat = t.new_zeros(t.numel() + elements)[elements:]
     return flat.view(t.shape).copy_(t)
 
@@ -63,7 +63,7 @@ def resize_last(t: Tensor, by: int) -> Tensor:
 
 
 def permuted(t: Tensor) -> Tensor:
-    """The same shape, laid out with the first dimension innermost."""
+    """Return the same shape, laid out with the first dimension innermost."""
     return t.mT.contiguous().mT if t.dim() >= 2 else t
 
 
@@ -117,12 +117,12 @@ NUMBERS: dict[str, Any] = {
     "numpy": np.float32(1.0), "object": object(), "dtype": torch.float32,
 }  # fmt: skip
 
-# beyond it fp32 and the float64 of the oracle part ways
+# Beyond this value fp32 and the float64 of the oracle part ways.
 MODERATE = 1e3
 
 
 class Outcome(NamedTuple):
-    """What a call came to: results, or the type and the text of what was raised."""
+    """Hold what a call came to: the results, or the error that was raised."""
 
     results: dict[str, Tensor] | None
     error: Exception | None
@@ -138,7 +138,7 @@ def outcome(op: str, args: tuple[Any, ...], inputs: dict[str, Any]) -> Outcome:
 
 
 def assert_clear(op: str, error: Exception) -> None:
-    """The text names the op and, where it is a ValueError of ours, what was expected and came."""
+    """Check that the text names the op and, in our ValueErrors, what was expected and came."""
     text = str(error)
     if isinstance(error, ValueError):
         assert text.startswith(f"mhc::{op}: expected "), text
@@ -148,7 +148,7 @@ def assert_clear(op: str, error: Exception) -> None:
 
 
 def is_moderate(inputs: dict[str, Any]) -> bool:
-    """Whether the oracle can judge: finite values, none that fp32 or its squares cannot hold."""
+    """Return whether the oracle can judge: fp32 can hold every value and its square."""
     for value in inputs.values():
         if isinstance(value, Tensor):
             if not (value.double().abs() <= MODERATE).all():
@@ -157,12 +157,12 @@ def is_moderate(inputs: dict[str, Any]) -> bool:
             if not abs(value) <= MODERATE:
                 return False
         elif value is not None:
-            return False  # a dtype, which torch takes for a number of its own
+            return False  # Torch takes a dtype for a number of its own.
     return inputs.get("hc_sinkhorn_eps", 1) > 0
 
 
 def as_torch_takes_it(op: str, name: str, value: Any) -> Any:
-    """In place of a number torch takes the value of a tensor or of a numpy scalar."""
+    """Return the value of a tensor or of a numpy scalar, which torch takes instead of a number."""
     if isinstance(base(op, 1).get(name), Tensor) or not isinstance(value, (Tensor, np.generic)):
         return value
     if isinstance(value, Tensor) and value.numel() != 1:
@@ -175,7 +175,7 @@ def facts(results: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def spoil(op: str, inputs: dict[str, Any], name: str, kind: str) -> None:
-    """Change one argument; a norm_weight that is not there is given, alone."""
+    """Change one argument; an absent norm_weight is given, without a norm_eps."""
     value = inputs.get(name)
     if kind == "left out":
         inputs.pop(name, None)
@@ -187,7 +187,7 @@ def spoil(op: str, inputs: dict[str, Any], name: str, kind: str) -> None:
 
 
 def changes(op: str) -> list[tuple[str, str]]:
-    """(argument, kind of change)."""
+    """Return each (argument, kind of change)."""
     return [
         (name, kind)
         for name, value in base(op, 1).items()
@@ -205,7 +205,7 @@ def storages(op: str) -> list[Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_malformed_calls(op):
-    host.load()  # the native kernels in front, as after the first one-launch kernel on a GPU
+    host.load()  # The ops have the short way then, as after the first kernel on a GPU.
     before = [t.clone() for t in storages(op)]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     valid = {id(t): mode.from_tensor(t) for t in storages(op)}
@@ -272,6 +272,6 @@ def test_malformed_calls(op):
     run()
     for t, was in zip(storages(op), before, strict=True):
         assert torch.equal(t, was)
-    # each kind of end is met often, or the generator has gone blind
+    # Each kind of end is met often, or the generator has gone blind.
     assert sum(seen.values()) - seen["judged"] >= EXAMPLES
     assert all(count >= EXAMPLES // 50 for count in seen.values()), seen

@@ -1,4 +1,4 @@
-"""Hyper-connections as modules: the carried state, the wiring, the norm-weight cache."""
+"""Test hyper-connections as modules: the carried state, the wiring, the norm-weight cache."""
 
 import logging
 
@@ -17,7 +17,7 @@ OFF = {"MHC_OPS_TILELANG_PRE": "0", "MHC_OPS_TILELANG_POST": "0"}
 
 
 class Stack(torch.nn.Module):
-    """Hyper-connections in the order of a model; the sublayers are exact in bf16."""
+    """Run hyper-connections in the order of a model; the sublayers are exact in bf16."""
 
     def __init__(self, hc_mult=4, hidden=HIDDEN):
         super().__init__()
@@ -80,7 +80,7 @@ def test_boundary_is_the_fused_op(device, monkeypatch):
 
 
 def test_fused_and_unfused_have_the_same_residuals(device, monkeypatch):
-    """Bit for bit at every boundary that starts from the same state."""
+    """Compare bits at every boundary that starts from the same state."""
     stack, residual = make(device, monkeypatch), streams(device)
     states = list(stack.states(residual))
     monkeypatch.setenv("MHC_OPS_FUSE_POST_PRE", "0")
@@ -128,7 +128,7 @@ def test_switches_are_read_when_the_model_is_wired(monkeypatch):
 
 @pytest.mark.parametrize("switches", [FUSED, FUSED | OFF])
 def test_plain_functions_compute_the_same(monkeypatch, switches):
-    """On the CPU the ops are the plain functions, so any path gives the same bits."""
+    """Get the same bits on any path, because on the CPU the ops are the plain functions."""
     stack = make("cpu", monkeypatch, switches)
     residual = streams("cpu")
     post, comb, y = reference.pre(
@@ -163,7 +163,7 @@ def test_unsupported_device_falls_back_with_one_line(monkeypatch, caplog):
 
 
 def test_what_a_cuda_device_cannot_serve():
-    """The reason of is_supported where CUDA is missing; shapes where it is there."""
+    """Give the reason of is_supported where CUDA is missing, and shapes where CUDA is there."""
     supported, reason = mhc_ops.is_supported("cuda")
     got = wiring._device_refusal(torch.device("cuda"), 4, HIDDEN)
     assert got is None if supported else got == reason

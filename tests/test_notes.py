@@ -1,4 +1,4 @@
-"""The notes on speed: every entry has the one form, and every reference to one is to one."""
+"""Test the notes on speed: every entry has the one form, and every reference finds an entry."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_titles_are_names():
 
 
 def test_runs_are_in_the_records():
-    """A run that an entry names has a line in the tuning record, and the other way round."""
+    """Find a line of the tuning record for each run that an entry names, and vice versa."""
     told = set()
     for text in ENTRIES.values():
         record = text.split("* **Record**: ")[1]

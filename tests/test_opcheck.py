@@ -1,4 +1,4 @@
-"""torch.library.opcheck, all four tests, on every op and every form of its arguments."""
+"""Run all four tests of torch.library.opcheck on every op and every form of its arguments."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_opcheck(op, form, device):
         results = torch.library.opcheck(overload(op), args, kwargs, test_utils=ALL_TESTS)
         assert results == dict.fromkeys(ALL_TESTS, "SUCCESS")
         return
-    # with grad mode on, this test would run the backward, which raises by contract
+    # With grad mode on, this test would run the backward, which raises by contract.
     *forward_tests, traced = ALL_TESTS
     results = torch.library.opcheck(overload(op), args, kwargs, test_utils=forward_tests)
     with torch.no_grad():

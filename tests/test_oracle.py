@@ -1,4 +1,4 @@
-"""Every op against the float64 oracle: kinds of inputs, sizes on every path, epsilons, zeros."""
+"""Test ops against the float64 oracle: kinds of inputs, sizes on every path, epsilons, zeros."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from helpers import EPSILONS, NORMS, OPS, check_against_oracle, path, tokens_of
 from mhc_ops.testing import KINDS, make_inputs
 
 OTHER_HIDDEN = (256, 768, 2816, 5120, 7168)
-ENDS = ("expand_pre", "post_head", "post_head_streams")  # few kernels, so few token counts
+# These ops have few kernels, so few token counts suffice.
+ENDS = ("expand_pre", "post_head", "post_head_streams")
 
 per_op_and_norm = pytest.mark.parametrize(
     ("op", "norm"),
@@ -55,7 +56,7 @@ def test_a_prefill(op, norm):
     check_against_oracle(op, "cuda", tokens=4096, hidden=7168, norm=norm, kind="large_logits")
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op != "post"])  # which has none
+@pytest.mark.parametrize("op", [op for op in OPS if op != "post"])  # post has none.
 def test_epsilons(device, op, subtests):
     for name, epsilons in EPSILONS.items():
         with subtests.test(name):
@@ -66,7 +67,7 @@ def test_epsilons(device, op, subtests):
 
 @per_op_and_norm
 def test_streams_of_zero(device, op, norm):
-    """Zero in, zero out: the epsilons keep every division finite."""
+    """Turn zeros into zeros: the epsilons keep every division finite."""
     make = {"tokens": 5, "hidden": 256, "norm": norm, "kind": "signed_bases"}
     inputs = make_inputs(op, device=device, **make)
     zero = {name: torch.zeros_like(inputs[name]) for name in ("x", "residual") if name in inputs}

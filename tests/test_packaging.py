@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it runs where the checkout is not."""
+"""Test the wheel: what is in it, and that it runs where the checkout is not."""
 
 import ast
 import importlib.metadata
@@ -24,13 +24,13 @@ from mhc_ops.native import host, torches
 
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
-# what a build reads; benchmarks, examples and tests go into the sdist alone
+# A build reads these; benchmarks, examples and tests go into the sdist alone.
 SOURCES = ("mhc_ops", "csrc_tilelang", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md",
            "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "constraints.txt", "tests",
            "benchmarks", "docs", "examples")  # fmt: skip
 IGNORED = shutil.ignore_patterns("__pycache__", "*.bak")
 
-pytestmark = pytest.mark.slow  # wheels are built and installed
+pytestmark = pytest.mark.slow  # Wheels are built and installed.
 
 RUN_EVERY_OP = """
 import sys
@@ -75,7 +75,7 @@ def pip_wheel(source, target, **environment):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of the sources: building leaves folders behind, and other tests may run."""
+    """Return a copy of the sources: building leaves folders behind, and other tests may run."""
     copy = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -92,7 +92,7 @@ def wheel(source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory):
-    """(interpreter, site-packages) of a new environment with the wheel, and torch from here."""
+    """Return (interpreter, site-packages) of a new environment with the wheel, and our torch."""
     home = tmp_path_factory.mktemp("environment")
     venv.create(home, symlinks=True)
     interpreter = home / "bin" / "python"
@@ -101,8 +101,8 @@ def environment(wheel, tmp_path_factory):
         "--no-deps", "--no-index", str(wheel), cwd=home,
     )  # fmt: skip
     (site,) = home.glob("lib/python*/site-packages")
-    # after the environment's own packages, and without the .pth files there: an editable install
-    # of the checkout stays out
+    # The borrowed packages come after the environment's own, and without their .pth files, so an
+    # editable install of the checkout stays out.
     borrowed = {str(Path(module.__file__).parents[1]) for module in (torch, rich)}
     (site / "borrowed.pth").write_text("\n".join(sorted(borrowed)) + "\n")
     return interpreter, site
@@ -156,14 +156,14 @@ assert not taken, f"{taken} were imported"
 
 
 def test_a_wheel_with_kernels(source, wheel, tmp_path):
-    """Loaded from the unpacked wheel, with nothing that could compile one."""
+    """Load a kernel from the unpacked wheel, with nothing that could compile one."""
     copy = tmp_path / "copy"
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build", "*.egg-info"))
     made = pip_wheel(copy, tmp_path, MHC_OPS_AOT_ARCHS="sm_80", MHC_OPS_AOT_HIDDEN="256")
     version = mhc_ops.__version__
     assert made.name == f"mhc_ops-{version}-py3-none-linux_{platform.machine()}.whl"
     assert wheel.name == f"mhc_ops-{version}-py3-none-any.whl"
-    assert needs_of(made) == ["torch<2.15,>=2.11"]  # an engine keeps its own TileLang
+    assert needs_of(made) == ["torch<2.15,>=2.11"]  # An engine keeps its own TileLang.
     site = tmp_path / "site"
     python(
         sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target",
@@ -180,7 +180,7 @@ def test_a_wheel_with_kernels(source, wheel, tmp_path):
         sys.executable, "-c", LOAD_PACKAGED, cwd=tmp_path, PYTHONPATH=str(site), PATH="/nowhere",
         MHC_OPS_DISABLE_JIT="1", TILELANG_CACHE_DIR=str(tmp_path / "cache"),
     )  # fmt: skip
-    # a later build in the same folder, without kernels, carries none of them
+    # A later build in the same folder, without kernels, carries none of the kernels.
     (tmp_path / "plain").mkdir()
     plain = pip_wheel(copy, tmp_path / "plain")
     with zipfile.ZipFile(plain) as archive:
@@ -218,7 +218,7 @@ def test_an_editable_install_carries_no_kernels(source, tmp_path):
 
 
 def metadata_of(wheel):
-    """(fields of its metadata, names of its files)"""
+    """Return (fields of the wheel's metadata, names of its files)."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
@@ -227,7 +227,7 @@ def metadata_of(wheel):
 
 
 def needs_of(wheel):
-    """What it needs wherever it is installed."""
+    """Return what the wheel needs wherever it is installed."""
     fields, _ = metadata_of(wheel)
     return [text for text in fields.get_all("Requires-Dist") if "extra" not in text]
 
@@ -245,7 +245,7 @@ def test_metadata(wheel):
 
 @pytest.mark.parametrize("group", ["vllm.general_plugins", "sglang.srt.plugins"])
 def test_entry_points_of_the_engines(environment, tmp_path, group):
-    """Each is found as the engine finds it, and loads; without the engine it changes nothing."""
+    """Find and load an entry point as its engine does; without the engine it changes nothing."""
     interpreter, _ = environment
     load = (
         "from importlib.metadata import entry_points\n"
@@ -263,7 +263,7 @@ def test_every_op_runs_from_the_wheel(environment, tmp_path):
 
 
 def test_kernel_sources_are_files(environment, tmp_path):
-    """TileLang reads a kernel's source with ``inspect``, so it has to be a file."""
+    """Find each kernel's source as a file, because TileLang reads the source with ``inspect``."""
     interpreter, site = environment
     find = "import importlib.util; print(importlib.util.find_spec('mhc_ops.csrc_tilelang').origin)"
     found = Path(python(interpreter, "-c", find, cwd=tmp_path).strip())
@@ -274,7 +274,7 @@ def test_kernel_sources_are_files(environment, tmp_path):
 
 @pytest.mark.parametrize("name", ["host.cpp", "launcher.c"])
 def test_the_native_libraries_are_built_from_the_wheel(environment, tmp_path, name):
-    """Their sources are found; that they build is ``test_host.py``'s and ``test_launcher.py``'s."""
+    """Find the sources; ``test_host.py`` and ``test_launcher.py`` show that the sources build."""
     interpreter, site = environment
     find = f"from mhc_ops.native import {name.split('.')[0]} as m; print(m.SOURCE)"
     found = Path(python(interpreter, "-c", find, cwd=tmp_path).strip())
@@ -307,7 +307,7 @@ def test_constraints_pin_what_the_package_needs():
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OPTIONAL = PROJECT["optional-dependencies"]
-# of a wheel without kernels; test_metadata holds them to its metadata
+# A wheel without kernels has these; test_metadata compares them with its metadata.
 DEPENDENCIES = re.findall(r'"(\w+[<>=]=[\d.,<]+)"', (ROOT / "setup.py").read_text())
 RUN_TIME = [*DEPENDENCIES, *OPTIONAL["cli"], *OPTIONAL["plot"], *OPTIONAL["transformers"]]
 
@@ -321,7 +321,7 @@ def test_every_dependency_is_bounded_and_justified(need):
 
 
 def test_only_declared_packages_are_imported():
-    """What the package imports is Python's own, declared, or comes with what is declared."""
+    """Import only what is Python's own, declared, or comes with what is declared."""
     came_along = {"tvm_ffi", "sympy"}
     optional = {"sglang", "vllm"}
     declared = {re.match(r"\w+", need)[0] for need in RUN_TIME} | came_along | optional
@@ -338,7 +338,7 @@ def test_only_declared_packages_are_imported():
 
 
 def test_pip_check():
-    """No package of this environment lacks what it needs, or has it in a wrong version."""
+    """Find no package of this environment without what it needs, or with a wrong version of it."""
     done = subprocess.run(
         [sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False
     )

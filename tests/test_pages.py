@@ -1,4 +1,4 @@
-"""The pages are true: their code runs, their commands and links exist, their tables are right."""
+"""Test that the pages are true: code runs, commands and links exist, tables are right."""
 
 import argparse
 import functools
@@ -63,7 +63,7 @@ def run_page(page, *met):
 
 @pytest.fixture
 def _as_before(monkeypatch, fresh_dynamo):
-    """Switches that a page sets, and what it compiles, end with the test."""
+    """End the switches that a page sets, and what it compiles, with the test."""
     for name in config.DEFAULTS:
         monkeypatch.setenv(name, str(int(config.DEFAULTS[name])))
 
@@ -126,7 +126,7 @@ def test_needs_are_those_that_are_known():
 
 
 class Parsed(Exception):
-    """A command line was understood; the command itself is not run."""
+    """Tell that a command line was understood; the command itself is not run."""
 
 
 @functools.cache
@@ -259,7 +259,7 @@ def test_the_range_of_the_readme_is_that_of_the_table():
 
 
 def test_every_default_row_of_the_bench_has_a_baseline():
-    """The command of the page on performance shows a baseline for every row of its defaults."""
+    """Show a baseline for every row of the bench by the command of the page on performance."""
     path = re.search(r"--baseline (\S+)", pages.section(DOCS / "performance.md", "Repeat it"))[1]
     baseline = read_baseline(ROOT / path)
     for tokens in bench.DEFAULT_TOKENS:
@@ -293,7 +293,7 @@ def test_ranges():
     said = {name: row[1] for row in table for name in re.findall(r"`(\w+)`", row[0])}
     for name, spec in ARGUMENTS.items():
         if name == "norm_eps":
-            continue  # said twice
+            continue  # The page says this twice.
         if isinstance(spec, NumberSpec):
             bounds = {
                 (0, LARGEST): "finite, at least 0",
@@ -351,7 +351,8 @@ def test_every_function_that_an_adapter_replaces_is_in_its_table(engine):
     end = text.index("vLLM 0.33.0,") if engine == "sglang" else len(text)
     named = set(re.findall(r"`([\w.]+)`", text[start:end]))
     for replacement in adapter.REPLACEMENTS:
-        if not replacement.name.endswith("finalize_mhc_broadcast_weights"):  # loads kernels alone
+        # This one loads kernels alone.
+        if not replacement.name.endswith("finalize_mhc_broadcast_weights"):
             assert any(name.endswith(replacement.name) for name in named), replacement.name
     assert f"{'SGLang' if engine == 'sglang' else 'vLLM'} {adapter.TESTED}" in text
 

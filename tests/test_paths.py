@@ -1,4 +1,4 @@
-"""The line at the end of a run on a GPU: what it counts, and that workers' counts are added."""
+"""Test the line at the end of a run on a GPU: what it counts, and the sum of workers' counts."""
 
 import functools
 from collections import Counter
@@ -31,12 +31,12 @@ def paths():
 
 @pytest.mark.parametrize("op", OPS)
 def test_ways_of_a_call(driver, paths, op):
-    """On tensors that the stand-in for the driver serves as if they were on a GPU."""
+    """Count calls on tensors that the stand-in for the driver serves as if they were on a GPU."""
     if not host.load():
         pytest.skip("needs a C++ compiler")
     inputs = make_inputs(op, 3, 256, norm=op != "post")
     call(op, inputs)
-    assert paths.total() == {"cpu": 1}  # no plan yet
+    assert paths.total() == {"cpu": 1}  # There is no plan yet.
     serve.serve(op, recipe(op).bind((), inputs))
     assert paths.total() == {"cpu": 1, "long": 1}
     for _ in range(2):
@@ -45,7 +45,7 @@ def test_ways_of_a_call(driver, paths, op):
 
 
 def test_what_is_no_call(paths):
-    """Refused, of fake tensors, or of no memory."""
+    """Count no call that is refused, of fake tensors, or of no memory."""
     inputs = make_inputs("post", 3, 256)
     with pytest.raises(ValueError, match="expected x"):
         call("post", inputs | {"x": inputs["x"].float()})
@@ -66,7 +66,7 @@ def test_where_kernels_come_from(paths, tmp_path, monkeypatch):
         monkeypatch.setattr(jit, "_loaded", {})
         monkeypatch.setattr(jit, "_compiled", {})
         jit.load(key, device)
-        jit.load(key, device)  # is there already
+        jit.load(key, device)  # The kernel is loaded already.
 
     load()
     assert paths.counts == Counter(compiled=1)

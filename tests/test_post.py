@@ -1,4 +1,4 @@
-"""post, alone and in front of the ops that begin with it."""
+"""Test post, alone and as the beginning of other ops."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""post_head, with and without the streams: one as the other, and in any batch."""
+"""Test post_head, with and without the streams: both agree, also in any batch."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ POST_ARGUMENTS = ("x", "residual", "post_layer_mix", "comb_res_mix")
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize(("hidden", "tokens"), sizes(OP, (256, 4096, 7168), 1, 33, 300))
 def test_streams_are_those_of_post_and_change_nothing(hidden, tokens, norm):
-    """Bit for bit, whether they are written or not."""
+    """Compare bits with and without the streams written."""
     inputs = make_inputs(OP, tokens, hidden, device="cuda", norm=norm, kind="large_streams")
     with_streams = call("post_head_streams", inputs)
     post = call("post", {name: inputs[name] for name in POST_ARGUMENTS})

@@ -1,4 +1,4 @@
-"""pre: the bits of a boundary, any size, and tiles without tokens."""
+"""Test pre: the bits of a boundary, any size, and tiles without tokens."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ OP = "pre"
 @pytest.mark.parametrize("hidden", [256, 2816, 4096, 5120, 7168])
 @pytest.mark.parametrize("tokens", [129, 300, 1111])
 def test_batch_invariance(hidden, tokens, norm):
-    """Bit for bit a few tokens alone, and after post the boundary in one launch."""
+    """Compare bits with those of a few tokens alone, and after post with the boundary."""
     inputs = make_inputs("fused_post_pre", tokens, hidden, device="cuda", norm=norm, seed=tokens)
     names = ("x", "residual", "post_layer_mix", "comb_res_mix")
     post = {name: inputs.pop(name) for name in names}
@@ -33,7 +33,7 @@ def test_batch_invariance(hidden, tokens, norm):
 
 @pytest.mark.gpu
 def test_more_elements_than_32_bits_count():
-    """80,000 tokens at H = 7168: 2.3e9 elements; the last tokens against themselves."""
+    """Run 80,000 tokens at H = 7168, 2.3e9 elements; compare the last tokens with a run alone."""
     if torch.cuda.mem_get_info()[0] < 12 << 30:
         pytest.skip("needs 12 GB of free memory")
     inputs = make_inputs(OP, 16, 7168, device="cuda", norm=True)
@@ -45,7 +45,7 @@ def test_more_elements_than_32_bits_count():
 
 @pytest.mark.gpu
 def test_no_memory_but_the_outputs():
-    """Above the outputs less than 8 MB at 32,768 tokens."""
+    """Take less than 8 MB above the outputs at 32,768 tokens."""
     inputs = make_inputs(OP, 16, 4096, device="cuda", norm=True)
     inputs["residual"] = inputs["residual"].repeat(2048, 1, 1)
     mhc_ops.pre(**inputs)
@@ -60,7 +60,7 @@ def test_no_memory_but_the_outputs():
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("tokens", [129, 131, 143])
 def test_a_last_tile_without_tokens_for_every_warp(tokens, norm):
-    """9 tiles of one cluster, again and again: warps without tokens may not be left behind."""
+    """Run 9 tiles of one cluster many times: warps without tokens must not be left behind."""
     inputs = make_inputs(OP, tokens, 256, device="cuda", norm=norm)
     with other_routes(CLUSTERS=1):
         want = call(OP, inputs)

@@ -1,4 +1,4 @@
-"""prewarm: what it refuses, what it compiles, and that nothing compiles after it."""
+"""Test prewarm: what it refuses, what it compiles, and that nothing compiles after it."""
 
 import re
 import sys
@@ -46,12 +46,12 @@ def test_fewer_tokens_need_fewer_kernels():
     assert few < set(routes.keys(4096, "sm_90a", 8192))
 
 
-# Every count up to beyond the bounds of the table, and some large ones.
+# These are all counts up to beyond the bounds of the table of routes, and some large ones.
 EVERY = (*range(1, 180), 448, 449, 512, 2048, 8192)
 
 
 def reached(arch, hidden, max_tokens):
-    """The kernels of calls of every op at every token count, by their plans."""
+    """Return the kernels that the plans of every op name at every token count."""
     return {
         step.key
         for op in OPS
@@ -66,7 +66,7 @@ def reached(arch, hidden, max_tokens):
 @pytest.mark.parametrize("hidden", [256, 4096, 5120, 8192])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_no_call_reaches_a_kernel_that_is_not_ready(monkeypatch, arch, hidden, max_tokens):
-    """Every op at every token count asks for what was compiled and loaded, and for nothing else."""
+    """Ask, for every op and token count, for what was compiled and loaded, and nothing else."""
     loaded, remembered = [], []
     monkeypatch.setattr(support, "arch", lambda device: arch)
     monkeypatch.setattr(support, "sm_count", lambda device: 132)
@@ -91,7 +91,7 @@ def stack(hidden=512, hc_mult=4):
 
 
 class WithConfig(torch.nn.Module):
-    """As a model of transformers is before anything is applied to it."""
+    """Stand for a model of transformers before anything is applied to it."""
 
     config = config()
 
@@ -109,7 +109,7 @@ class TestModels:
         ids=["stack", "two stacks", "head", "model", "config"],
     )
     def test_sizes(self, monkeypatch, of, sizes):
-        """The kernels of these hidden sizes are compiled, and those sizes loaded."""
+        """Compile the kernels of the hidden sizes that a model has, and load those."""
         prewarm = sys.modules["mhc_ops.prewarm"]
         compiled, loaded = [], []
         monkeypatch.setattr(support, "is_supported", lambda device: (True, "yes"))
@@ -173,7 +173,7 @@ def test_nothing_compiles_or_loads_afterwards(monkeypatch, max_tokens):
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", OPS)
 def test_calls_take_the_short_way_afterwards(op):
-    """Whatever their number of tokens, from the first one on."""
+    """Take the short way for any number of tokens, from the first call on."""
     hidden = 512
     report = mhc_ops.prewarm([hidden], max_tokens=300)
     before = host.calls()

@@ -1,4 +1,4 @@
-"""Devices, processes and threads: mixed devices, fork, spawn, 16 threads at once."""
+"""Test devices, processes and threads: mixed devices, fork, spawn, 16 threads at once."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ def inputs_of(op, device="cpu", tokens=3, seed=0):
 
 @pytest.mark.parametrize("op", OPS)
 def test_meta_and_cpu_are_not_mixed(op, subtests):
-    """Each tensor is compared with the streams, the odd ones where they are what is moved."""
+    """Compare each tensor with the streams; where the streams are moved, they are the odd ones."""
     for name in tensors(inputs_of(op)):
         with subtests.test(name):
             inputs = inputs_of(op)
@@ -44,7 +44,10 @@ def test_meta_and_cpu_are_not_mixed(op, subtests):
 
 
 def serve(device, seeds, connection):
-    """In another process: every op on every seed; numpy arrays, which need no shared memory."""
+    """Run every op on every seed, in another process, and send arrays of numpy.
+
+    Arrays of numpy need no shared memory.
+    """
     torch.set_num_threads(1)
     results = []
     for seed in seeds:
@@ -56,7 +59,7 @@ def serve(device, seeds, connection):
 
 
 def in_processes(method, device, count=2):
-    """What ``serve`` gave in each of so many processes at once."""
+    """Return what ``serve`` gave in each of so many processes at once."""
     context = multiprocessing.get_context(method)
     running = []
     for _ in range(count):
@@ -90,9 +93,10 @@ def check(given, want):
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes_on_the_cpu(method):
-    """The parent has run the ops, with the native library in front, before it forks."""
+    """Run the ops in the parent, with the short way loaded, before it forks."""
     host.load()
-    # one thread: a forked child has none of the parent's, and sums depend on how they are split
+    # A forked child has none of the parent's threads, and sums depend on the number of threads, so
+    # parent and child use one.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -119,7 +123,7 @@ sys.exit(os.waitpid(child, 0)[1])
 
 @pytest.mark.gpu
 def test_gpu_after_fork_with_cuda_uninitialised():
-    """Parent and child both use the GPU after it."""
+    """Use the GPU in parent and child after the fork."""
     path = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
         [sys.executable, "-c", FORK_BEFORE_CUDA],
@@ -161,7 +165,7 @@ def in_threads(work):
 
 
 def test_threads_on_the_cpu():
-    """Every thread with its own inputs, which stay as they were."""
+    """Give every thread its own inputs, which stay as they were."""
     inputs = [{op: inputs_of(op, tokens=1 + i % 5, seed=i) for op in OPS} for i in range(THREADS)]
     before = [{op: clone(inputs[i][op]) for op in OPS} for i in range(THREADS)]
 
@@ -179,7 +183,7 @@ def test_threads_on_the_cpu():
 
 @pytest.mark.gpu
 def test_gpu_threads_on_their_own_streams():
-    """Each gets the bits of a call made alone; its device and stream stay what they were."""
+    """Get in each thread the bits of a call made alone; its device and stream stay the same."""
     inputs = [
         {op: inputs_of(op, "cuda", tokens=1 + 9 * i, seed=i) for op in OPS} for i in range(THREADS)
     ]
@@ -204,7 +208,7 @@ def test_gpu_threads_on_their_own_streams():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("op", OPS)
 def test_gpu_other_current_device(op):
-    """Tensors on the second GPU while the first is current, which it still is afterwards."""
+    """Call with tensors on the second GPU while the first is current, and stays so."""
     there = inputs_of(op, "cuda:1")
     with torch.cuda.device(0):
         outputs = call(op, there)

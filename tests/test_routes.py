@@ -1,4 +1,4 @@
-"""routes: rows are ordered and few, keys complete, and their scalars legal for any token count."""
+"""Test routes: few rows in order, complete keys, legal scalars at any token count."""
 
 import functools
 import itertools
@@ -24,35 +24,35 @@ EVERY_COUNT = (*range(1, 1301), 2048, 4095, 4096, 4097, 32768, 65535, 65536, 100
 
 
 def scalars(launch, tokens, sms=SMS):
-    """The numbers of a launch."""
+    """Return the numbers of a launch."""
     known = {"tokens": tokens, "multiprocessors": sms}
     return {name: evaluate(formula, known) for name, formula in launch.scalars.items()}
 
 
 @functools.cache
 def rows_of(op, hidden, arch):
-    """The rows of an op, which take a while to make."""
+    """Return the rows of an op, and keep them, because making them takes a while."""
     return routes.routes(op, hidden, arch)
 
 
 def place_of(op, hidden, arch, tokens):
-    """Which of the rows serves a call."""
+    """Return which of the rows serves a call."""
     ends = [row.max_tokens for row in rows_of(op, hidden, arch)[:-1]]
     return sum(end < tokens for end in ends)
 
 
 def row_of(op, hidden, arch, tokens):
-    """As ``routes.row``."""
+    """Return the row that ``routes.row`` returns."""
     return rows_of(op, hidden, arch)[place_of(op, hidden, arch, tokens)]
 
 
 def kernels_of(row):
-    """(kernel, its options) of every launch."""
+    """Return (kernel, its options) of every launch."""
     return tuple((launch.kernel, launch.options) for launch in row.launches)
 
 
 def keys_of(row, hidden, arch):
-    """Its keys, with the RMSNorm and without."""
+    """Return the keys of a row, with the RMSNorm and without."""
     return {launch.key(hidden, arch, norm) for launch in row.launches for norm in (False, True)}
 
 
@@ -125,7 +125,7 @@ def test_keys_are_what_calls_up_to_a_token_count_reach(hidden, arch):
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("hidden", SIZES)
 def test_no_key_depends_on_the_token_count(hidden, arch):
-    """As few as there are kernels, with each option of theirs."""
+    """Find no more keys than there are kernels, with each of their options."""
     keys = routes.keys(hidden, arch, sys.maxsize)
     assert len(keys) <= 24
     for key in keys:
@@ -177,7 +177,7 @@ def test_kernels_in_clusters_are_for_clusters_of_16():
 
 @given(tokens=TOKENS, hidden=CLUSTER_HIDDEN)
 def test_all_sizes_in_clusters_run_the_same_kernels(tokens, hidden):
-    """Only post_head's two kernels part elsewhere, where two of its CTAs share an SM."""
+    """Run the same kernels, but where two CTAs of post_head share an SM, up to another bound."""
     for op in routes.ops():
         want = kernels_of(row_of(op, 4096, ARCH, tokens))
         bound = routes.CLUSTERS * geometry.POST_HEAD_GROUP_TOKENS
@@ -188,7 +188,7 @@ def test_all_sizes_in_clusters_run_the_same_kernels(tokens, hidden):
 
 
 def test_the_rows_in_clusters():
-    """Every bound that was measured, at every hidden size."""
+    """Hold every bound that was measured, at every hidden size."""
     for hidden in (256, 768, 2816, 4096, 5120, 7168):
         ends = {
             op: [row.max_tokens for row in routes.routes(op, hidden, ARCH)] for op in routes.ops()
@@ -216,7 +216,7 @@ def test_the_rows_on_a_grid():
         assert ends.pop("post") == [None]
         assert ends.pop("fused_post_pre") == [few, None]
         assert set(map(tuple, ends.values())) == {(32, None)}
-    # where it serves fewer tokens than the smaller tile of the projection
+    # At this size post_projection serves fewer tokens than the smaller tile of the projection.
     assert [row.max_tokens for row in routes.routes("fused_post_pre", 16384, OTHER_ARCH)] == [
         24, 32, None,
     ]  # fmt: skip
@@ -226,9 +226,9 @@ def test_the_rows_on_a_grid():
 
 
 def check_shares(group, larger, tile, tokens, clusters):
-    """Clusters take every token once, the first ``larger`` of them a tile more than the others.
+    """Check that clusters take every token once, the first ``larger`` a tile more than the others.
 
-    As the kernels take them; the tiles of each cluster are those that its tokens fill.
+    The kernels share tokens like this; a cluster has as many tiles as its tokens fill.
     """
     end = 0
     for cluster in range(clusters):
@@ -242,7 +242,7 @@ def check_shares(group, larger, tile, tokens, clusters):
 
 @pytest.mark.parametrize("hidden", [256, 4096, 5120, 5376, 7168])
 def test_clusters_of_the_boundary_share_all_tokens(hidden):
-    """And all of them run at once, for every number of tokens."""
+    """Check also that all clusters run at once, for every number of tokens."""
     tile = geometry.tile_tokens(hidden)
     for op in ("fused_post_pre", "pre"):
         for tokens in EVERY_COUNT:
@@ -258,7 +258,7 @@ def test_clusters_of_the_boundary_share_all_tokens(hidden):
             else:
                 assert numbers.keys() == {"group_tokens", "larger_groups"}
                 larger = numbers["larger_groups"]
-                clusters = ceildiv(tokens - larger * tile, group)  # as many as are launched
+                clusters = ceildiv(tokens - larger * tile, group)  # So many are launched.
                 assert 0 <= larger < clusters
                 assert group % tile == 0 or (group < tile and larger == 0)
                 check_shares(group, larger, tile, tokens, clusters)
@@ -269,7 +269,7 @@ def test_clusters_of_the_boundary_share_all_tokens(hidden):
 
 @pytest.mark.parametrize("hidden", [256, 4096, 7168])
 def test_pre_has_the_groups_of_the_boundary(hidden):
-    """As long as a tile holds them; beyond, whole tiles in no more clusters."""
+    """Find the same groups as long as a tile holds one; beyond, whole tiles in no more clusters."""
     tile = geometry.tile_tokens(hidden)
     for tokens in EVERY_COUNT:
         (boundary,), (pre,) = (
@@ -292,7 +292,7 @@ def test_groups_of_expand_pre_are_whole_tiles(hidden):
         group = scalars(launch, tokens)["group_tokens"]
         assert group % geometry.MMA_COLUMNS == 0
         assert geometry.MMA_COLUMNS <= group <= geometry.EXPAND_PRE_GROUP_TOKENS
-        # one round of clusters, or groups as large as they get
+        # There is one round of clusters, or groups have the largest size.
         assert (
             ceildiv(tokens, group) <= routes.CLUSTERS or group == geometry.EXPAND_PRE_GROUP_TOKENS
         )
@@ -312,8 +312,8 @@ def test_clusters_of_post_head_run_at_once(op, hidden):
         assert 1 <= clusters <= routes.CLUSTERS * ctas[launch.kernel]
         assert unit in (1, geometry.MMA_COLUMNS)
         units = ceildiv(tokens, unit)
-        assert clusters <= units  # each has some
-        # as the kernel shares them: a unit more for the first ones
+        assert clusters <= units  # Each cluster has some.
+        # The kernel shares units like this: the first clusters get one more.
         share, more = divmod(units, clusters)
         counts = [(share + (cluster < more)) * unit for cluster in range(clusters)]
         assert sum(counts) - unit < tokens <= sum(counts)
@@ -324,7 +324,7 @@ def test_clusters_of_post_head_run_at_once(op, hidden):
 
 
 def test_how_post_head_shares_tokens():
-    """The bounds that were measured."""
+    """Hold the bounds that were measured."""
 
     def share(tokens, hidden):
         (launch,) = row_of("post_head", hidden, ARCH, tokens).launches
@@ -337,7 +337,7 @@ def test_how_post_head_shares_tokens():
 
 
 def projections(hidden, tokens, sms):
-    """Every launch of ``projection``, with its numbers and those of the launch behind it."""
+    """Yield every launch of ``projection``, with its numbers and those of the next launch."""
     for op, arch in itertools.product(routes.ops(), ARCHS):
         row = row_of(op, hidden, arch, tokens)
         for launch, behind in itertools.pairwise((*row.launches, None)):
@@ -359,14 +359,14 @@ def test_projection_splits_cover_every_column_once(tokens, hidden, sms):
         options = dict(launch.options)
         tiles = ceildiv(tokens, options["token_tiles"] * geometry.MMA_TOKENS)
         if launch.scalars["splits"].function != "constant":
-            # one wave of CTAs, unless the tokens alone are more
+            # There is one wave of CTAs, unless the tokens alone need more.
             assert tiles * splits <= max(tiles, sms * options["ctas_per_sm"])
-        assert tiles <= 65535  # y dimension of a grid
+        assert tiles <= 65535  # The y dimension of a grid allows no more.
 
 
 @given(CLUSTER_HIDDEN)
 def test_head_in_clusters_is_cut_alike_for_any_token_count(hidden):
-    """Other splits are other sums, and so other bits of a token."""
+    """Find one number of splits, because other splits give other sums, and so other bits."""
     rows = rows_of("head", hidden, ARCH)
     splits = {launch.scalars["splits"] for row in rows for launch in row.launches}
     assert len(splits) == 1

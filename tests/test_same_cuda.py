@@ -1,4 +1,4 @@
-"""The gate of restructurings: what counts as the same CUDA, and what does not."""
+"""Test the gate of restructurings: what counts as the same CUDA, and what does not."""
 
 import pytest
 
@@ -29,7 +29,7 @@ SAME = {
     .replace("[i]", "[j]"),
     "a device function": lambda text: text.replace("twice", "doubled"),
     "the kernel": lambda text: text.replace(" k(", " kernel("),
-    # TileLang sorts the signature by name
+    # TileLang sorts the signature by name.
     "a parameter that moves": lambda text: text.replace(
         "const float* a, const float* b, int n", "const float* b, int n, const float* z"
     ).replace("a[i]", "z[i]"),
@@ -62,7 +62,7 @@ def test_another(change):
 
 
 def test_parameters_exchanged_are_another():
-    """The launcher binds parameters by name."""
+    """Find a difference, because the launcher binds parameters by name."""
     assert difference(
         KERNEL, KERNEL.replace("a[i]", "?").replace("b[i]", "a[i]").replace("?", "b[i]")
     )

@@ -1,4 +1,4 @@
-"""The run under compute-sanitizer: the kernels that it reaches, what it makes of a tool's words."""
+"""Test the run under compute-sanitizer: which kernels it reaches, how it reads a tool's words."""
 
 import json
 import os
@@ -18,7 +18,7 @@ ARCH = "sm_90a"
 
 
 def kernels_of(case):
-    """The keys that a case launches on an H100."""
+    """Return the keys that a case launches on an H100."""
     with other_routes(**workload.WAYS[case.way]):
         launches = routes.row(case.op, case.hidden, ARCH, case.tokens).launches
     return {launch.key(case.hidden, ARCH, case.norm) for launch in launches}
@@ -51,7 +51,7 @@ def test_the_path_of_other_gpus():
 
 @pytest.mark.parametrize("op", workload.OUTPUTS)
 def test_cases_run(op):
-    """On the CPU, where every way is the same."""
+    """Run cases on the CPU, where every way is the same."""
     for case in workload.cases()[:20]:
         if case.op == op:
             workload.run(case, "cpu")
@@ -67,7 +67,7 @@ def test_a_wrong_result(monkeypatch):
 @pytest.mark.gpu
 @needs_jit
 def test_kernels_on_the_gpu(capsys):
-    """The workload itself, as the tools run it."""
+    """Run the workload itself, as the tools do."""
     assert workload.main([]) == 0
     assert "NOT RUN" not in capsys.readouterr().out
 
@@ -110,7 +110,7 @@ def test_verdict(status, output, clean, summary):
 
 
 def test_all_tools_and_their_records(tmp_path, monkeypatch, capsys):
-    """A compute-sanitizer that finds an error with one tool."""
+    """Pretend a compute-sanitizer that finds an error with one tool."""
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(
         "#!/bin/sh\n"

@@ -1,4 +1,4 @@
-"""The schemas, and that everything registered for an op agrees with its schema."""
+"""Test the schemas, and that everything registered for an op agrees with its schema."""
 
 import inspect
 
@@ -15,7 +15,7 @@ PARAMETER = inspect.Parameter
 
 
 def parameters_of_schema(op):
-    """(name, is keyword-only, default) of each argument, in order."""
+    """Return (name, is keyword-only, default) of each argument, in order."""
     return [
         (a.name, a.kwarg_only, a.default_value if a.has_default_value() else PARAMETER.empty)
         for a in overload(op)._schema.arguments
@@ -127,7 +127,7 @@ def test_every_op_of_the_namespace_is_tested():
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_recipe_has_the_arguments_and_outputs_of_the_schema(op):
-    """In their order, tensors as tensors and integers as integers."""
+    """Find arguments and outputs in order, tensors as tensors and integers as integers."""
     kinds = {"Tensor": TensorSpec, "Optional[Tensor]": TensorSpec}
     of = recipe(op)
     schema = overload(op)._schema
@@ -174,6 +174,6 @@ def test_an_implementation_is_registered(op, key):
 
 @pytest.mark.parametrize("op", OPS)
 def test_tags(op):
-    """Inductor keeps the strides of the inputs; the op is declared safe to compile."""
+    """Find the tags by which Inductor keeps the strides of inputs and may compile the op."""
     assert torch.Tag.needs_exact_strides in overload(op).tags
     assert torch.Tag.pt2_compliant_tag in overload(op).tags

@@ -1,4 +1,4 @@
-"""selftest: its verdict and exit status, right, wrong and where there is no GPU."""
+"""Test selftest: its verdict and exit status, right, wrong and where there is no GPU."""
 
 import importlib
 import json
@@ -24,7 +24,7 @@ def answer(capsys, *options):
 
 
 def test_without_a_gpu(no_gpu, capsys):
-    """Everything of the CPU is checked; the GPU is said not to be, and never counts as passed."""
+    """Check everything of the CPU; the GPU is named as not checked, and never counts as passed."""
     status, found = answer(capsys)
     assert status == 3
     assert found["result"] == NOT_RUN
@@ -50,7 +50,7 @@ def test_where_no_gpu_is_asked_for(capsys):
 
 
 def test_a_wrong_answer(no_gpu, monkeypatch, capsys):
-    """The new streams a tenth too large: post is wrong, and post_head, judged by its streams."""
+    """Make post's streams a tenth too large: post fails, and so does post_head, judged by them."""
     op = importlib.import_module("mhc_ops.ops.post")
     wrong = types.SimpleNamespace(post=lambda *tensors: reference.post(*tensors) * 1.1)
     monkeypatch.setattr(op, "reference", wrong)

@@ -1,4 +1,4 @@
-"""DTensor: the ops on sharded tokens, in groups of 2 and 4 processes on the CPU."""
+"""Test DTensor: the ops on sharded tokens, in groups of 2 and 4 processes on the CPU."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def free_port():
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda count: f"{count}_processes")
 def results(request):
-    """What each process of a group says, started as torchrun starts them."""
+    """Return what each process of a group says, started as torchrun starts processes."""
     group = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),

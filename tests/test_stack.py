@@ -1,4 +1,4 @@
-"""DecoderStack, its layers one by one, and the draft layer behind it."""
+"""Test DecoderStack, its layers one by one, and the draft layer that follows it."""
 
 import copy
 
@@ -45,7 +45,7 @@ def embedding(device):
 
 
 def by_hand(stack, embedding):
-    """The whole model as single steps of the ops, nothing fused; the streams after each layer."""
+    """Run the model by single ops, nothing fused; return the result and each layer's streams."""
     streams = torch.stack([embedding] * 4, -2)
     after = []
     for layer in stack.layers:
@@ -70,7 +70,7 @@ def by_hand(stack, embedding):
 
 
 def assert_as(got, want, fuse):
-    """Bits where the same kernels ran; bounds where a fused one made a mix."""
+    """Compare bits where the same kernels ran, and by bounds where a fused kernel made a mix."""
     if fuse == "unfused" or got.device.type == "cpu":
         assert torch.equal(got, want)
     else:
@@ -102,7 +102,7 @@ def test_expand_copies_the_embedding(embedding):
 
 @pytest.mark.parametrize("capture", [(0,), (2, 0), range(LAYERS)])
 def test_captured_layers(stack, embedding, fuse, capture):
-    """The mean of the streams after each layer; nothing else changes by a bit."""
+    """Capture the mean of the streams after each layer; nothing else changes by a bit."""
     _, after = by_hand(stack, embedding)
     plain, out = stack(embedding), stack(embedding, capture)
     assert torch.equal(out.hidden, plain.hidden)
@@ -120,7 +120,7 @@ def test_a_layer_that_is_not_there(stack, embedding, index):
 
 @pytest.mark.parametrize("cut", range(1, LAYERS))
 def test_layers_one_by_one_and_a_pipeline_cut(stack, embedding, fuse, cut):
-    """The streams at the cut are all that the next process needs."""
+    """Show that the next process needs nothing but the streams at the cut."""
     state = nn.Copies(embedding)
     for layer in stack.layers[:cut]:
         state = layer(state)
@@ -138,7 +138,7 @@ def test_layers_one_by_one_and_a_pipeline_cut(stack, embedding, fuse, cut):
 
 
 def test_the_streams_at_a_cut_are_those_of_the_fused_boundary(stack, embedding):
-    """Bit for bit: what is sent is what the next layer would have made."""
+    """Send, bit for bit, what the next layer would have made."""
     first, second = stack.layers[:2]
     state = first(nn.expand(embedding))
     entry = second.attn_hc.boundary(state, second.attn_norm)
@@ -146,7 +146,7 @@ def test_the_streams_at_a_cut_are_those_of_the_fused_boundary(stack, embedding):
 
 
 def test_copies_are_the_expanded_streams(stack, embedding, fuse):
-    """Made by the first pre or before it."""
+    """Compare streams made by the first pre with streams made before it."""
     first = stack.layers[0]
     lazy, plain = first(nn.Copies(embedding)), first(nn.expand(embedding))
     assert_as(lazy.materialise(), plain.materialise(), fuse)
@@ -202,7 +202,7 @@ RELOADS = (by_state_dict, by_checkpoint, by_hand_and_refresh)
 
 
 class TestReload:
-    """Weights reloaded under a model that runs, norms in float32 as transformers keeps them."""
+    """Reload weights under a model that runs, norms in float32 as transformers keeps them."""
 
     @pytest.fixture
     def other(self, stack):
@@ -225,7 +225,7 @@ class TestReload:
 
     @pytest.mark.parametrize("reload", RELOADS)
     def test_in_place(self, stack, other, embedding, reload):
-        """Where a captured graph reads: parameters and norm-weight caches keep their memory."""
+        """Keep the memory of parameters and norm-weight caches, where a captured graph reads."""
         held = {**dict(stack.named_parameters()), **dict(stack.named_buffers())}
         assert sum(name.endswith("norm_weight_cache") for name in held) == 2 * LAYERS + 1
         addresses = {name: tensor.data_ptr() for name, tensor in held.items()}
@@ -271,7 +271,7 @@ class TestNextN:
         return made
 
     def test_takes_streams_and_returns_its_own(self, stack, draft, embedding, fuse):
-        """The pending post of its one layer is applied before its head."""
+        """Apply the pending post of the draft's one layer before its head."""
         target = stack(embedding)
         following = embedding.roll(-1, 0)
         with CallCounts() as calls:
@@ -308,7 +308,7 @@ class TestNextN:
         assert not torch.equal(second.hidden, first.hidden)
 
     def test_fused_and_unfused_have_the_same_residual(self, draft, embedding, monkeypatch):
-        """At its boundary, from the same state, bit for bit."""
+        """Compare bits at the draft's boundary, from the same state."""
         layer = draft.layer
         entry = layer.attn_hc.pre(nn.expand(embedding), layer.attn_norm)
         state = entry.after(layer.attention(entry.layer_input))

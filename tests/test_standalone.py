@@ -1,4 +1,4 @@
-"""The ops without Python: from a folder of kernels, by the native library alone.
+"""Test the ops without Python: from a folder of kernels, by the native library alone.
 
 Each test runs a process in which mhc_ops is not imported (``standalone_process.py``), or a program
 in C++, with the driver without a GPU of ``fake_driver.py``.
@@ -32,14 +32,14 @@ pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ c
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
-    """A folder with the driver under the name of the real one."""
+    """Return a folder with the driver without a GPU, under the name of the real driver."""
     folder = tmp_path_factory.mktemp("driver")
     fake_driver.build_driver(folder).rename(folder / "libcuda.so.1")
     return folder
 
 
 def fill(folder, archs, compiled):
-    """Put what build puts there into a folder."""
+    """Put what ``mhc_ops build`` makes into a folder."""
     for arch in archs:
         for key in routes.keys(HIDDEN, arch, 8192):
             store.save_kernel(folder, key, compiled(key))
@@ -54,12 +54,12 @@ def fill(folder, archs, compiled):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """A folder of kernels that the driver without a GPU takes."""
+    """Return a folder of kernels that the driver without a GPU takes."""
     return fill(tmp_path_factory.mktemp("kernels"), ("sm_90a", "sm_80"), fake_driver.compiled)
 
 
 def write_cases(folder, device="cpu"):
-    """(op, arguments, what Python gives), but for head on a CPU: its stand-ins make no output."""
+    """Write (op, arguments, what Python gives); for head on a CPU nothing, as stand-ins do."""
     cases = []
     for op in OPS:
         for norm in NORMS[op]:
@@ -75,7 +75,7 @@ def write_cases(folder, device="cpu"):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Cases, and a package of AOTInductor with what it gives in Python."""
+    """Return a folder with cases, for a package of AOTInductor, too."""
     folder = tmp_path_factory.mktemp("data")
     write_cases(folder)
     return folder
@@ -96,18 +96,18 @@ def make_package(folder, **environment):
 
 @pytest.fixture(scope="module")
 def package(data):
-    """The package of the example, on the CPU."""
+    """Return the folder with the package of the example, on the CPU."""
     return make_package(data, CUDA_VISIBLE_DEVICES="")
 
 
 def without_gpu(driver):
-    """The environment of a process that takes this driver for the real one."""
+    """Return the environment of a process that takes this driver for the real one."""
     path = os.pathsep.join(filter(None, (str(driver), os.environ.get("LD_LIBRARY_PATH"))))
     return {"LD_LIBRARY_PATH": path, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def run(name, folder, driver, data, *more):
-    """What a check printed in a process of its own; ``driver`` is None for the real one."""
+    """Return what a check printed in a process of its own; a None ``driver`` is the real one."""
     libraries = folder / f"{NAME}.so", driver and driver / "libcuda.so.1"
     arguments = (name, folder, *libraries, PACKAGE, data, *more)
     done = subprocess.run(
@@ -129,7 +129,7 @@ def test_without_python(kernels, driver, data, name):
 
 @pytest.mark.parametrize(("arch", "sms"), [("sm_90a", 132), ("sm_80", 108), ("sm_80", 40)])
 def test_launches_are_those_of_python(kernels, driver, data, arch, sms):
-    """With the multiprocessors of the device, which the files leave open."""
+    """Compare launches at the device's multiprocessors, which the files leave open."""
     run("launches", kernels, driver, data, arch, sms)
 
 
@@ -167,7 +167,7 @@ def test_a_folder_that_cannot_be_served_from(kernels, driver, data, tmp_path, da
 
 
 def test_a_program_in_cpp(kernels, driver, package, tmp_path):
-    """The example, built and run: it calls every launch of the package's plans, and says so.
+    """Build and run the example: it makes every launch of the package's plans, and says so.
 
     A library in between has CPU tensors served. The kernels are empty: the bits are not Python's.
     """
@@ -216,7 +216,7 @@ def test_a_program_in_cpp(kernels, driver, package, tmp_path):
 
 
 def build_example(program, *options):
-    """Compile the example as it says itself."""
+    """Compile the example by the command line that its source gives."""
     home = torches.here().home
     libraries = ["torch", "torch_cpu", "c10", "dl"]
     libraries += ["torch_cuda", "c10_cuda", "cudart"] if options else []
@@ -237,7 +237,7 @@ def cuda_home():
 
 @pytest.fixture(scope="module")
 def gpu_kernels(tmp_path_factory):
-    """A folder of this GPU's kernels."""
+    """Return a folder of this GPU's kernels."""
     arch = support.arch(torch.device("cuda", 0))
     return fill(tmp_path_factory.mktemp("kernels"), (arch,), jit.compile_key)
 
@@ -251,7 +251,7 @@ def test_gpu_bits_are_those_of_python(gpu_kernels, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(cuda_home() is None, reason="needs CUDA's headers")
 def test_gpu_a_program_in_cpp(gpu_kernels, tmp_path):
-    """Calls of the package and replays of a CUDA graph of it, against what Python gave."""
+    """Compare calls of the package and replays of its CUDA graph with what Python gave."""
     make_package(tmp_path)
     home, program = cuda_home(), tmp_path / "main"
     build_example(program, "-DWITH_CUDA", f"-I{home}/include", f"-L{home}/lib64")

@@ -1,4 +1,4 @@
-"""store: what is taken from a folder of kernels, what is left alone and why, and the lock."""
+"""Test store: what is taken from a folder of kernels, what is left alone and why, the lock."""
 
 import json
 import logging
@@ -20,9 +20,9 @@ ROOT = Path(mhc_ops.__file__).parents[1]
 KEY = routes.Key("post", "sm_90a", 256)
 NAME = "post-sm_90a-256"
 FACTS = {"machine": "x86_64", "sources": "abc"}
-# Of the processor where there is no GPU: no limits that a busy machine reaches.
-IMPORT_SECONDS = 0.25  # of mhc_ops beyond torch's own; 0.02 to 0.05 when it was measured
-FIRST_CALL_SECONDS = 0.3  # from the import of mhc_ops to the end of the first call
+# These limit the processor where there is no GPU; no busy machine reaches them.
+IMPORT_SECONDS = 0.25  # The import of mhc_ops takes less beyond torch's own.
+FIRST_CALL_SECONDS = 0.3  # The import of mhc_ops and a first call take less.
 
 
 @pytest.fixture(autouse=True)
@@ -32,21 +32,21 @@ def _unwarned(monkeypatch):
 
 @pytest.fixture
 def reasons(caplog):
-    """What was warned of so far."""
+    """Return the warnings so far."""
     caplog.set_level(logging.WARNING, logger="mhc_ops")
     return lambda: [record.getMessage() for record in caplog.records]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with one library."""
+    """Return a folder with one library."""
     store.save(tmp_path, NAME, store.LIBRARY, FACTS, b"library" * 100)
     return tmp_path
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """A folder with the post kernel of hidden size 256, really compiled, and the launcher."""
+    """Return a folder with the launcher and a really compiled post kernel of hidden size 256."""
     folder = tmp_path_factory.mktemp("kernels")
     store.save_kernel(folder, KEY, compiler.compile_kernel(KEY))
     launcher.build(folder)
@@ -147,7 +147,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(folder, monkeypatch):
         path.touch()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", write)  # of the manifest, after the library
+    monkeypatch.setattr(Path, "write_text", write)  # The manifest is written after the library.
     with pytest.raises(OSError, match="No space left"):
         store.save(folder, NAME, store.LIBRARY, FACTS, b"half")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -164,7 +164,7 @@ def test_a_kernel_is_what_was_compiled(kernels, reasons):
 
 
 def test_compilers_are_a_record_that_decides_nothing(kernels, reasons, tmp_path):
-    """Whatever has compiled these sources, the kernel is taken."""
+    """Take a kernel of these sources, whatever has compiled it."""
     facts = json.loads((kernels / f"{NAME}.json").read_text())
     facts["compiled_with"] = {"tilelang": "0.0.1", "nvcc": "1.0"}
     (tmp_path / f"{NAME}.json").write_text(json.dumps(facts))
@@ -238,7 +238,7 @@ print(imported - start, launched - start)
 def first_call(driver, **environment):
     done = subprocess.run(
         [sys.executable, "-c", FIRST_CALL, str(driver)],
-        # no compiler is found, and every symbol is resolved as soon as a library is loaded
+        # No compiler is found, and every symbol is resolved as soon as a library is loaded.
         env={"PATH": "/nowhere", "HOME": "/nowhere", "LD_BIND_NOW": "1", "PYTHONPATH": str(ROOT)}
         | environment,
         capture_output=True,
@@ -251,9 +251,9 @@ def first_call(driver, **environment):
 
 @pytest.mark.slow
 def test_the_first_call_of_a_kernel_built_ahead(kernels, tmp_path):
-    """No TileLang, no tvm-ffi, no compiler, no cache; and quick.
+    """Make the first call quickly, with no TileLang, tvm-ffi, compiler or cache.
 
-    The launch on a GPU is the test's below; here a stand-in for the driver takes it.
+    A stand-in for the driver takes the launch; the next test launches on a GPU.
     """
     environment = {"MHC_OPS_KERNELS": str(kernels), "MHC_OPS_DISABLE_JIT": "1"}
     driver = build_driver(tmp_path)
@@ -318,7 +318,7 @@ with store.lock(Path(sys.argv[1]), "kernel"):
 
 @pytest.fixture
 def holder(tmp_path):
-    """A process that holds the lock."""
+    """Yield a process that holds the lock."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -336,7 +336,7 @@ def test_a_lock_is_free_when_its_holder_dies(holder, tmp_path, caplog):
     holder.wait()
     start = time.monotonic()
     with store.lock(tmp_path, "kernel"):
-        assert time.monotonic() - start < 60  # not LOCK_SECONDS
+        assert time.monotonic() - start < 60  # This is far below LOCK_SECONDS.
     assert not caplog.records
 
 

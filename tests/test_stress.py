@@ -1,4 +1,4 @@
-"""The stress run: its plan, a comparison that can fail, its verdict; a small run on a GPU."""
+"""Test the stress run: its plan, a comparison that can fail, its verdict; a small run on a GPU."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Whether the kernels can serve a device, why not, and what the CUDA ops say then."""
+"""Test whether the kernels can serve a device, why not, and what the CUDA ops say then."""
 
 import sys
 import types
@@ -16,7 +16,7 @@ from mhc_ops.testing import make_inputs
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine with one H100 as far as ``support`` can see; set its attributes to change it."""
+    """Pretend to ``support`` a machine with one H100; set its attributes to change it."""
     machine = types.SimpleNamespace(available=True, capability=(9, 0), name="NVIDIA H100", count=1)
     caches = [f for f in vars(support).values() if hasattr(f, "cache_clear")]
     for function in caches:
@@ -74,7 +74,7 @@ def test_no_cuda_device(machine):
 
 
 def test_kernels_built_ahead_need_no_tilelang(machine, monkeypatch):
-    """Whether a kernel can be had is said when one is asked for, not here."""
+    """Support the device: a missing TileLang is an error of the call that needs a new kernel."""
     monkeypatch.setitem(sys.modules, "tilelang", None)
     assert mhc_ops.is_supported("cuda") == (True, "TileLang kernels for sm_90a")
 
@@ -102,7 +102,7 @@ def test_the_ops_give_the_reason(machine):
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_asks_before_it_launches(op):
-    """The CUDA implementation, called where there is no CUDA."""
+    """Call the CUDA implementation where there is no CUDA."""
     with pytest.raises(RuntimeError) as error:
         serve(op, recipe(op).bind((), make_inputs(op, 2, 256)))
     assert str(error.value) == (

@@ -1,4 +1,4 @@
-"""mhc_ops.testing itself: the bounds are what they say, and the comparisons can fail."""
+"""Test mhc_ops.testing itself: the bounds are what they say, and the comparisons can fail."""
 
 import math
 
@@ -24,7 +24,7 @@ OP_AND_NORM = [pytest.param(op, n, id=f"{op}-{n}") for op in OPS for n in NORMS[
 
 
 def test_bf16_ulp_is_the_distance_to_the_next_number():
-    """Against the next bit pattern, for every positive finite bf16 number but the last."""
+    """Compare with the next bit pattern, for every positive finite bf16 number but the last."""
     bits = torch.arange(0, 0x7F7F, dtype=torch.int16)
     value = bits.view(torch.bfloat16).double()
     following = (bits + 1).view(torch.bfloat16).double()
@@ -72,7 +72,7 @@ def check_that_an_error_does_not_pass(op, norm, kind):
     inputs = make_inputs(op, 3, 256, norm=norm, kind=kind)
     outputs = call(op, inputs)
     streams = outputs.get("residual_out")
-    if op == "post_head":  # which does not return them
+    if op == "post_head":  # post_head does not return the streams.
         arguments = ("x", "residual", "post_layer_mix", "comb_res_mix")
         streams = call("post", {name: inputs[name] for name in arguments})["residual_out"]
     expected = oracle(op, inputs, streams)
@@ -87,21 +87,21 @@ def check_that_an_error_does_not_pass(op, norm, kind):
 
 @pytest.mark.parametrize(("op", "norm"), OP_AND_NORM)
 def test_an_error_of_two_bounds_does_not_pass(op, norm, subtests):
-    """Every output of every op and kind, at one element."""
+    """Spoil every output of every op and kind, at one element."""
     for kind in KINDS:
         with subtests.test(kind):
             check_that_an_error_does_not_pass(op, norm, kind)
 
 
 def rounded_fn(inputs, bits):
-    """fn with this many bits of mantissa, as a projection in a narrower type would read it."""
+    """Round fn to so many bits of mantissa, as a projection in a narrower type would read it."""
     mantissa, exponent = torch.frexp(inputs["fn"])
     return inputs | {"fn": torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent)}
 
 
 @pytest.mark.parametrize("op", ["pre", "fused_post_pre", "expand_pre"])
 def test_a_projection_in_tf32_does_not_pass(op):
-    """The bounds are those of fp32: 11 bits of fn are too few."""
+    """Refuse 11 bits of fn, because the bounds are those of fp32."""
     inputs = make_inputs(op, 64, 4096, kind="large_logits")
     with pytest.raises(AssertionError, match="post_mix"):
         assert_matches_oracle(op, inputs, tuple(call(op, rounded_fn(inputs, 11)).values()))
@@ -135,7 +135,7 @@ def test_a_mistake_does_not_pass(mistake):
 
 
 def test_the_oracle_of_a_boundary_takes_the_streams_that_came_out():
-    """Streams an ulp off move the mixes, and are not held against them."""
+    """Judge the mixes by the streams that came out, even where those are an ulp off."""
     op = "fused_post_pre"
     inputs = make_inputs(op, 4, 256, kind="large_logits")
     residual = call(op, inputs)["residual_out"]
@@ -168,7 +168,7 @@ def test_the_kinds_are_as_hard_as_they_say():
     assert make_inputs("post", 64, 64, kind="skewed_comb")["comb_res_mix"].amax(-1).mean() > 0.5
 
     def distance(kind, repeat):
-        """How far the comb is from where many more rounds would take it."""
+        """Return how far the comb is from where many more rounds would take it."""
         i = logits(kind, comb).double().unflatten(-1, (4, 4))
         far = reference.sinkhorn(i, 0.0, 100 * repeat)
         return (reference.sinkhorn(i, 0.0, repeat) - far).abs().max()

@@ -1,4 +1,4 @@
-"""DeepSeek-V4 of transformers on the ops: what runs, what comes out, what is put back."""
+"""Test DeepSeek-V4 of transformers on the ops: what runs, what comes out, what is put back."""
 
 import copy
 import pickle
@@ -19,7 +19,7 @@ LAYERS = 4
 TOKENS = 48
 UNFUSED = {"pre": 2 * LAYERS, "post": 2 * LAYERS, "head": 1}
 FUSED = {"pre": 1, "fused_post_pre": 2 * LAYERS - 1, "post_head": 1}
-# Both kinds of bf16 run differ from float32 by about 0.01 on average (tests/test_demo.py).
+# Both kinds of bf16 run differ from float32 by less on average (tests/test_demo.py).
 MEAN_DIFFERENCE = 0.05
 
 
@@ -49,7 +49,7 @@ def logits(model, tokens, **options):
 
 
 def snapshot(model):
-    """Everything that apply could change: classes, attributes, tables of every module."""
+    """Return everything that apply could change: classes, attributes, tables of every module."""
     tables = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
     return {
         name: (
@@ -74,7 +74,7 @@ class TestApply:
             got = logits(model, tokens)
         assert dict(calls.counts) == FUSED
         assert_close_to_stock(got, want)
-        assert not torch.equal(got, want)  # two roundings fewer in every post
+        assert not torch.equal(got, want)  # Every post has two roundings fewer.
 
     def test_unfused(self, model, tokens, monkeypatch):
         integration.apply(model)
@@ -84,7 +84,7 @@ class TestApply:
         with CallCounts() as calls:
             unfused = logits(model, tokens)
         assert dict(calls.counts) == UNFUSED
-        if tokens.device.type == "cpu":  # the same functions in the same order
+        if tokens.device.type == "cpu":  # The same functions run in the same order.
             assert torch.equal(fused, unfused)
         else:
             assert_close_to_stock(fused, unfused)
@@ -122,7 +122,7 @@ class TestApply:
         assert torch.equal(logits(model, tokens), once)
 
     def test_stock_modules_keep_their_meaning(self, model):
-        """Hyper-connection, head and norms on plain tensors, called by themselves."""
+        """Call hyper-connection, head and norms by themselves, on plain tensors."""
         decoder = model.model
         device = decoder.norm.weight.device
         streams = torch.randn(1, 3, 4, 256, device=device).bfloat16()
@@ -157,7 +157,7 @@ class TestApply:
         assert torch.equal(logits(restored, tokens), want)
 
     def test_reloaded_weights_take_effect(self, model, tokens):
-        """load_state_dict refreshes the norm weights, where the graphs of a model see them."""
+        """Refresh the norm weights by load_state_dict, where the graphs of a model see them."""
         other = demo.small_model(3, tokens.device.type)
         integration.apply(model)
         addresses = [norm.norm_weight_cache.data_ptr() for norm in norms(model)]
@@ -265,7 +265,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("part", ["model.layers.0", "lm_head"])
     def test_another_model(self, stock, part):
-        """Also a part of the right one, which knows nothing of the layers beside it."""
+        """Refuse also a part of the right model, which knows nothing of the layers beside it."""
         model = copy.deepcopy(stock).get_submodule(part)
         before = snapshot(model)
         name = type(model).__name__
@@ -274,7 +274,7 @@ class TestRefusals:
         assert snapshot(model) == before
 
     def test_refused_again_leaves_what_was_applied(self, stock, tokens):
-        """A second apply that is refused changes nothing of the first."""
+        """Change nothing of the first apply by a second one that is refused."""
         model = copy.deepcopy(stock).to(tokens.device)
         integration.apply(model)
         state, want = snapshot(model), logits(model, tokens)
@@ -286,7 +286,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize(("name", "value"), [("hc_mult", 2), ("hidden_size", 384 + 64)])
     def test_shapes_on_cuda(self, stock, name, value):
-        """The settings are looked at before the modules, so a config alone shows the refusal."""
+        """Show the refusal by a config alone, because settings are looked at before modules."""
         model = copy.deepcopy(stock)
         setattr(model.config, name, value)
         model.model.parameters = lambda: iter([FakeCuda()])
@@ -298,7 +298,7 @@ class TestRefusals:
         model.train().requires_grad_(True)
         with pytest.raises(RuntimeError, match=r"forward only: expected model.eval\(\)"):
             model(tokens)
-        logits(model, tokens)  # without gradients the mode does not matter
+        logits(model, tokens)  # Without gradients the mode does not matter.
 
     def test_backward_in_eval_mode(self, model, tokens):
         integration.apply(model)
@@ -331,7 +331,7 @@ class TestHiddenStates:
         integration.apply(model)
         with CallCounts() as calls:
             got = logits(model, tokens, output_hidden_states=True)
-        # each layer starts from plain streams
+        # Each layer starts from plain streams.
         assert dict(calls.counts) == {
             "pre": LAYERS, "fused_post_pre": LAYERS, "post": LAYERS, "head": 1
         }  # fmt: skip
@@ -365,7 +365,7 @@ class TestHiddenStates:
 
 class TestGeneration:
     def test_padding_is_ignored(self, model, tokens):
-        """Left padding under an attention mask, as generate() makes it."""
+        """Pad on the left under an attention mask, as generate() does."""
         integration.apply(model)
         mask = torch.ones_like(tokens)
         mask[0, :7] = 0
@@ -378,7 +378,7 @@ class TestGeneration:
         assert_close_to_stock(a[mask.bool()], b[mask.bool()])
 
     def test_cache_gives_what_a_run_without_it_gives(self, model, tokens):
-        """Each greedy token is the top one of a teacher-forced run, or a near tie of it."""
+        """Take as greedy tokens the top tokens of a teacher-forced run, or near ties of them."""
         integration.apply(model)
         new = 24
         sequences = model.generate(tokens, max_new_tokens=new, do_sample=False)
@@ -386,7 +386,7 @@ class TestGeneration:
         forced = logits(model, sequences)[:, TOKENS - 1 : -1].float()
         taken = forced.gather(-1, sequences[:, TOKENS:, None]).squeeze(-1)
         behind = forced.amax(-1) - taken
-        assert behind.mean() < MEAN_DIFFERENCE  # a token at random is behind by about 3
+        assert behind.mean() < MEAN_DIFFERENCE  # A token at random is far behind.
         assert (behind == 0).float().mean() > 0.8
 
     def test_cache_step_by_step(self, model, tokens):
@@ -406,7 +406,7 @@ class TestGeneration:
 @pytest.mark.slow
 @pytest.mark.parametrize("switches", ["fused", "unfused", "plain"])
 def test_compiles_to_one_graph(model, tokens, switches, monkeypatch, fresh_dynamo):
-    """Bits of eager: the backend runs the traced graph as it is."""
+    """Get the bits of eager calls, because the backend runs the traced graph as it is."""
     monkeypatch.setenv("MHC_OPS_FUSE_POST_PRE", "01"[switches == "fused"])
     if switches == "plain":
         monkeypatch.setenv("MHC_OPS_TILELANG_PRE", "0")
@@ -420,7 +420,7 @@ def test_compiles_to_one_graph(model, tokens, switches, monkeypatch, fresh_dynam
 
 
 def test_from_pretrained(stock, tmp_path, device, monkeypatch):
-    """A saved model loads with the dtypes that apply asks for, norms in float32."""
+    """Load a saved model with the dtypes that apply asks for, norms in float32."""
     reloaded = transformers.DeepseekV4ForCausalLM
     stock.save_pretrained(tmp_path)
     model = reloaded.from_pretrained(tmp_path, dtype=torch.bfloat16).to(device)

@@ -1,4 +1,4 @@
-"""The decoding benchmark: a dry run, and the parts that its verdict rests on."""
+"""Test the decoding benchmark: a dry run, and the parts that its verdict rests on."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ STOCK = GOOD._replace(path="stock", ratio=1.0)
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Thousands of tiny calls: threads that wait for each other on a busy machine take minutes."""
+    """Use one thread: in thousands of tiny calls threads wait for each other on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,7 +49,7 @@ def exact():
 
 @torch.no_grad()
 def test_decoding_gives_the_logits_of_one_pass(exact):
-    """Also where the choices are those of an earlier run."""
+    """Decode freely, and again with the choices of the first run."""
     tokens = torch.randint(256, (2, 25), generator=torch.Generator().manual_seed(0))
     want = demo.logits_of(exact, tokens)[:, 19:]
     choices = [demo.Choices() for _ in range(6)]
@@ -64,7 +64,7 @@ def test_decoding_gives_the_logits_of_one_pass(exact):
 
 @torch.no_grad()
 def test_a_cache_of_the_same_tensors(exact):
-    """Steps on one leave the other as it is."""
+    """Step on one cache, and find the other as it was."""
     tokens = torch.arange(22)[None]
     kept = DynamicCache(config=exact.config)
     exact(tokens[:, :-1], past_key_values=kept, use_cache=True)
@@ -100,7 +100,7 @@ def test_wrong_logits(change, text):
 
 @torch.no_grad()
 def test_wrong_mathematics(monkeypatch):
-    """One wrong constant in the wiring."""
+    """Find one wrong constant in the wiring."""
     monkeypatch.setattr(integration.MhcHyperConnection, "hc_post_mult_value", 1.95)
     found = decoding.wrong_logits(decoding.compare(decoding.TINY, "cpu"))
     assert sum("of stock's" in sentence for sentence in found) == len(demo.PATHS)
@@ -122,7 +122,7 @@ def test_without_a_gpu(monkeypatch, capsys):
 @pytest.mark.gpu
 @torch.no_grad()
 def test_times_on_the_gpu():
-    """Few widths, every path: eager, and in a graph where stock allows one."""
+    """Time few widths on every path: eager, and in a graph where stock allows one."""
     rows = decoding.measure(decoding.TINY, "cuda")
     assert all(row["eager_us"] > 0 for row in rows)
     captured = {row["path"]: "graph_us" in row for row in rows}

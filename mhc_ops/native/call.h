@@ -1,4 +1,4 @@
-// One call by its plan: whether the plan serves it, and if so its outputs and launches.
+// This header decides whether a plan serves a call, and if so makes the outputs and the launches.
 
 #pragma once
 
@@ -25,7 +25,8 @@
 #include "early.h"
 #include "plan.h"
 
-// Part of Python's stable C interface, in every process that has Python; any other has none.
+// These are part of Python's stable C interface, so every process that has Python has them; in any
+// other process they are null.
 extern "C" {
 __attribute__((weak)) int Py_IsInitialized();
 __attribute__((weak)) int PyGILState_Ensure();
@@ -41,9 +42,10 @@ using c10::IntArrayRef;
 using c10::IValue;
 using torch::jit::Stack;
 
-constexpr uintptr_t kAlignment = 16;  // bytes: the kernels load and store 16 bytes a thread
+// A thread of the kernels loads and stores so many bytes at once.
+constexpr uintptr_t kAlignment = 16;
 
-// The launcher's functions, launcher.c.
+// These are functions of the launcher, launcher.c.
 struct Launcher {
   int (*launch)(const void* kernel, unsigned grid_x, unsigned grid_y, void* stream,
                 void** arguments);
@@ -71,7 +73,8 @@ bool is_dense(const Tensor& tensor, c10::Device device, const Argument& wanted,
            reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlignment != 0);
 }
 
-// As nearly every call brings it: a contiguous tensor of the right kind, a number in its range.
+// Nearly every call brings what is served: contiguous tensors of the right kind and numbers in
+// their ranges.
 bool is_served(const IValue& given, c10::Device device, const Argument& wanted,
                IntArrayRef leading) {
   switch (wanted.kind) {
@@ -86,8 +89,8 @@ bool is_served(const IValue& given, c10::Device device, const Argument& wanted,
   }
 }
 
-// The device of a call as the current one. Restoring costs more than asking, so a device that was
-// current already is left alone: TileLang's host code sets that one too.
+// OnDevice makes the device of a call the current one as long as the object lives. Setting a device
+// costs more than asking which one is current, so a device that was current already is left alone.
 class OnDevice {
  public:
   explicit OnDevice(c10::Device device)
@@ -106,15 +109,15 @@ class OnDevice {
   c10::Device before_;
 };
 
-// Memory of its own for each output, as torch.empty gives it on the current device, but without a
-// round of dispatch and two guards of the device for each.
+// Allocation gives memory as torch.empty does on the current device, but without a round of
+// dispatch and two guards of the device for each tensor (NOTES.md, "Outputs without dispatch").
 class Allocation {
  public:
   explicit Allocation(c10::Device device)
       : device_(device),
         filled_(at::globalContext().deterministicAlgorithms() &&
                 at::globalContext().deterministicFillUninitializedMemory()),
-        // asked for in each call: torch.cuda.memory can put another in its place
+        // Each call asks for the allocator, because torch.cuda.memory can exchange it.
         allocator_(device.is_cuda() ? at::detail::getCUDAHooks().getCUDADeviceAllocator()
                                     : c10::GetAllocator(device.type())) {}
 
@@ -134,26 +137,29 @@ class Allocation {
   c10::Allocator* allocator_;
 };
 
-// Plain strided tensors of one backend, and nothing left to do before its kernel: no dispatch mode,
-// subclass, functionalization, functorch, conjugate or negative view.
+// A key set is plain where it stands for strided tensors of one backend and nothing is left to do
+// before the backend's kernel: no dispatch mode, subclass, functionalization, functorch, conjugate
+// or negative view.
 bool is_plain(DispatchKeySet keys) {
   constexpr DispatchKeySet cuda{DispatchKey::CUDA, DispatchKey::BackendSelect,
                                 DispatchKey::ADInplaceOrView};
   constexpr DispatchKeySet cpu{DispatchKey::CPU, DispatchKey::BackendSelect,
                                DispatchKey::ADInplaceOrView};
-  // raw: operators on the sets themselves leave the bits of the backends alone
+  // The raw sets are compared, because operators on the sets leave the bits of backends alone.
   return (keys.raw_repr() & ~cuda.raw_repr()) == 0 || (keys.raw_repr() & ~cpu.raw_repr()) == 0;
 }
 
-// Whether letting go of it takes the GIL: together, the references that C++ has to a tensor of
-// Python's count as one of Python's, and this is the last of them.
+// The function tells whether dropping an argument takes the GIL. All references that C++ has to a
+// tensor of Python's together count as one reference of Python's; dropping the last one gives that
+// back, which takes the GIL.
 bool is_last_of_cpp(const IValue& argument) {
   return argument.isTensor() && argument.toTensor().use_count() == 2 &&
          argument.toTensor().unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() != nullptr;
 }
 
-// Most often all tensors are such, and torch takes the GIL anew for each. Where it is held, that is
-// next to nothing, so it is taken once around all of them.
+// Most often the stack has the last reference of C++ to every tensor, and torch takes the GIL anew
+// for each tensor. Where a thread holds the GIL already, taking it costs next to nothing, so the
+// function takes it once around all drops.
 void drop_arguments(Stack* stack, size_t count) {
   const auto arguments = torch::jit::last(*stack, count);
   if (PyGILState_Release != nullptr && PyGILState_Ensure != nullptr &&
@@ -167,9 +173,9 @@ void drop_arguments(Stack* stack, size_t count) {
   }
 }
 
-// Part of torch's stable C interface. It is looked up in the libtorch_cuda.so that is loaded where
-// there is a CUDA tensor, not linked to, so that one library serves builds of torch with CUDA and
-// without.
+// This function is part of torch's stable C interface. It is not linked to, but looked up in
+// libtorch_cuda.so, which is loaded wherever there is a CUDA tensor, so that one library serves
+// builds of torch with CUDA and without.
 using CurrentStream = int32_t (*)(int32_t device_index, void** stream);
 
 CurrentStream find_current_stream() {
@@ -179,7 +185,7 @@ CurrentStream find_current_stream() {
                                   dlsym(library, "aoti_torch_get_current_cuda_stream"));
 }
 
-// torch's current stream of the device.
+// The function returns torch's current stream of a device.
 void* current_stream(const Op& op, c10::Device device) {
   void* stream = nullptr;
   if (device.is_cuda()) {
@@ -255,7 +261,7 @@ void launch(const Op& op, const Step& step, int64_t tokens, c10::ArrayRef<IValue
   }
 }
 
-// Replaces the arguments by the outputs, or leaves them and returns false.
+// The function replaces the arguments by the outputs, or leaves the arguments and returns false.
 bool serve(const Op& op, Stack* stack) {
   const auto arguments = torch::jit::last(*stack, op.arguments);
   if (!arguments[op.streams].isTensor()) {
@@ -333,7 +339,7 @@ bool needs_grad(const Stack& stack, size_t count) {
 
 template <typename Kernel>
 void implement(const Op* op, DispatchKey key) {
-  // never destroyed, as its kernels are to stay
+  // The library is never destroyed, because its kernels have to stay.
   auto* const library =
       new torch::Library(torch::Library::IMPL, "mhc", key, __FILE__, __LINE__);
   library->impl(op->name.c_str(),

@@ -1,6 +1,7 @@
-// Early reading: whether a kernel may read fn before the kernel in front of it has finished.
+// This header decides on early reading: may a kernel read fn before the previous kernel has
+// finished?
 //
-// The rules: mhc_ops/native/early.py.
+// mhc_ops/native/early.py has the rules.
 
 #pragma once
 
@@ -18,17 +19,18 @@ namespace {
 
 namespace early {
 
-// What a call reads. The weak reference of the table keeps the tensor's address from being given to
-// another tensor as long as the entry stands, not the tensor's memory from being freed.
+// A Read says what a call reads. As long as the table has an entry, the entry's weak reference
+// keeps the tensor's address from being given to another tensor, but not the tensor's memory from
+// being freed.
 struct Read {
-  uint32_t version;  // of the content, before the launch
-  const void* data;  // assigning to .data changes it and leaves the version
-  uint64_t capture;  // that the call is in; 0 for none
+  uint32_t version;  // The content has this version before the launch.
+  const void* data;  // Assigning to .data changes this and leaves the version.
+  uint64_t capture;  // The call is in this capture; 0 is none.
 };
 
 struct Look {
   bool allowed = false;
-  bool news = false;  // whether the read is to be added once its launch has succeeded
+  bool news = false;  // The read is to be added once its launch has succeeded.
   Read read{};
 };
 
@@ -55,7 +57,7 @@ Look look(c10::TensorImpl* fn, const Capture& capture) {
   Look result;
   result.read.version = fn->version_counter().current_version();
   result.read.data = std::as_const(*fn).data();
-  std::optional<uint64_t> same;  // the capture of an earlier read of the same
+  std::optional<uint64_t> same;  // An earlier read of the same content was in this capture.
   {
     const std::lock_guard<std::mutex> lock(mutex);
     const auto found = table().find(fn);
@@ -64,7 +66,7 @@ Look look(c10::TensorImpl* fn, const Capture& capture) {
       same = found->second.read.capture;
     }
   }
-  if (same != 0) {  // no earlier read, or one in a capture
+  if (same != 0) {  // There was no earlier read, or one in a capture.
     result.read.capture = capture();
   }
   result.allowed = same == 0 || same == result.read.capture;
@@ -80,7 +82,7 @@ void add(c10::TensorImpl* fn, const Read& read) {
     found->second.read = read;
     return;
   }
-  // tensors die without notice: whenever the table has doubled, the dead leave it
+  // Tensors die without notice, so their entries leave the table whenever the table has doubled.
   if (reads.size() >= next_sweep) {
     for (auto entry = reads.begin(); entry != reads.end();) {
       entry = entry->second.tensor.expired() ? reads.erase(entry) : std::next(entry);

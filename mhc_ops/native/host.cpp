@@ -1,21 +1,21 @@
-// The short way of an eager call: what a call of any op costs on the host when everything is as
-// nearly every call brings it.
+// This file is the short way of an eager call, which serves calls as nearly all of them come.
 //
-// The long way (mhc_ops/native/serve.py) takes several times as long, for its checks, allocations
-// and ctypes. Here stand two boxed kernels in front of each op. They take a call only where a plan
-// says what the call must be like and the kernels of the plan are loaded; any other call goes on to
-// the Python kernels, untouched, which serve the call or say what is wrong.
+// The long way (mhc_ops/native/serve.py) takes several times as long on the host, because of its
+// checks, allocations and ctypes. The short way is two boxed kernels of each op, which the
+// dispatcher calls before the op's Python kernels. The boxed kernels take a call only where a plan
+// says what the call must be like and the kernels of the plan are loaded; any other call goes on,
+// untouched, to the Python kernels, which serve the call or say what is wrong.
 //
 // BackendSelect lies right above the kernels of the backends and below everything else (autograd,
-// dispatch modes, fake tensors, functionalization, functorch), so what reaches it is a plain call
-// also where autograd is skipped, as in inference mode. Getting there through the Python autograd
-// kernel costs more than the rest of the call, so AutogradCUDA is taken as well, where the key set
-// has nothing between autograd and the backend.
+// dispatch modes, fake tensors, functionalization, functorch), so what reaches BackendSelect is a
+// plain call also where autograd is skipped, as in inference mode. The way to BackendSelect through
+// the Python autograd kernel costs more than the rest of the call, so the short way has a kernel of
+// AutogradCUDA, too, for key sets with nothing between autograd and the backend.
 //
 // No Python is needed: callers need not hold the GIL. mhc_ops/native/host.py builds and loads this
-// file, and describes ops and plans to it; in a process without Python standalone.h does.
+// file, and gives it ops and plans; in a process without Python standalone.h does so.
 //
-// The parts stand in headers of their own, of which this is the one translation unit.
+// This file is the one translation unit, and the headers that it includes are its parts.
 
 #include <cstdint>
 #include <memory>
@@ -31,15 +31,15 @@
 
 namespace {
 
-// The key set that a kernel is given may hold the kernel's own key and those above it: under the
-// Python dispatcher (tracing with symbolic sizes) it does.
+// Under the Python dispatcher (tracing with symbolic sizes), the key set that a kernel is given
+// holds the kernel's own key and those above that key.
 
 struct Autograd final : c10::OperatorKernel {
   explicit Autograd(const Op* op) : op_(op) {}
   void operator()(const c10::OperatorHandle& handle, DispatchKeySet keys, Stack* stack) {
     const DispatchKeySet below = keys & c10::after_autograd_keyset;
     if (needs_grad(*stack, op_->arguments) || !take(*op_, below, stack)) {
-      // the kernel of all autograd keys still serves those that have none of their own here
+      // The kernel of all autograd keys still serves the keys that have no kernel of their own.
       handle.redispatchBoxed(below | DispatchKeySet(DispatchKey::AutogradOther), stack);
     }
   }
@@ -63,7 +63,7 @@ struct BackendSelect final : c10::OperatorKernel {
 };
 
 void put_in_front(const Op* op) {
-  // A CPU has no kernel, so no plan either, but in tests, which give it one to see the arguments.
+  // A CPU has no kernels, and so no plans; tests alone give a CPU both, to see the arguments.
   implement<Autograd>(op, DispatchKey::AutogradCPU);
   implement<Autograd>(op, DispatchKey::AutogradCUDA);
   implement<BackendSelect>(op, DispatchKey::BackendSelect);
@@ -73,14 +73,16 @@ void put_in_front(const Op* op) {
 
 #define MHC_EXPORT extern "C" __attribute__((visibility("default")))
 
-// ------------------------------------------------------------- what a process without Python calls
+// ----------------------------------------- A process without Python calls the following functions.
 
-// Serves the ops with the kernels of a folder that `python -m mhc_ops build` has filled, where nothing
-// else does: defines them, and from then on a call on a CUDA device loads the kernels that its hidden
-// size needs, once. To be called before a package with the ops in it is loaded.
+// The function defines the ops, where nothing else has defined them, and serves them with the
+// kernels of a folder that `python -m mhc_ops build` has filled. From then on the first call on a
+// CUDA device with a hidden size loads the kernels that the size needs. A process calls mhc_serve
+// before it loads a package with the ops in it.
 //
-// folder: null for the one that this library lies in.
-// Returns null, or what is wrong, valid until the thread calls it again.
+// A null folder stands for the folder that this library lies in.
+// The function returns null, or a text that says what is wrong, valid until the same thread's next
+// call of the function.
 MHC_EXPORT const char* mhc_serve(const char* folder) {
   static std::mutex one_at_a_time;
   thread_local std::string wrong;
@@ -99,10 +101,11 @@ MHC_EXPORT const char* mhc_serve(const char* folder) {
   return wrong.c_str();
 }
 
-// For tests, which have no GPU: calls on CPU tensors are served as if they stood on device 0.
+// Tests without a GPU call this: calls on CPU tensors are then served as if the tensors were on
+// device 0.
 MHC_EXPORT void mhc_serve_cpu() { standalone::cpu_is_device = true; }
 
-// ----------------------------------------------------------------- what mhc_ops/native/host.py calls
+// ------------------------------------------- mhc_ops/native/host.py calls the following functions.
 
 MHC_EXPORT void mhc_use_launcher(decltype(Launcher::launch) launch,
                                  decltype(Launcher::capture) capture,
@@ -110,7 +113,8 @@ MHC_EXPORT void mhc_use_launcher(decltype(Launcher::launch) launch,
   launcher = {launch, capture, explain_launch};
 }
 
-// Puts the short way in front of an op; returns its number, -1 where it has too many arguments.
+// The function gives an op the short way and returns the op's number, or -1 where the op has too
+// many arguments.
 MHC_EXPORT int64_t mhc_define(const char* name, int64_t arguments, int64_t streams,
                               int64_t streams_tail, int64_t norm_weight) {
   if (arguments > static_cast<int64_t>(kMostArguments)) {
@@ -124,7 +128,7 @@ MHC_EXPORT int64_t mhc_define(const char* name, int64_t arguments, int64_t strea
   return static_cast<int64_t>(ops().size()) - 1;
 }
 
-// From now on, calls that this plan can serve take the short way.
+// From now on, calls that the plan can serve take the short way.
 MHC_EXPORT void mhc_remember(int64_t op, int32_t cuda, int32_t device_index, int64_t hidden,
                              int32_t norm, const int64_t* words) {
   Words reader(words);
@@ -134,7 +138,7 @@ MHC_EXPORT void mhc_remember(int64_t op, int32_t cuda, int32_t device_index, int
   remember(*ops()[op], device, hidden, norm != 0, plan);
 }
 
-// The plans' memory stays: another thread may be at them.
+// The plans' memory is not freed, because another thread may still read the plans.
 MHC_EXPORT void mhc_forget() {
   const std::lock_guard<std::mutex> lock(ops_mutex);
   for (Op* const op : ops()) {
@@ -146,7 +150,8 @@ MHC_EXPORT void mhc_forget() {
 
 MHC_EXPORT int64_t mhc_calls() { return calls.load(std::memory_order_relaxed); }
 
-// Returns whether a call may read early; says whether, and what, is to be added.
+// The function returns whether a call may read early, and tells by `news` and `read` whether a read
+// is to be added, and which.
 MHC_EXPORT int32_t mhc_early_look(c10::TensorImpl* fn, uint64_t capture, int32_t* news,
                                   early::Read* read) {
   const early::Look look = early::look(fn, [capture] { return capture; });

@@ -1,9 +1,9 @@
-"""The short way of eager calls: its library, its plans, and the table of early reading.
+"""Build and load the short way of eager calls, and give it plans and the table of early reading.
 
-``host.cpp``, of which the headers beside it are parts, says what it does and how a call gets there.
-Where it was not built ahead with the kernels, the host's C++ compiler builds it when the first
-kernel is loaded, and kept beside the kernels in the cache folder. Where there is no compiler, every
-call takes the long way instead.
+The head of ``host.cpp`` says what the short way does and how a call gets there; the headers beside
+that file are its parts. Where the library was not built ahead with the kernels, the host's C++
+compiler builds the library when the first kernel is loaded, and the result is kept beside the
+kernels in the cache folder. Where there is no compiler, every call takes the long way instead.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ logger = logging.getLogger("mhc_ops")
 SOURCE = Path(__file__).with_name("host.cpp")
 FLAGS = (
     *("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"),
-    "-D_GLIBCXX_USE_CXX11_ABI=1",  # as every torch since 2.7
+    "-D_GLIBCXX_USE_CXX11_ABI=1",  # Every torch since 2.7 has this ABI.
 )
 
-# As plan.h numbers them: kinds of arguments, sources of a kernel's parameters.
+# plan.h gives these numbers to the kinds of arguments and to the sources of a kernel's parameters.
 _TENSOR, _FLOAT, _INT, _NONE = range(4)
 _ARGUMENT, _OUTPUT, _MEMORY, _FLOAT32, _INT32, _FORMULA32, _FORMULA64, _EARLY = range(8)
-_STACK = 32  # numbers that a formula may need at a time there
+_STACK = 32  # plan.h has room for so many numbers of a formula at a time.
 
 _Place = tuple[str, torch.device, int, bool]
 
@@ -53,7 +53,7 @@ _remembered: dict[_Place, tuple[int | None, ...]] = {}
 
 
 class Reads(Protocol):
-    """A table of what was read: :class:`mhc_ops.native.early.Table`, or that of the library."""
+    """Hold what was read: :class:`mhc_ops.native.early.Table` does, or the library's table."""
 
     def look(self, fn: Tensor, capture: Callable[[], int]) -> tuple[bool, Any]: ...
 
@@ -71,7 +71,7 @@ class _Read(ctypes.Structure):
 
 
 class _NativeReads:
-    """The library's table, which the short way uses too."""
+    """Look into the library's table, which the short way uses too."""
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._library = loaded
@@ -95,7 +95,7 @@ _reads: Reads = early.Table()
 
 
 def source() -> str:
-    """What the sources of the library are, in short."""
+    """Return a digest of the library's sources."""
     texts = hashlib.sha256()
     for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))):
         texts.update(f"{path.name}\0{path.read_text()}\0".encode())
@@ -103,12 +103,12 @@ def source() -> str:
 
 
 def name(of: torches.Torch) -> str:
-    """Stem of the library's files among kernels that are built ahead, such as host-torch2.14."""
+    """Return the stem of the library's files beside kernels built ahead, as in host-torch2.14."""
     return f"host-torch{of.series}"
 
 
 def built_with(of: torches.Torch) -> dict[str, str]:
-    """What the library depends on; of Python only the stable interface, so any Python's."""
+    """Return what the library depends on, which names no Python: it uses the stable interface."""
     return {
         **of.facts,
         "machine": platform.machine(),
@@ -118,15 +118,16 @@ def built_with(of: torches.Torch) -> dict[str, str]:
 
 
 def command(of: torches.Torch) -> list[str]:
-    """The compiler's command line.
+    """Return the compiler's command line.
 
-    The libraries it names are loaded already when the result is, so it holds no path of theirs.
+    The libraries that the line names are loaded before the result is, so the result holds no path
+    to them.
     """
     return [
         *shlex.split(os.environ.get("CXX", "g++")),
         *FLAGS,
         f'-DMHC_SOURCE="{source()}"',
-        # no folder of the machine that builds it is in the library
+        # The library then holds no path of the machine that it was built on.
         f"-ffile-prefix-map={of.home / 'include'}=torch",
         f"-ffile-prefix-map={SOURCE.parent}=mhc_ops/native",
         f"-I{of.home / 'include'}",
@@ -140,11 +141,11 @@ def build(folder: Path, of: torches.Torch) -> None:
     """Build the library into a folder, where it is not there yet.
 
     Args:
-        folder: where to put it.
-        of: the torch that it is for.
+        folder: where to put the library.
+        of: the torch that the library is for.
 
     Raises:
-        OSError, subprocess.SubprocessError: it cannot be built or written.
+        OSError, subprocess.SubprocessError: the library cannot be built or written.
     """
     library.build(folder, name(of), built_with(of), command(of))
 
@@ -180,11 +181,11 @@ def use_launcher(loaded: ctypes.CDLL, kernels: ctypes.CDLL) -> None:
 
 
 def shown(of: Recipe) -> tuple[int, int, int, int]:
-    """Where a call of an op shows which plan it needs.
+    """Return where a call of an op shows which plan serves the call.
 
     Returns:
-        (arguments, index of the streams, their dimensions behind those of the tokens, index of
-        ``norm_weight`` or -1).
+        (number of arguments, index of the streams, number of the streams' dimensions behind those
+        of the tokens, index of ``norm_weight`` or -1).
     """
     names = list(of.arguments)
     norm_weight = names.index("norm_weight") if "norm_weight" in names else -1
@@ -199,9 +200,9 @@ def _define(loaded: ctypes.CDLL, of: Recipe) -> int:
 
 
 def load() -> bool:
-    """Load the library, which puts the short way in front; build it where that is not done.
+    """Load the library, and build it first where it is missing; its calls take the short way.
 
-    Tried once a process. A failure is logged and leaves the ops as they are, served in Python.
+    One try is made in a process. A failure is logged, and every call takes the long way then.
 
     Returns:
         Whether the library is there.
@@ -227,11 +228,11 @@ def load() -> bool:
 
 
 def early_reads() -> Reads:
-    """The table of what was read, for both ways of a call."""
+    """Return the table of what was read, which both ways of a call use."""
     return _reads
 
 
-# ---------------------------------------------------------------------- a plan as plan.h reads it
+# --------------------------------------------------------- These functions write what plan.h reads.
 
 
 def _list(items: Sequence[list[int]]) -> list[int]:
@@ -306,12 +307,12 @@ def _range(of: Plan, served: Range, kernels: Sequence[launcher.Kernel | None]) -
 
 
 def words(of: Plan, kernels: Sequence[Sequence[launcher.Kernel | None]]) -> list[int]:
-    """A plan as plan.h reads it.
+    """Return a plan as the numbers that plan.h reads.
 
     Args:
         of: the plan.
-        kernels: for each of its ranges the kernels of its launches, None for those that are not
-            loaded.
+        kernels: for each range of the plan the kernels of the range's launches, None where a
+            kernel is not loaded.
     """
     arguments = [_argument(of, name) for name in of.recipe.arguments]
     outputs = [
@@ -323,11 +324,11 @@ def words(of: Plan, kernels: Sequence[Sequence[launcher.Kernel | None]]) -> list
 
 
 def remember(of: Plan, device: torch.device) -> None:
-    """From now on, calls that this plan can serve with what is loaded take the short way.
+    """Let calls that this plan can serve with the loaded kernels take the short way from now on.
 
     Args:
         of: the plan.
-        device: where its kernels are loaded, with an index if it is a GPU.
+        device: where the plan's kernels are loaded; a GPU with its index.
     """
     if _library is None:
         return
@@ -352,7 +353,7 @@ def remember(of: Plan, device: torch.device) -> None:
 
 
 def forget() -> None:
-    """Forget all plans: until each op has served a call once more, its calls take the long way."""
+    """Forget all plans: an op's calls take the long way until one of them has been served."""
     if _library is not None:
         with _lock:
             _remembered.clear()
@@ -360,5 +361,5 @@ def forget() -> None:
 
 
 def calls() -> int:
-    """How many calls took the short way in this process."""
+    """Return how many calls took the short way in this process."""
     return 0 if _library is None else _library.mhc_calls()

@@ -1,7 +1,7 @@
-"""The native libraries as files: built ahead with the kernels, from the cache, or built.
+"""Find the native libraries as files built ahead with the kernels or cached, or build them.
 
-There are two: the launcher, in C (``launcher.c``), which every kernel needs, and the short way of
-eager calls, in C++ (``host.cpp``), without which calls only take longer on the host.
+There are two libraries: the launcher, in C (``launcher.c``), which every kernel needs, and the
+short way of eager calls, in C++ (``host.cpp``), without which calls only take longer on the host.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .. import config, store
 
 logger = logging.getLogger("mhc_ops")
 
-BUILD_SECONDS = 600  # the longer one takes 13 s on two busy cores
+BUILD_SECONDS = 600  # A build on a slow or busy machine stays far below this.
 
 
 def compile(name: str, command: Sequence[str]) -> bytes:
@@ -25,13 +25,13 @@ def compile(name: str, command: Sequence[str]) -> bytes:
 
     Args:
         name: of the library, for the log.
-        command: its command line, to which ``-o`` and the output are appended.
+        command: the compiler's command line, to which ``-o`` and the output are appended.
 
     Returns:
-        The library.
+        The library's bytes.
 
     Raises:
-        OSError, subprocess.SubprocessError: it cannot be built.
+        OSError, subprocess.SubprocessError: the library cannot be built.
     """
     start = time.perf_counter()
     logger.info("building %s", name)
@@ -53,32 +53,32 @@ def build(folder: Path, name: str, built_with: Mapping[str, str], command: Seque
     """Build a library into a folder, where it is not there yet.
 
     Args:
-        folder: where to put it.
-        name: its stem.
-        built_with: what it depends on.
+        folder: where to put the library.
+        name: the stem of the library's files.
+        built_with: what the library depends on.
         command: as of :func:`compile`.
 
     Raises:
-        OSError, subprocess.SubprocessError: it cannot be built or written.
+        OSError, subprocess.SubprocessError: the library cannot be built or written.
     """
     if store.find(folder, name, store.LIBRARY, built_with) is None:
         store.save(folder, name, store.LIBRARY, built_with, compile(name, command))
 
 
 def obtain(name: str, built_with: Mapping[str, str], command: Sequence[str]) -> Path:
-    """A library: built ahead, from the cache, or built.
+    """Return the path of a library that was built ahead or cached, or that is built now.
 
     Args:
-        name: its stem.
-        built_with: what it depends on.
+        name: the stem of the library's files.
+        built_with: what the library depends on.
         command: as of :func:`compile`.
 
     Returns:
-        Where it is.
+        The path of the library.
 
     Raises:
-        OSError, subprocess.SubprocessError: it cannot be built or written.
-        RuntimeError: others can write to the folder of it.
+        OSError, subprocess.SubprocessError: the library cannot be built or written.
+        RuntimeError: others can write to the library's folder.
     """
     ahead = store.find(config.kernels_folder(), name, store.LIBRARY, built_with)
     if ahead is not None:
@@ -86,12 +86,12 @@ def obtain(name: str, built_with: Mapping[str, str], command: Sequence[str]) -> 
     folder = config.own_cache_folder() / f"{name}-{store.digest(built_with)}"
     config.require_trusted(folder)
     if store.find(folder, name, store.LIBRARY, built_with) is None:
-        with store.lock(folder, name):  # another process may build it while this one waits
+        with store.lock(folder, name):  # Another process may build it meanwhile.
             build(folder, name, built_with, command)
     return folder / f"{name}{store.LIBRARY}"
 
 
 def reason(error: Exception) -> str:
-    """What went wrong in a build: in the compiler's words, where it has said something."""
+    """Return what went wrong in a build, in the compiler's words where there are some."""
     said: str = getattr(error, "stderr", None) or str(error)
     return said.strip()

@@ -1,6 +1,6 @@
-// Plans as the native library follows them: mhc_ops/native/plan.py, in numbers.
+// This header reads plans, which mhc_ops/native/plan.py makes, from numbers.
 //
-// A part of host.cpp, as all headers here are.
+// It is a part of host.cpp, as all headers in this folder are.
 
 #pragma once
 
@@ -22,8 +22,9 @@
 
 namespace {
 
-// What mhc_ops/native/host.py writes: one number after another. A plan that was written ahead names
-// kernels by number and leaves the multiprocessors of the device open; whoever reads it knows both.
+// Words reads what mhc_ops/native/host.py writes: one number after another. A plan that was written
+// ahead names kernels by number and leaves the multiprocessors of the device open; the reader of
+// such a plan knows both.
 class Words {
  public:
   using Kernels = std::function<const void*(int64_t)>;
@@ -45,7 +46,7 @@ class Words {
   int64_t multiprocessors_ = 0;
 };
 
-// A formula of the token count, mhc_ops/formula.py.
+// A Formula computes a number from the token count, by the rules of mhc_ops/formula.py.
 class Formula {
  public:
   explicit Formula(Words& words) {
@@ -64,7 +65,7 @@ class Formula {
   }
 
   int64_t operator()(int64_t tokens) const {
-    std::array<int64_t, 32> stack;  // host.py refuses a formula that needs more
+    std::array<int64_t, 32> stack;  // host.py refuses a formula that needs more.
     int64_t* top = stack.data() - 1;
     for (size_t i = 0; i < steps_.size(); ++i) {
       switch (static_cast<Step>(steps_[i])) {
@@ -110,7 +111,7 @@ at::ScalarType next_dtype(Words& words) {
   return words.next() == 0 ? at::kBFloat16 : at::kFloat;
 }
 
-// What an argument must be.
+// An Argument says what an argument of a call must be.
 struct Argument {
   enum Kind : int64_t { kTensor, kFloat, kInt, kNone };
 
@@ -140,7 +141,7 @@ struct Argument {
   int64_t first = 0, last = 0;
 };
 
-// What is allocated for a call: an output, with the token dimensions before its tail.
+// An Output is allocated for each call, with the token dimensions before the tail.
 struct Output {
   explicit Output(Words& words) : dtype(next_dtype(words)), tail(words.next()) {
     for (int64_t& size : tail) {
@@ -163,7 +164,7 @@ std::vector<T> next_list(Words& words) {
   return list;
 }
 
-// Memory between the launches of a call.
+// A Memory is allocated for each call, for what one launch leaves to the next.
 struct Memory {
   explicit Memory(Words& words) : dtype(next_dtype(words)), shape(next_list<Formula>(words)) {}
 
@@ -171,7 +172,7 @@ struct Memory {
   std::vector<Formula> shape;
 };
 
-// Where a parameter of a kernel comes from.
+// A Parameter says where a parameter of a kernel comes from.
 struct Parameter {
   enum Source : int64_t { kArgument, kOutput, kMemory, kFloat32, kInt32, kFormula32, kFormula64,
                           kEarly };
@@ -201,7 +202,8 @@ struct Step {
   Formula grid_x, grid_y;
 };
 
-// The launches that serve a range of token counts; none where a kernel of them is not loaded.
+// A Range has the launches that serve a range of token counts, or none where a kernel of one of
+// them is not loaded.
 struct Range {
   explicit Range(Words& words)
       : max_tokens(words.next()),
@@ -224,8 +226,8 @@ struct Plan {
   std::vector<Range> ranges;
 };
 
-// The place of the plan for a hidden size on a device, with or without the norm. Places are few,
-// are only ever added and live as long as the process, as plans do, so that a call finds its own
+// A Place holds the plan for a hidden size on a device, with or without the norm. Places are few,
+// are only ever added and live as long as the process, as plans do, so that a call finds its place
 // without a lock.
 struct Place {
   c10::Device device;
@@ -237,13 +239,13 @@ struct Place {
 
 constexpr size_t kMostArguments = 24;
 
-// An op, and where its calls show which plan they need.
+// An Op says where calls of an op show which plan they need.
 struct Op {
   std::string name;
   size_t arguments;
-  size_t streams;          // the argument that has the token dimensions
-  int64_t streams_tail;    // its dimensions behind them
-  int64_t norm_weight;     // -1 where there is none
+  size_t streams;          // This argument has the token dimensions.
+  int64_t streams_tail;    // So many dimensions of the streams follow the token dimensions.
+  int64_t norm_weight;     // This is -1 where there is none.
   std::atomic<Place*> places{nullptr};
 
   bool has_norm(c10::ArrayRef<c10::IValue> call) const {
@@ -260,16 +262,17 @@ struct Op {
   }
 };
 
-std::mutex ops_mutex;  // of those who add an op or a plan
+std::mutex ops_mutex;  // Whoever adds an op or a plan holds this.
 std::atomic<int64_t> calls{0};
 
-// never destroyed: calls from other threads may outlast the destructors of static objects
+// The list is never destroyed, because calls from other threads may outlast the destructors of
+// static objects.
 std::vector<Op*>& ops() {
   static auto* const list = new std::vector<Op*>();
   return *list;
 }
 
-// From now on, calls that this plan can serve are served by it.
+// From now on, calls that the plan can serve follow it.
 void remember(Op& op, c10::Device device, int64_t hidden, bool norm, const Plan* plan) {
   const std::lock_guard<std::mutex> lock(ops_mutex);
   Place* place = op.find(device, hidden, norm);

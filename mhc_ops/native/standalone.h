@@ -1,10 +1,12 @@
-// The ops in a process without Python, as a program that runs a package of AOTInductor is one.
+// This header serves the ops in a process without Python, such as a program that runs a package of
+// AOTInductor.
 //
 // What Python knows about ops and plans, mhc_ops/native/ahead.py has written into the folder of the
-// kernels. From there the ops are defined, and the first call on a device with a hidden size reads the
-// plan and loads its kernels through the launcher that lies beside them. From then on such calls take
-// the short way. There is no long way: a call that no plan serves is an error that says what was
-// expected. Strides and alignment alone are put right first, by a copy, as the long way does.
+// kernels. From that folder the ops are defined, and the first call on a device with a hidden size
+// reads the plan and loads its kernels through the launcher that lies beside the kernels. From then
+// on such calls take the short way. There is no long way: a call that no plan serves is an error
+// that says what was expected. Strides and alignment alone are put right first, by a copy, as on
+// the long way.
 
 #pragma once
 
@@ -30,7 +32,7 @@
 #include "call.h"
 #include "plan.h"
 
-#ifndef MHC_SOURCE  // what these sources are, in files that were written ahead
+#ifndef MHC_SOURCE  // This is the digest of these sources that stands in files written ahead.
 #error "MHC_SOURCE is not defined: mhc_ops/native/host.py builds this file"
 #endif
 
@@ -39,9 +41,9 @@ namespace standalone {
 
 constexpr const char* kBuild = "; build the folder with python -m mhc_ops build";
 
-std::atomic<bool> cpu_is_device{false};  // in tests
+std::atomic<bool> cpu_is_device{false};  // Tests set this.
 
-// What is used of the launcher before there is a kernel.
+// These functions of the launcher are used before there is a kernel.
 struct {
   int (*open)(const char* driver);
   int (*describe)(int device, int* facts);
@@ -50,7 +52,7 @@ struct {
   void (*explain)(int result, char* text, size_t size);
 } loader;
 
-std::mutex mutex;  // of everything below, and of loading
+std::mutex mutex;  // Whoever loads, or touches anything below, holds this.
 std::string& folder() {
   static auto* const path = new std::string();
   return *path;
@@ -59,7 +61,7 @@ std::string& folder() {
 struct Device {
   std::string arch;
   int64_t multiprocessors;
-  std::map<std::string, const void*> kernels;  // that are loaded
+  std::map<std::string, const void*> kernels;  // These are loaded, by name.
 };
 
 std::string explain(int result) {
@@ -76,8 +78,8 @@ std::string read(const std::string& path) {
   return content.str();
 }
 
-// A file of ahead.py, without its first line, which says what it was written by and the SHA-1 of the
-// rest.
+// The function reads a file of ahead.py without its first line. That line has the digest of the
+// sources that wrote the file and the SHA-1 of the rest.
 std::istringstream read_sealed(const std::string& path) {
   const std::string content = read(path);
   const size_t end = content.find('\n');
@@ -91,7 +93,7 @@ std::istringstream read_sealed(const std::string& path) {
   return std::istringstream(body);
 }
 
-// One line of a file of plans: what the launcher is told of a kernel.
+// A Kernel has what the launcher is told of a kernel, from one line of a file of plans.
 struct Kernel {
   explicit Kernel(std::istringstream& line) {
     line >> name >> symbol >> block >> cluster >> shared >> pdl >> sha1;
@@ -132,7 +134,7 @@ Device& device_of(int ordinal) {
   return devices->emplace(ordinal, Device{arch.str(), multiprocessors, {}}).first->second;
 }
 
-// Reads the plan for a hidden size and loads its kernels, once.
+// The function reads the plan for a hidden size and loads the plan's kernels, once.
 const Plan& plan_of(Op& op, c10::Device device, int64_t hidden, bool norm) {
   const std::lock_guard<std::mutex> lock(mutex);
   const Place* const place = op.find(device, hidden, norm);
@@ -181,7 +183,8 @@ const Plan& plan_of(Op& op, c10::Device device, int64_t hidden, bool norm) {
   TORCH_CHECK(false, "mhc::", op.name, ": there is no plan of it in ", path, kBuild);
 }
 
-// Tensors as the kernels read them.
+// The function makes each tensor one that the kernels can read: dense, aligned, and norm_weight in
+// the dtype of the plan.
 void make_dense(const Op& op, const Plan& plan, Stack* stack) {
   const size_t first = stack->size() - op.arguments;
   for (size_t i = 0; i < op.arguments; ++i) {
@@ -242,7 +245,7 @@ std::string describe(const Argument& wanted, IntArrayRef leading, c10::Device de
   return text.str();
 }
 
-// Why no plan serves a call.
+// The function says why the plan does not serve a call.
 [[noreturn]] void refuse(const Op& op, const Plan& plan, const c10::FunctionSchema& schema,
                          c10::ArrayRef<IValue> arguments) {
   const Tensor& streams = arguments[op.streams].toTensor();
@@ -258,7 +261,7 @@ std::string describe(const Argument& wanted, IntArrayRef leading, c10::Device de
               " and a larger --max-tokens");
 }
 
-// The kernel of a backend: calls that the short way in front of it has left.
+// Backend is the kernel of a backend, which gets the calls that the short way has not taken.
 struct Backend final : c10::OperatorKernel {
   explicit Backend(const Op* op) : op_(const_cast<Op*>(op)) {}
   void operator()(const c10::OperatorHandle& handle, DispatchKeySet, Stack* stack) {
@@ -284,7 +287,7 @@ struct Backend final : c10::OperatorKernel {
   Op* op_;
 };
 
-// The kernel of all autograd keys.
+// ForwardOnly is the kernel of all autograd keys.
 struct ForwardOnly final : c10::OperatorKernel {
   explicit ForwardOnly(const Op* op) : op_(op) {}
   void operator()(const c10::OperatorHandle& handle, DispatchKeySet keys, Stack* stack) {
@@ -304,7 +307,7 @@ void register_kernels(const Op* op) {
   implement<ForwardOnly>(op, DispatchKey::Autograd);
 }
 
-// Folder of this library.
+// The function returns the folder of this library.
 std::string own_folder() {
   Dl_info found{};
   TORCH_CHECK(dladdr(reinterpret_cast<const void*>(&own_folder), &found) != 0,
@@ -332,7 +335,7 @@ void open_launcher(const std::string& path) {
   find(library, "mhc_explain_launch", launcher.explain_launch);
 }
 
-// Defines the ops; returns those that are new.
+// The function defines the ops and returns those that are new.
 std::vector<const Op*> open(const char* given) {
   const std::lock_guard<std::mutex> lock(mutex);
   const std::string path = given == nullptr ? own_folder() : given;
@@ -354,7 +357,7 @@ std::vector<const Op*> open(const char* given) {
     found.emplace_back(op, schema);
   }
   open_launcher(path + "/launcher.so");
-  // never destroyed, as its definitions are to stay
+  // The library is never destroyed, because its definitions have to stay.
   auto* const library =
       new torch::Library(torch::Library::FRAGMENT, "mhc", std::nullopt, __FILE__, __LINE__);
   std::vector<const Op*> defined;

@@ -1,7 +1,7 @@
-"""The CUDA source that TileLang generates, compiled with g++ and run on the CPU.
+"""Compile the CUDA source that TileLang generates with g++, and run it on the CPU.
 
-It checks arithmetic, indexing, bounds, what CTAs of a cluster send each other and (under
-ThreadSanitizer) barriers; it knows nothing of the GPU's memory model beyond them, nor of speed.
+The emulation checks arithmetic, indexing, bounds, what CTAs of a cluster send each other and (under
+ThreadSanitizer) barriers; the emulation knows nothing else of the GPU's memory model, nor of speed.
 ``mhc_ops.compiler`` gets the source and the launch configuration out of TileLang, ``harness``
 translates, builds and runs; ``include`` holds the C++ that stands in for CUDA.
 """

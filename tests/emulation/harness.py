@@ -1,4 +1,4 @@
-"""Builds and runs generated CUDA source on the CPU.
+"""Build and run generated CUDA source on the CPU.
 
 Every run is a process of its own: a fault, a deadlock or a race ends that process and becomes an
 :class:`EmulationError` here.
@@ -34,11 +34,11 @@ DEPENDENCY = "cudaGridDependencySynchronize()"
 
 FLAGS = (
     "-std=c++20", "-fno-strict-aliasing", "-Wno-unknown-pragmas",
-    # lines for reports, and nothing of variables, which takes g++ as long as all the rest
+    # Reports need lines, but no variables, whose debug information takes g++ the longest.
     "-g1",
-    # one rounding an operation on every machine
+    # Every machine rounds once an operation.
     "-ffp-contract=off",
-    # a variable that is read before it is written gets a wild value, always the same
+    # A variable that is read before it is written gets a wild value, always the same.
     "-ftrivial-auto-var-init=pattern",
 )  # fmt: skip
 # The fibers jump between stacks, which glibc's fortified longjmp takes for an error.
@@ -47,24 +47,24 @@ FIBER_FLAGS = (
     "-fno-sanitize-recover=all",
 )  # fmt: skip
 THREAD_FLAGS = ("-O1", "-DEMULATION_THREADS", "-fsanitize=thread", "-pthread")
-TIMEOUT = 900  # seconds a run: a hang, not a slow machine
-PATIENCE = 300  # seconds before an OS thread that waits reports a deadlock
-MAX_OS_THREADS = 6000  # ThreadSanitizer holds 8128, couriers of inboxes among them
+TIMEOUT = 900  # A run that takes more seconds hangs; no slow machine is the cause.
+PATIENCE = 300  # An OS thread that waits longer, in seconds, reports a deadlock.
+MAX_OS_THREADS = 6000  # ThreadSanitizer holds 8128, couriers of inboxes among them.
 
 
 class EmulationError(RuntimeError):
-    """The emulated kernel did what no kernel may; the text says what and where."""
+    """Tell that the emulated kernel did what no kernel may; the text says what and where."""
 
 
 def missing() -> str | None:
-    """Why kernels cannot be emulated here, or None."""
+    """Return why kernels cannot be emulated here, or None."""
     return None if shutil.which("g++") else "g++ is not installed"
 
 
 def translate(source: str) -> str:
-    """CUDA source as C++ against the headers in ``include``.
+    """Translate CUDA source into C++ against the headers in ``include``.
 
-    What is PTX or preprocessor goes; what C++ cannot say by macros is rewritten: declarations of
+    PTX and preprocessor lines go; what C++ cannot say by macros is rewritten: declarations of
     shared memory, and local arrays, which nvcc aligns for the vector accesses to them.
     """
     source = DEVICE_FUNCTIONS.sub("", source)
@@ -95,13 +95,13 @@ def _kernel(source: str) -> re.Match[str]:
 
 @functools.cache
 def _gpp() -> str:
-    """Which compiler it is: version, target and configuration."""
+    """Return which compiler g++ is: version, target and configuration."""
     return subprocess.run(["g++", "-v"], capture_output=True, text=True, check=True).stderr
 
 
 @functools.cache
 def _texts() -> tuple[str, ...]:
-    """The harness' own sources."""
+    """Return the harness' own sources."""
     files = (*sorted(INCLUDE.iterdir()), *sorted(RUNTIME.iterdir()))
     return tuple(f"{path.name}\n{path.read_text()}" for path in files)
 
@@ -114,7 +114,7 @@ def _run_gpp(inputs: Sequence[Path], flags: Sequence[str], output: Path) -> None
 
 
 def _build(lowered: Lowered, mode: tuple[str, ...], kept: Kept) -> Path:
-    """The program of a kernel, built once a source and mode; the runtime once a mode."""
+    """Return the program of a kernel, built once a source and mode; the runtime once a mode."""
     code = translate(lowered.source)
     flags = (*FLAGS, *mode)
     common = (_gpp(), *flags, *_texts())
@@ -124,7 +124,7 @@ def _build(lowered: Lowered, mode: tuple[str, ...], kept: Kept) -> Path:
 
     def compile_program(output: Path) -> None:
         runtime = kept.get("runtime", ".o", common, compile_runtime)
-        # kept too: reports name its lines
+        # The text is kept, too, because reports name its lines.
         text = kept.get(lowered.symbol, ".cpp", (code,), lambda output: output.write_text(code))
         _run_gpp([text, runtime], (*flags, "-I", str(INCLUDE)), output)
 
@@ -132,7 +132,7 @@ def _build(lowered: Lowered, mode: tuple[str, ...], kept: Kept) -> Path:
 
 
 class Kernel:
-    """A lowered kernel that can be launched on CPU tensors.
+    """Launch a lowered kernel on CPU tensors.
 
     Args:
         lowered: what to run.
@@ -140,8 +140,8 @@ class Kernel:
         sanitize_threads: run every CUDA thread as an OS thread under ThreadSanitizer.
         resident: CTAs that run side by side, rounded up to whole clusters.
         early: parameters that may be read before the previous kernel has finished.
-        waits: whether memory is closed until the threads wait for the previous kernel; where that
-            call stands in the source if it is left out.
+        waits: whether memory is closed until the threads wait for the previous kernel; if left out,
+            memory is closed where the source has the call that waits.
 
     Attributes:
         lowered, early: as above.
@@ -175,8 +175,9 @@ class Kernel:
         Args:
             grid: CTAs along x, y and z; the last ones may be left out.
             values: by name what the CUDA signature asks for, contiguous CPU tensors and numbers;
-                sizes and other arguments of the program have to fit where they are given, and what
-                it does not know is left out. Tensors that the kernel writes are changed in place.
+                sizes and other arguments of the program have to fit where they are given, and
+                values that the program does not know are ignored. Tensors that the kernel writes
+                are changed in place.
 
         Raises:
             ValueError: values that do not fit the program, a grid that is empty or not of whole
@@ -196,7 +197,7 @@ class Kernel:
                 f"expected at most {MAX_OS_THREADS} OS threads, got {threads}: lower the kernel "
                 "with fewer threads or a smaller cluster"
             )
-        # global memory is closed to one cluster at a time, which ends before the next begins
+        # Global memory is closed to one cluster at a time, which ends before the next begins.
         waits = self._waits and not self._sanitize_threads and resident == cluster
         with tempfile.TemporaryDirectory() as folder:
             words, written = [], []
@@ -228,7 +229,7 @@ class Kernel:
                 tensor.copy_(data.view(tensor.shape))
 
     def _bind(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What the program asks for, as it asks for it, and the sizes of its tensors."""
+        """Return what the program asks for, as it asks for it, and the sizes of its tensors."""
         arguments = {argument.name: argument for argument in self.lowered.arguments}
         sizes = {size for a in arguments.values() for size in a.shape or () if type(size) is str}
         if sizes & arguments.keys():
@@ -243,7 +244,7 @@ class Kernel:
 
     @staticmethod
     def _take(argument: Argument, value: Any, sizes: dict[str, Any]) -> Any:
-        """A value that fits the argument; sizes that its shape tells are added to the others."""
+        """Return a value that fits the argument; add sizes that its shape tells to ``sizes``."""
         if argument.shape is None:
             return (float if argument.dtype.startswith("float") else int)(value)
         if not isinstance(value, Tensor) or str(value.dtype) != f"torch.{argument.dtype}":
@@ -261,7 +262,8 @@ class Kernel:
     def _execute(self, command: list[str]) -> None:
         result = self._process(command)
         if "unexpected memory mapping" in result.stderr:
-            # g++ 12's ThreadSanitizer wants less address-space randomisation than newer kernels use
+            # g++ 12's ThreadSanitizer wants less address-space randomisation than newer kernels
+            # use.
             result = self._process(["setarch", "-R", *command])
         if result.returncode:
             raise EmulationError(

@@ -1,8 +1,8 @@
-// What the tests of the emulation run: one kernel, so that it is built once; `sample` says what it does.
-// In the form of TileLang's output, for the translation: parameters, declarations of shared memory.
+// The tests of the emulation run this one kernel, so that it is built once; `sample` says what it does.
+// Parameters and declarations of shared memory have the form of TileLang's output, for the translation.
 
 enum Sample {
-  // refused
+  // The emulation refuses these.
   WRITE_BEHIND,
   WRITE_IN_FRONT,
   READ_BEHIND,
@@ -30,7 +30,7 @@ enum Sample {
   GATE_MISSED,
   GATE_IS_INBOX,
   GATE_OVERWRITTEN,
-  // refused, of a cluster
+  // The emulation refuses these of a cluster.
   CLUSTER_ARRIVE_TWICE,
   CLUSTER_WAIT_TWICE,
   CLUSTER_BARRIER_MISSED,
@@ -64,7 +64,7 @@ enum Sample {
   BULK_SOURCE_MISALIGNED,
   BULK_NOT_FENCED,
   BULK_FENCED_TOO_EARLY,
-  // poison
+  // These show poison.
   NOTHING,
   READ_IN_FRONT,
   READ_SHARED,
@@ -73,12 +73,12 @@ enum Sample {
   LOADS_BUT_TWO,
   LOADS_NONE,
   LOADS_UNCOMMITTED,
-  // dependency
+  // These wait for the previous kernel, or do not.
   AFTER_DEPENDENCY,
   ONE_THREAD_WAITS,
   CLUSTER_WAITS,
   CLUSTER_TOUCHES_BEFORE_DEPENDENCY,
-  // arithmetic
+  // These compute.
   SHUFFLE_XOR,
   SHUFFLE_XOR_OF_8,
   SHUFFLE,
@@ -88,7 +88,7 @@ enum Sample {
   REDUCE,
   MMA,
   SPLIT3,
-  // of a cluster
+  // These run in a cluster.
   RANKS,
   CLUSTER_SIZE,
   SEND,
@@ -96,7 +96,7 @@ enum Sample {
   SEND4,
   SEND_LATE,
   REGISTERS,
-  // order of memory, in one CTA
+  // These order memory, or do not, in one CTA.
   BY_SYNCTHREADS,
   BY_SYNCWARP,
   BY_NAMED_BARRIER,
@@ -109,13 +109,13 @@ enum Sample {
   BY_LATE_LOAD,
   BY_SHUFFLE,
   BY_NOTHING,
-  // order of memory, between two CTAs
+  // These order memory, or do not, between two CTAs.
   SAME_ELEMENTS,
   OWN_ELEMENTS,
   RELEASE,
   RELAXED,
   RELEASE_WITHOUT_RESULT,
-  // order of memory, between two CTAs of a cluster
+  // These order memory, or do not, between two CTAs of a cluster.
   CLUSTER_BARRIER,
   CLUSTER_BARRIER_APART,
   CLUSTER_BARRIER_RELAXED,
@@ -230,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
     case LOADS_BUT_TWO:
     case LOADS_NONE:
     case LOADS_UNCOMMITTED:
-      // three groups, the last of them committed or not
+      // There are three groups, the last of which is committed or not.
       if (t < 4) {
         for (int i = 0; i < 3; ++i) {
           if (i % 2 == 0) mhc::load_async16((&(shared[i * 16 + t * 4])), (&(in[i * 16 + t * 4])));
@@ -270,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
       out[t] = total + 100.0f * tl::warp_reduce_max(in[t]) - tl::warp_reduce_min(in[t]);
       break;
     }
-    case MMA:  // each lane has 6 words of operands in `in` and leaves 4 results
+    case MMA:  // Each lane has 6 words of operands in `in` and leaves 4 results.
       if (t < 32) {
         const uint* word = (const uint*)in + t * 6;
         for (int i = 0; i < 4; ++i) acc[i] = float(i);
@@ -278,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
         for (int i = 0; i < 4; ++i) out[t * 4 + i] = acc[i];
       }
       break;
-    case SPLIT3: {  // the parts of in[t] and of -in[t] added up again, smallest first
+    case SPLIT3: {  // The parts of in[t] and of -in[t] are added up again, smallest first.
       mhc::split3(in[t], -in[t], terms);
       float low = 0.0f, high = 0.0f;
       for (int i = 2; i >= 0; --i) {
@@ -305,7 +305,7 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
       __syncthreads();
       if (sample == BY_SECOND_PHASE || sample == BY_FORMER_PHASE || sample == BY_LATE_GATE) mhc::gate_pass((&(inboxes[0])));
       if (sample == BY_SECOND_PHASE || sample == BY_FORMER_PHASE) mhc::gate_wait((&(inboxes[0])), 0);
-      // the even lanes write for the odd ones, or a lane in four loads for four
+      // The even lanes write for the odd ones, or a lane in four loads for four.
       if (sample == BY_LOAD || sample == BY_LATE_LOAD) {
         if (t % 4 == 0) mhc::load_async16((&(shared[t])), (&(in[t])));
         if (sample == BY_LOAD) mhc::loads_wait();
@@ -335,7 +335,7 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
     case RELEASE:
     case RELAXED:
     case RELEASE_WITHOUT_RESULT:
-      // CTA 0 writes, raises the counter, and CTA 1 reads
+      // CTA 0 writes and raises the counter, and CTA 1 reads.
       if (t == 0 && ((int)blockIdx.x) == 0) {
         out[0] = in[7];
         if (sample == RELEASE) AtomicAddRet((&(counter[0])), 1, 3);
@@ -412,7 +412,7 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
     case AGAIN_SEND_TWICE:
     case AGAIN_NOBODY_WAITS:
     case AGAIN_INCOMPLETE: {
-      // a phase of one number, then one of `bytes`
+      // A phase of one number comes first, then one of `bytes`.
       const int bytes = sample == AGAIN_SEND_TOO_MUCH ? 6 : sample == AGAIN_SEND_TWICE || sample == AGAIN_INCOMPLETE ? 8 : 4;
       const int first = sample == AGAIN_WITHOUT_WAIT ? 32 : 0;
       if (t == 0) mhc::inbox_open((&(inboxes[0])), 4);
@@ -448,7 +448,7 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
     case BULK_NOT_FENCED:
     case BULK_FENCED_TOO_EARLY:
     case LOAD_BULK_AGAIN:
-      // a warp loads twice into the same place, and has read the first load when it asks for the second
+      // A warp loads twice into the same place, and has read the first load when it asks for the second.
       if (t == 0) mhc::inbox_open((&(inboxes[0])), 64);
       tl::cluster_sync();
       if (t < 32) {
@@ -494,7 +494,7 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
       break;
     case SEND:
     case SEND_LATE:
-      // to both CTAs; CTA r fills half r of the slots, two of them late or not
+      // Both CTAs send to both; CTA r fills half r of the slots, two of them late or not.
       if (t == 0) mhc::inbox_open((&(inboxes[2])), 256);
       shared[t] = 0.0f;
       tl::cluster_sync();
@@ -524,7 +524,7 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
     case CLUSTER_BARRIER:
     case CLUSTER_BARRIER_APART:
     case CLUSTER_BARRIER_RELAXED:
-      // CTA 0 writes global memory, CTA 1 reads it
+      // CTA 0 writes global memory, and CTA 1 reads it.
       if (rank == 0 && t == 0) out[cta] = in[7];
       if (sample == CLUSTER_BARRIER) tl::cluster_sync();
       if (sample == CLUSTER_BARRIER_APART) tl::cluster_arrive();
@@ -538,7 +538,7 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
     case INBOX_OTHER:
     case INBOX_OTHER_MEMORY:
     case INBOX_AFTER_READ:
-      // each CTA sends a number to two inboxes of the other one
+      // Each CTA sends a number to two inboxes of the other one.
       if (t < 2) mhc::inbox_open((&(inboxes[t])), 4);
       if (sample == INBOX_OPENED_RELAXED) {
         tl::cluster_arrive_relaxed();
@@ -564,7 +564,7 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
       break;
     case INBOX_OPENED_IN_TIME:
     case INBOX_OPENED_UNORDERED:
-      // an inbox of no bytes, opened in one warp for another
+      // One warp opens an inbox of no bytes for another.
       if (t == 0) {
         mhc::inbox_open((&(inboxes[0])), 0);
         AtomicAddRet((&(counter[0])), 1, 0);
@@ -579,7 +579,7 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
     case SLOT_TWICE:
     case SLOT_OF_TWO:
     case SLOT_AGAIN:
-      // a slot that is sent to again: by the same CTA, by both, after all have read it
+      // A slot is sent to again: by the same CTA, by both, after all have read it.
       if (t < 2) mhc::inbox_open((&(inboxes[t])), sample == SLOT_AGAIN ? 4 : 8);
       tl::cluster_sync();
       if (t == 0 && sample != SLOT_OF_TWO) mhc::send((&(shared[0])), (&(inboxes[0])), peer, in[7]);
@@ -598,9 +598,9 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
     case PHASES_UNREAD:
     case PHASES_WITHOUT_WAIT:
     case PHASES_UNTOLD: {
-      // Five rounds without a barrier: warp 0 sends to the peer's warp 1, which sends back that it has
-      // read. Inbox 0: the numbers; 1: they have been read; 2: they are under way, which makes room
-      // for messages that come before inbox_again.
+      // There are five rounds without a barrier: warp 0 sends to the peer's warp 1, which sends back that
+      // it has read. Inbox 0 gets the numbers; inbox 1 hears that the numbers have been read, and inbox
+      // 2 that they are under way, which makes room for messages that come before inbox_again.
       float total = 0.0f;
       if (t < 3) mhc::inbox_open((&(inboxes[t])), t == 0 ? 128 : 4);
       tl::cluster_sync();
@@ -634,7 +634,7 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
     case LOAD_BULK:
     case LOAD_BULK4:
     case LOAD_BULK_APART:
-      // a warp loads 32 floats, at once or in 4 rows that are 12 floats apart
+      // A warp loads 32 floats, at once or in 4 rows that are 12 floats apart.
       if (t == 0) mhc::inbox_open((&(inboxes[0])), 128);
       tl::cluster_sync();
       if (t < 32) {
@@ -650,7 +650,7 @@ extern "C" __global__ void __launch_bounds__(64, 1) sample_kernel(float* out, co
       break;
     case LOAD_BEHIND:
     case LOAD_UNREAD:
-      // warp 0 loads twice into what warp 1 reads, and knows from a message that it has read
+      // Warp 0 loads twice into what warp 1 reads, and knows from a message that warp 1 has read.
       if (t == 0) mhc::inbox_open((&(inboxes[0])), 4);
       if (t == 0) mhc::gate_open((&(inboxes[1])), 8);
       tl::cluster_sync();

@@ -1,4 +1,4 @@
-// bfloat16 and the conversions that TileLang emits.
+// This header has bfloat16 and the conversions that TileLang emits.
 #pragma once
 
 #include <bit>
@@ -10,7 +10,8 @@ struct bfloat16_t {
   uint16_t storage;
 
   bfloat16_t() = default;
-  // cvt.rn.bf16.f32: round to nearest, ties to even; every NaN becomes 0x7fff.
+  // The conversion is cvt.rn.bf16.f32: it rounds to nearest, ties to even; every NaN becomes
+  // 0x7fff.
   explicit bfloat16_t(float value) {
     const uint32_t bits = std::bit_cast<uint32_t>(value);
     storage = value != value ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);

@@ -1,4 +1,4 @@
-// The part of CUDA C++ that generated kernels use.
+// This header is the part of CUDA C++ that generated kernels use.
 #pragma once
 
 #include <bit>
@@ -23,8 +23,8 @@
 inline void __syncthreads() { emulation::wait_at_barrier(0, 0); }
 inline void __syncwarp(unsigned mask = 0xffffffff) { emulation::wait_for_warp(mask); }
 
-// Programmatic dependent launch. The trigger only lets the next kernel start early, and that kernel
-// waits for the end of this one before it touches memory.
+// These two are programmatic dependent launch. The trigger only lets the next kernel start early,
+// and the next kernel waits for the end of this one before it touches memory.
 inline void cudaGridDependencySynchronize() { emulation::wait_for_dependency(); }
 inline void cudaTriggerProgrammaticLaunchCompletion() {}
 
@@ -32,7 +32,7 @@ inline void cudaTriggerProgrammaticLaunchCompletion() {}
 
 namespace emulation {
 
-// A value of every lane.
+// Lanes holds a value of every lane.
 template <class T>
 struct Lanes {
   T values[WARP];
@@ -86,7 +86,7 @@ template <class T>
 T min(T a, T b) {
   return b < a ? b : a;
 }
-// Of a number and a NaN they take the number.
+// Of a number and a NaN these two take the number.
 inline float max(float a, float b) { return fmaxf(a, b); }
 inline float min(float a, float b) { return fminf(a, b); }
 

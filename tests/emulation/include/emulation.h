@@ -1,11 +1,11 @@
-// Everything that a translated kernel includes.
+// A translated kernel includes this header alone.
 #pragma once
 
 #include "mhc_device.h"
 #include "tilelang.h"
 
-// What the declarations of shared memory become. The alignment that they ask for is not modelled
-// beyond 16 bytes.
+// The declarations of shared memory become these two. The alignment that a declaration asks for is
+// not modelled beyond 16 bytes.
 #define EMULATION_DYNAMIC_SHARED(type, name) \
   type* name = static_cast<type*>(emulation::dynamic_shared())
 #define EMULATION_STATIC_SHARED(type, name, extent) \

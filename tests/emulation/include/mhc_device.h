@@ -1,5 +1,5 @@
-// Twins of the device functions in csrc_tilelang/_device.py, which are PTX. Same names, same arguments:
-// a test compares them.
+// This header has twins of the device functions in csrc_tilelang/_device.py, which are PTX. A test
+// checks that names and arguments are the same.
 #pragma once
 
 #include <array>
@@ -9,8 +9,8 @@
 
 namespace emulation {
 
-// Whether this lane does what its whole warp asks for, all lanes the same. It is the last one: which
-// one a GPU elects nobody may rely on.
+// The function returns whether this lane does what its whole warp asks for; all lanes must ask for
+// the same. The last lane does it here, and nobody may rely on which lane a GPU elects.
 template <class... Values>
 bool elected(const char* operation, Values... values) {
   const std::array<uint64_t, sizeof...(Values)> request = {uint64_t(values)...};
@@ -23,10 +23,11 @@ bool elected(const char* operation, Values... values) {
 
 namespace mhc {
 
-// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32, fragments as in the PTX ISA. With g = lane / 4
-// and t = lane % 4, register r of A holds row g + 8 * (r % 2), columns 2 t + 8 * (r / 2) and the next;
-// register r of B holds rows 2 t + 8 r and the next, column g; acc[i] is row g + 8 * (i / 2), column
-// 2 t + i % 2. The products are exact; they are added in fp32 in the order of k.
+// This is mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32, with fragments as in the PTX ISA.
+// With g = lane / 4 and t = lane % 4, register r of A holds row g + 8 * (r % 2), columns 2 t + 8 *
+// (r / 2) and the next; register r of B holds rows 2 t + 8 r and the next, column g; acc[i] is row
+// g + 8 * (i / 2), column 2 t + i % 2. The products are exact, and are added in fp32 in the order
+// of k.
 __device__ __forceinline__ void mma_bf16(float* acc, const unsigned* a, unsigned b0, unsigned b1) {
   struct Operands {
     unsigned a[4], b[2];
@@ -59,7 +60,7 @@ __device__ __forceinline__ void prefetch_l2(const void* address) {}
 
 __device__ __forceinline__ void prefetch_l2_bulk(const void* address, unsigned bytes) {}
 
-// What is loaded is poison until a wait that covers its group.
+// The target of a load is poison until a wait that covers the group of the load.
 __device__ __forceinline__ void load_async16(void* shared, const void* global) {
   emulation::load("load_async16", shared, global);
 }
@@ -82,7 +83,7 @@ __device__ __forceinline__ void store16(void* global, const unsigned* words) {
 
 __device__ __forceinline__ float rcp(float x) { return 1.0f / x; }
 
-// A slot is poisoned when something is sent to it, and gets its value when the phase of the inbox ends.
+// A slot is poisoned when something is sent to it, and gets its value when the inbox's phase ends.
 __device__ __forceinline__ void inbox_open(void* inbox, unsigned bytes) {
   emulation::open_inbox(inbox, bytes);
 }

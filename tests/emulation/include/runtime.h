@@ -1,4 +1,4 @@
-// What kernels see of the runtime, which is compiled apart: ../runtime/runtime.cpp.
+// Kernels see this of the runtime, which is compiled apart: ../runtime/runtime.cpp.
 #pragma once
 
 #include <cstddef>
@@ -19,46 +19,49 @@ struct Dim3 {
 struct Cta;
 
 struct Thread {
-  Dim3 index;           // threadIdx
-  unsigned linear = 0;  // threadIdx in one dimension
+  Dim3 index;           // This is threadIdx.
+  unsigned linear = 0;  // This is threadIdx in one dimension.
   Cta* cta = nullptr;
-  Dim3 cta_index;  // blockIdx
+  Dim3 cta_index;  // This is blockIdx.
   unsigned lane() const { return linear % WARP; }
   unsigned warp() const { return linear / WARP; }
 };
 
-// The CUDA thread that runs; null outside of a kernel.
+// This is the CUDA thread that runs; it is null outside of a kernel.
 #ifdef EMULATION_THREADS
 extern __thread Thread* running;
 #else
 extern Thread* running;
 #endif
 
-// Prints what went wrong and in which thread, and ends the process.
+// The function prints what went wrong and in which thread, and ends the process.
 [[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* format, ...);
 
 const Dim3& threads_of_cta();
 const Dim3& ctas_of_grid();
 
 void* dynamic_shared();
-// The memory of a __shared__ array; `declaration` is anything with its own address.
+// The function returns the memory of a __shared__ array; `declaration` is anything with its own
+// address.
 void* static_shared(const void* declaration, size_t bytes);
 
-// bar.sync and bar.arrive; 0 threads are all of the CTA.
+// These are bar.sync and bar.arrive; 0 threads stand for all threads of the CTA.
 void wait_at_barrier(unsigned barrier, unsigned threads);
 void arrive_at_barrier(unsigned barrier, unsigned threads);
 void wait_for_warp(unsigned mask);
 
-// Gives `value` to the lanes in `mask`, which must all come here, and takes theirs: `values` has room
-// for one of each lane.
+// The function gives `value` to the lanes in `mask`, which must all call it, and takes the values
+// of those lanes: `values` has room for a value of each lane.
 void exchange(unsigned mask, const void* value, size_t bytes, void* values);
 
-// The barrier of all threads of a cluster; whether the arrival orders what was done before it.
+// All threads of a cluster have this barrier; `orders` says whether an arrival orders what was done
+// before it.
 void arrive_at_cluster(bool orders);
 void wait_for_cluster();
 unsigned rank_in_cluster();
 
-// See mhc_device.h. The slot and the inbox of CTA `rank` are given by this CTA's own addresses.
+// mhc_device.h says what these do. This CTA's own addresses name the slot and the inbox of CTA
+// `rank`.
 void open_inbox(void* inbox, unsigned bytes);
 void wait_for_inbox(void* inbox, int parity);
 void arm_inbox(void* inbox, unsigned bytes);
@@ -69,26 +72,26 @@ void open_gate(void* gate, unsigned count);
 void pass_gate(void* gate);
 void wait_for_gate(void* gate, int parity);
 
-// Loads 16 bytes, which are there after a wait that covers their group.
+// The function loads 16 bytes, which are there after a wait that covers their group.
 void load(const char* operation, void* shared, const void* global);
 void commit_loads();
-// For all groups but the last so many that were committed.
+// The function waits for all groups but the last so many that were committed.
 void wait_for_loads(unsigned groups);
 
 void wait_for_dependency();
 
-// Lets other threads run: called in loops that wait for a value in memory.
+// The function lets other threads run; loops that wait for a value in memory call it.
 void yield();
 
-// Parameter i of the kernel, checked against what it was passed as.
+// These return parameter i of the kernel, and check what it was passed as.
 void* pointer_argument(unsigned i, bool is_const);
 double floating_argument(unsigned i);
 long long integer_argument(unsigned i);
 
-// Runs a kernel of so many parameters as the words of the command line say.
+// The function runs a kernel of so many parameters as the words of the command line say.
 int launch(int count, char** words, unsigned parameters, void (*kernel)());
 
-// A kernel as a function without parameters, which fetches its arguments.
+// Call makes a kernel a function without parameters, which fetches the arguments.
 template <auto kernel>
 struct Call;
 

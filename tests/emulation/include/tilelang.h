@@ -1,5 +1,5 @@
-// TileLang's device templates (tl_templates/cuda: common.h, cluster.h, reduce.h, atomic.h), as far as
-// kernels use them. Reductions add in the same order as on the GPU.
+// This header has TileLang's device templates (tl_templates/cuda: common.h, cluster.h, reduce.h,
+// atomic.h), as far as kernels use them. Reductions add in the same order as on the GPU.
 #pragma once
 
 #include "cuda.h"
@@ -22,7 +22,7 @@ inline void cluster_sync() {
 }
 inline int block_rank_in_cluster() { return emulation::rank_in_cluster(); }
 
-// setmaxnreg: registers of a thread.
+// This is setmaxnreg, which sets the registers of a thread.
 template <uint32_t registers>
 void warpgroup_reg_alloc() {
   if (registers < 24 || registers > 256 || registers % 8 != 0)
@@ -84,7 +84,8 @@ struct NamedBarrier {
   }
 };
 
-// A butterfly over thread indices: through shared memory from distance 32 on, by shuffles below.
+// AllReduce is a butterfly over thread indices: through shared memory from distance 32 on, by
+// shuffles below that.
 template <class Op, int threads, int scale, int offset = 0, class Sync = SyncThreadsBarrier>
 struct AllReduce {
   template <class T>
@@ -106,7 +107,7 @@ struct AllReduce {
 
 }  // namespace tl
 
-// The numbers of CUDA's memory orders are those of the compiler's builtins.
+// CUDA's memory orders have the same numbers as those of the compiler's builtins.
 namespace emulation {
 
 template <class T, class Op>
@@ -148,7 +149,7 @@ void AtomicMin(T* address, V value, int order = __ATOMIC_RELAXED) {
 }
 template <class T>
 T AtomicLoad(T* address, int order) {
-  emulation::yield();  // such loads stand in loops that wait
+  emulation::yield();  // Such loads stand in loops that wait.
   T value;
   __atomic_load(address, &value, order);
   return value;

@@ -1,4 +1,5 @@
-// CUDA's vector types, with its alignment: a misaligned 16-byte access traps on the GPU, and here.
+// This header has CUDA's vector types with their alignment: a misaligned 16-byte access traps on
+// the GPU, and here.
 #pragma once
 
 #include <cstdint>

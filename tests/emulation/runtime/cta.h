@@ -1,8 +1,8 @@
-// CTAs, clusters and grids on top of fibers.h or threads.h.
+// This header has CTAs, clusters and grids on top of fibers.h or threads.h.
 //
 // `resident` CTAs run side by side and may wait for one another; the others follow, each on the
-// threads of one that has ended. The CTAs of a cluster start together, and their shared memory lasts
-// until all of them have ended.
+// threads of one that has ended. The CTAs of a cluster start together, and their shared memory
+// lasts until all of them have ended.
 #pragma once
 
 #include <array>
@@ -19,15 +19,16 @@ namespace emulation {
 
 struct Grid {
   Dim3 ctas, threads;
-  size_t dynamic_shared = 0;  // bytes
+  size_t dynamic_shared = 0;  // This is in bytes.
   unsigned resident = 1;
-  unsigned cluster = 1;  // CTAs of a cluster; of `ctas.x` and of `resident` a divisor
+  unsigned cluster = 1;  // A cluster has so many CTAs, a divisor of `ctas.x` and `resident`.
 };
 
-// What the lanes of one mask hand each other. Two sets of slots: a lane that has read the last
-// exchange may write the next one while others still read, and cannot get further ahead.
+// The lanes of one mask hand each other values by an Exchange. There are two sets of slots, because
+// a lane that has read the last exchange may write the next one while others still read; no lane
+// can get further ahead.
 struct Exchange {
-  static constexpr size_t SLOT = 32;  // bytes of a lane; an operand of mma.sync has 24
+  static constexpr size_t SLOT = 32;  // A lane has so many bytes; an operand of mma.sync has 24.
   Barrier all;
   unsigned round[WARP] = {};
   alignas(16) unsigned char slots[2][WARP][SLOT];
@@ -35,14 +36,14 @@ struct Exchange {
 
 struct Warp {
   Lock lock;
-  std::map<unsigned, Exchange> exchanges;  // by mask
+  std::map<unsigned, Exchange> exchanges;  // The key is the mask.
   std::map<unsigned, Barrier> syncs;
 };
 
-// A place in shared memory, the same in every CTA of a cluster.
+// A Place is in shared memory, and is the same in every CTA of a cluster.
 struct Place {
-  const void* declaration;  // of a static array; null in dynamic shared memory
-  size_t extent;            // bytes of the array
+  const void* declaration;  // This is null in dynamic shared memory.
+  size_t extent;            // The array has so many bytes.
   size_t offset;
 
   std::string text() const {
@@ -51,7 +52,7 @@ struct Place {
   }
 };
 
-// An asynchronous load that has not been waited for.
+// A Load is an asynchronous load that has not been waited for.
 struct Load {
   static constexpr unsigned BYTES = 16;
   unsigned char* to;
@@ -60,20 +61,20 @@ struct Load {
   unsigned group;
 };
 
-// What a thread has under way. Only that thread touches it.
+// A Member holds what a thread has under way. Only that thread touches its Member.
 struct Member {
-  unsigned arrivals = 0, waits = 0;  // at the cluster barrier
+  unsigned arrivals = 0, waits = 0;  // These count at the cluster barrier.
   Barrier::Opening next{};
-  std::vector<Barrier::Opening> passed;  // the start of the cluster among them
-  unsigned groups = 0;  // of loads, committed
+  std::vector<Barrier::Opening> passed;  // The start of the cluster is among them.
+  unsigned groups = 0;  // So many groups of loads were committed.
   std::vector<Load> loads;
-  bool fenced = false;  // whether a bulk_fence was called since the last wait
+  bool fenced = false;  // A bulk_fence was called since the last wait.
 };
 
 struct Cluster;
 
 struct Cta {
-  static constexpr unsigned NAMES = 16;  // barriers 0 to 15
+  static constexpr unsigned NAMES = 16;  // The barriers are 0 to 15.
 
   Cta(const Grid& grid, Cluster& cluster, unsigned rank)
       : grid(grid), cluster(cluster), rank(rank), dynamic_shared(grid.dynamic_shared),
@@ -84,7 +85,7 @@ struct Cta {
     dynamic_shared.poison();
     for (auto& [declaration, memory] : static_shared) memory.poison();
   }
-  // A thread has returned from the kernel.
+  // A thread that has returned from the kernel calls this.
   void leave(const Member& member) {
     if (!member.loads.empty())
       fail("a thread ends without having waited for its asynchronous loads");
@@ -98,13 +99,13 @@ struct Cta {
     bool intact = dynamic_shared.intact();
     for (auto& [declaration, memory] : static_shared) intact = intact && memory.intact();
     if (!intact) fail("a write out of the bounds of shared memory");
-    // what came before the end of the CTA came so by luck
+    // Messages that nobody waited for came before the end of the CTA only by luck.
     Unobserved bookkeeping;
     for (auto& [address, inbox] : mail.inboxes) {
       if (inbox.brought && inbox.awaited < inbox.phases.ended())
         fail("nobody waits for the %s: what is sent there may come after the CTA has ended",
              inbox.name.c_str());
-      // an inbox may be left armed when nothing is sent to it any more
+      // An inbox may be left armed when nothing is sent to it any more.
       if (!inbox.messages.empty())
         fail("nobody waits for the %s: some of a phase has come, and %s", inbox.name.c_str(),
              inbox.lacks().c_str());
@@ -122,7 +123,7 @@ struct Cta {
     return memory;
   }
 
-  // Where in shared memory so many bytes at an address are.
+  // The function returns where in shared memory so many bytes at an address are.
   std::optional<Place> find(const void* address, size_t bytes) {
     const auto* first = static_cast<const unsigned char*>(address);
     const auto offset = [&](const GuardedMemory& memory) { return size_t(first - memory.data()); };
@@ -145,15 +146,15 @@ struct Cta {
 
   const Grid& grid;
   Cluster& cluster;
-  const unsigned rank;  // in the cluster
+  const unsigned rank;  // The CTA has this rank in the cluster.
   GuardedMemory dynamic_shared;
   std::vector<Warp> warps;
   std::array<Barrier, NAMES> barriers;
   Lock lock;
-  std::map<const void*, GuardedMemory> static_shared;  // by declaration
+  std::map<const void*, GuardedMemory> static_shared;  // The key is the declaration.
   std::vector<Member> members;
   Mail mail;
-  unsigned returned = 0;  // threads that have
+  unsigned returned = 0;  // So many threads have returned.
 };
 
 struct Cluster {
@@ -165,10 +166,10 @@ struct Cluster {
   const unsigned threads;
   std::vector<std::unique_ptr<Cta>> ctas;
   Barrier barrier;
-  Barrier turn;  // between one cluster and the next on the same threads
+  Barrier turn;  // This lies between one cluster and the next on the same threads.
 };
 
-// Whether global memory may be touched: see close_global in run().
+// Dependency says whether global memory may be touched: see close_global in run().
 struct Dependency {
   std::function<void(bool open)> set = [](bool) {};
   bool open = true;
@@ -195,10 +196,10 @@ struct Dependency {
 
 inline Dependency dependency;
 
-// Runs `kernel` in every thread of the grid. With `close_global`, each cluster starts with global
-// memory closed (fibers and one resident cluster only): it opens when no thread can go on without
-// having passed cudaGridDependencySynchronize, so that a kernel which reads what its predecessor may
-// still write is caught.
+// The function runs `kernel` in every thread of the grid. With `close_global`, each cluster starts
+// with global memory closed (fibers and one resident cluster only): the memory opens when no thread
+// can go on without having passed cudaGridDependencySynchronize, so that a kernel which reads what
+// its predecessor may still write is caught.
 inline void run(const Grid& grid, const std::function<void()>& kernel, bool close_global) {
   const unsigned threads = grid.threads.count(), ctas = grid.ctas.count();
   if (ctas % grid.cluster != 0 || grid.resident % grid.cluster != 0)

@@ -1,7 +1,8 @@
-// Every CUDA thread a fiber of one OS thread: deterministic, and a barrier costs a jump a thread.
+// Here every CUDA thread is a fiber of one OS thread: runs are deterministic, and a barrier costs a
+// jump a thread.
 //
-// makecontext gives a fiber its stack; after that fibers change with _setjmp and _longjmp, which make
-// no system call. A fiber runs until it waits. The run queue is first in, first out.
+// makecontext gives a fiber its stack; after that fibers change with _setjmp and _longjmp, which
+// make no system call. A fiber runs until it waits. The run queue is first in, first out.
 #pragma once
 
 #include <csetjmp>
@@ -18,7 +19,7 @@
 
 namespace emulation {
 
-// Grows down to a page that nobody may touch.
+// A Stack grows down to a page that nobody may touch.
 class Stack {
  public:
   static constexpr size_t SIZE = 256 * 1024, GUARD = 4096;
@@ -39,26 +40,27 @@ struct Fiber : Thread {
   std::jmp_buf registers;
   ucontext_t start;
   Stack stack;
-  const char* waits_for = nullptr;  // name of the barrier, inbox or gate, while it waits
+  const char* waits_for = nullptr;  // A waiting fiber names its barrier, inbox or gate.
   unsigned barrier = 0;
-  const std::function<std::string()>* lacks = nullptr;  // what an inbox or a gate waits for
+  const std::function<std::string()>* lacks = nullptr;  // An inbox or a gate waits for this.
 };
 
 class Scheduler {
  public:
-  // Called when no fiber can run; returns whether it made one ready.
+  // The scheduler calls this when no fiber can run; it returns whether it made one ready.
   std::function<bool()> when_stuck = [] { return false; };
 
   void ready(Fiber* fiber) { queue_.push_back(fiber); }
 
-  // Gives control back to execute(); returns when the running fiber's turn comes again.
+  // The function gives control back to execute(), and returns when the running fiber's turn comes
+  // again.
   void suspend() {
     if (_setjmp(current()->registers) == 0) _longjmp(registers_, 1);
   }
 
   Fiber* current() const { return static_cast<Fiber*>(running); }
 
-  // Runs body(worker, thread) in `workers` fibers until all have returned.
+  // The function runs body(worker, thread) in `workers` fibers until all fibers have returned.
   void execute(unsigned workers, const std::function<void(unsigned, Thread&)>& body) {
     std::vector<std::unique_ptr<Fiber>> fibers(workers);
     body_ = &body;
@@ -69,7 +71,8 @@ class Scheduler {
       fiber->start.uc_stack.ss_sp = fiber->stack.base();
       fiber->start.uc_stack.ss_size = Stack::SIZE;
       makecontext(&fiber->start, &Scheduler::enter, 0);
-      // The first jump into a fiber cannot be a _longjmp: it runs up to its own _setjmp now.
+      // The first jump into a fiber cannot be a _longjmp, so the fiber runs up to its own _setjmp
+      // now.
       running = fiber.get();
       if (_setjmp(registers_) == 0) setcontext(&fiber->start);
     }
@@ -86,7 +89,7 @@ class Scheduler {
   static void enter();
 
   [[noreturn]] void report_deadlock(const std::vector<std::unique_ptr<Fiber>>& fibers) {
-    // those that wait for bytes first: the others wait for them
+    // Fibers that wait for bytes are reported first, because the others wait for them.
     for (auto& fiber : fibers)
       if (fiber->lacks != nullptr) {
         running = fiber.get();
@@ -126,24 +129,25 @@ void yield() {
   scheduler.suspend();
 }
 
-inline void be_patient(unsigned) {}  // nobody waits here: a deadlock is seen at once
+inline void be_patient(unsigned) {}  // Nobody waits here: a deadlock is seen at once.
 
 inline void execute(unsigned workers, const std::function<void(unsigned, Thread&)>& body) {
   scheduler.execute(workers, body);
 }
 
-// bar.sync and bar.arrive: opens when `expected` threads have come. All that come to one opening must
-// expect the same number.
+// A Barrier is bar.sync and bar.arrive: it opens when `expected` threads have come. All threads
+// that come to one opening must expect the same number.
 class Barrier {
  public:
-  using Opening = unsigned;  // how many came before it
+  using Opening = unsigned;  // So many openings came before it.
 
   Opening wait(unsigned expected, const char* name, unsigned id = 0, bool = true) {
     const Opening opening = arrive(expected, name, id);
     await(opening, name, id);
     return opening;
   }
-  // Returns the opening to await; whether the arrival orders memory is for threads.h.
+  // The function returns the opening to await; only threads.h needs to know whether an arrival
+  // orders memory.
   Opening arrive(unsigned expected, const char* name, unsigned id = 0, bool = true) {
     if (arrived_ != 0 && expected != expected_)
       fail("%s %u: expects %u threads here and %u elsewhere", name, id, expected, expected_);
@@ -173,11 +177,11 @@ class Barrier {
   std::vector<Fiber*> waiting_;
 };
 
-// Phases that end one after the other, those of an mbarrier.
+// Phases are those of an mbarrier, which end one after the other.
 class Phases {
  public:
-  // Returns when the phase that is under way has not this parity; the number of phases that have
-  // ended. `lacks` says what is missing, for the message about a deadlock.
+  // The function waits until the phase under way has not this parity, and returns how many phases
+  // have ended. `lacks` says what is missing, for the message about a deadlock.
   unsigned wait(unsigned parity, const char* name, const std::function<std::string()>& lacks) {
     Fiber* fiber = scheduler.current();
     while (ended_ % 2 == parity) {
@@ -196,7 +200,7 @@ class Phases {
     for (Fiber* fiber : waiting_) scheduler.ready(fiber);
     waiting_.clear();
   }
-  // What orders memory and what tells of the past is for threads.h.
+  // Only threads.h needs what orders memory and what tells of the past.
   void order() {}
   void tell() {}
 
@@ -205,7 +209,7 @@ class Phases {
   std::vector<Fiber*> waiting_;
 };
 
-// One OS thread needs no lock, and nothing watches it: see threads.h.
+// One OS thread needs no lock, and nothing watches the thread: see threads.h.
 struct Lock {
   void lock() {}
   void unlock() {}

@@ -1,5 +1,5 @@
-// Mbarriers in shared memory: inboxes, which count the bytes that CTAs of a cluster send, and gates,
-// which count the threads that pass.
+// This header has mbarriers in shared memory: inboxes, which count the bytes that CTAs of a cluster
+// send, and gates, which count the threads that pass.
 #pragma once
 
 #include <cstring>
@@ -19,7 +19,7 @@
 namespace emulation {
 
 struct Message {
-  static constexpr unsigned MOST = 1024;  // bytes
+  static constexpr unsigned MOST = 1024;  // A message has at most so many bytes.
   unsigned char* slot;
   std::vector<unsigned char> data;
 };
@@ -28,26 +28,28 @@ inline const std::vector<unsigned char> POISON(Message::MOST, GuardedMemory::POI
 
 struct Mbarrier {
   static constexpr size_t BYTES = 8;
-  static constexpr unsigned MOST = (1u << 20) - 1;  // bytes or threads that it can expect
+  // An mbarrier can expect so many bytes or threads.
+  static constexpr unsigned MOST = (1u << 20) - 1;
 
   Mbarrier(std::string name, uint64_t seal, unsigned arrivals)
       : name(std::move(name)), seal(seal), arrivals(arrivals) {}
 
   const std::string name;
-  const uint64_t seal;      // what it holds in shared memory
-  const unsigned arrivals;  // of the opener at the cluster barrier, before it opened it
+  const uint64_t seal;      // The mbarrier holds this in shared memory.
+  const unsigned arrivals;  // The opener had arrived so often at the cluster barrier.
   Phases phases;
 };
 
-// A phase ends when the inbox is armed, that is told how many bytes to expect, and they have come.
-// Messages may come before that, for the phase that is under way. Nothing is delivered before its
-// phase ends: who does not wait reads poison, in whatever order the sends happen.
+// A phase ends when the inbox is armed, that is told how many bytes to expect, and those bytes have
+// come. Messages for the phase under way may come before the inbox is armed. No message is
+// delivered before its phase ends: who does not wait reads poison, in whatever order the sends
+// happen.
 struct Inbox : Mbarrier {
   static constexpr uint64_t SEAL = 0x6d6265746c69616d;
 
   Inbox(std::string name, unsigned arrivals) : Mbarrier(std::move(name), SEAL, arrivals) {}
 
-  // The checks are done before these, by the caller, who holds the lock.
+  // The caller of these functions holds the lock, and has done the checks.
   void arm(unsigned bytes) {
     armed = true;
     missing += int(bytes);
@@ -67,12 +69,12 @@ struct Inbox : Mbarrier {
     return std::to_string(missing) + " bytes are missing";
   }
 
-  int missing = 0;  // bytes; below zero when they come before it is armed
+  int missing = 0;  // This counts bytes, below zero when they come before the inbox is armed.
   bool armed = false;
-  unsigned awaited = 0;            // phases that somebody has waited for, so everything has come
-  std::vector<unsigned> waited;    // the same of each thread of the CTA
-  std::vector<Message> messages;   // of the phase under way
-  bool brought = false;            // whether the phase before had any
+  unsigned awaited = 0;            // So many phases have been waited for, and have come.
+  std::vector<unsigned> waited;    // This counts the same for each thread of the CTA.
+  std::vector<Message> messages;   // These are of the phase under way.
+  bool brought = false;            // The phase before had messages.
   Courier courier;
 
  private:
@@ -102,7 +104,7 @@ struct Gate : Mbarrier {
   Lock lock;
 };
 
-// The inboxes and gates of a CTA, by address.
+// A Mail has the inboxes and gates of a CTA, by address.
 struct Mail {
   struct Sent {
     size_t bytes;
@@ -110,8 +112,8 @@ struct Mail {
     unsigned phase;
   };
 
-  // Two sends to the same bytes are not ordered, whoever sends, unless a wait lies between. Returns
-  // whether this is not the first.
+  // Two sends to the same bytes are not ordered, whoever sends, unless a wait lies between. The
+  // function returns whether an earlier message went to the same bytes.
   bool claim(const Message& message, Inbox& inbox) {
     const size_t bytes = message.data.size();
     bool again = false;

@@ -1,4 +1,5 @@
-// Memory between guard pages, so that an access out of bounds is caught and not only a wrong result.
+// This header has memory between guard pages, so that an access out of bounds is caught and not
+// only a wrong result.
 #pragma once
 
 #include <cstring>
@@ -8,12 +9,13 @@
 
 namespace emulation {
 
-// `bytes` bytes, the last of them in front of a page that nobody may touch. What is left in front of
-// them, up to the page before, can be checked for stray writes. The start is aligned to 16 bytes and
-// no better: the least that a kernel may rely on.
+// GuardedMemory has `bytes` bytes, the last of which lies right before a page that nobody may
+// touch. The rest, between the page before and the first byte, can be checked for stray writes. The
+// start is aligned to 16 bytes and no better, which is the least that a kernel may rely on.
 class GuardedMemory {
  public:
-  static constexpr unsigned char POISON = 0xff;  // NaN as fp32 and as bf16, -1 as an integer
+  // This is NaN as fp32 and as bf16, and -1 as an integer.
+  static constexpr unsigned char POISON = 0xff;
   static constexpr size_t ALIGNMENT = 16, PAGE = 4096;
 
   explicit GuardedMemory(size_t bytes) : bytes_(bytes), pages_(round_up(bytes, PAGE)) {
@@ -35,7 +37,8 @@ class GuardedMemory {
     if (pages_ != 0 && mprotect(first_page_, pages_, protection) != 0) fail("mprotect failed");
   }
 
-  // Whether the bytes around the data, on the pages that may be touched, are as they were.
+  // The function returns whether the bytes around the data, on the pages that may be touched, are
+  // as they were.
   bool intact() const {
     for (const unsigned char* p = first_page_; p < data(); ++p)
       if (*p != POISON) return false;
@@ -44,7 +47,7 @@ class GuardedMemory {
     return true;
   }
 
-  // Whether an address lies in the data, or in the pages around it.
+  // These return whether an address lies in the data, or in the pages around the data.
   bool holds(const void* address) const {
     return address >= data() && address < data() + bytes_;
   }

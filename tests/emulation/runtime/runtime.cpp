@@ -1,10 +1,10 @@
-// The runtime of an emulated kernel: it reads the arguments from files, runs the grid and writes the
-// results.
+// This is the runtime of an emulated kernel: it reads the arguments from files, runs the grid and
+// writes the results. A command line is:
 //
 //   kernel grid=4,3,1 block=128,1,1 shared=10240 cluster=1 resident=1 pdl=1 patience=60 ARGUMENT...
 //
-// with one ARGUMENT a parameter, in order: `name=file` for a pointer to const, `name@file` for a
-// pointer whose memory is written back, `name:number` for a value. `name+file` is a pointer to const
+// There is one ARGUMENT a parameter, in order: `name=file` is a pointer to const, `name@file` a
+// pointer whose memory is written back, `name:number` a value. `name+file` is a pointer to const
 // that may be read before cudaGridDependencySynchronize.
 #include <algorithm>
 #include <atomic>
@@ -22,10 +22,10 @@
 
 namespace emulation {
 
-constexpr int FAILURE = 3;  // exit status of everything that the emulation refuses
+constexpr int FAILURE = 3;  // Everything that the emulation refuses has this exit status.
 
 void fail(const char* format, ...) {
-  // one thread speaks and ends the process; others that fail meanwhile must not
+  // One thread speaks and ends the process; others that fail meanwhile must not.
   static std::atomic_flag taken = ATOMIC_FLAG_INIT;
   while (taken.test_and_set(std::memory_order_relaxed)) pause();
   va_list arguments;
@@ -57,7 +57,7 @@ void* static_shared(const void* declaration, size_t bytes) {
 // No thread reads or writes the member of another.
 static Member& member() { return running->cta->members[running->linear]; }
 
-// A wait of any kind, from which on this thread may see what others did: not what it fenced before.
+// After a wait of any kind this thread may see what others did, which no earlier bulk_fence covers.
 static void waited() { member().fenced = false; }
 
 void wait_at_barrier(unsigned barrier, unsigned threads) {
@@ -70,7 +70,7 @@ void arrive_at_barrier(unsigned barrier, unsigned threads) {
   running->cta->barriers.at(barrier).arrive(threads, "barrier", barrier);
 }
 
-// The barrier or exchange of a warp's lanes in `mask`.
+// The function returns the barrier or exchange of a warp's lanes in `mask`.
 template <class T>
 static T& of_mask(std::map<unsigned, T> Warp::* of_masks, unsigned mask) {
   Unobserved bookkeeping;
@@ -118,7 +118,7 @@ void wait_for_cluster() {
   waited();
 }
 
-// Finds a place in the CTA's own shared memory.
+// The function finds a place in the CTA's own shared memory.
 static Place place_of(const char* operation, const char* what, const void* address, size_t bytes,
                       size_t alignment) {
   Unobserved bookkeeping;
@@ -135,23 +135,24 @@ static std::string name_of(const char* what, const Cta& cta, const Place& place)
          std::to_string(cta.rank);
 }
 
-// The seal goes into shared memory like the mbarrier: who writes there without knowing of it is
-// noticed, by ThreadSanitizer too.
+// The seal goes into shared memory where the mbarrier is: a write there by a thread that does not
+// know of the mbarrier is noticed, by ThreadSanitizer, too.
 static void check_seal(const Mbarrier& mbarrier, uint64_t seal) {
   if (seal != mbarrier.seal) fail("the %s was overwritten", mbarrier.name.c_str());
 }
 static void set_seal(void* address, uint64_t seal) {
   __atomic_store_n(static_cast<uint64_t*>(address), seal, __ATOMIC_RELAXED);
 }
-// The opening is fenced for the next cluster barrier, be it relaxed. Without one between it must be
-// ordered as all memory is, which ThreadSanitizer checks by the plain read.
+// The opening of an mbarrier is fenced for the next cluster barrier, even a relaxed one. With no
+// cluster barrier between, the opening must be ordered as all memory is, which ThreadSanitizer
+// checks by the plain read.
 static void check_own_seal(const Mbarrier& mbarrier, void* address) {
   uint64_t* seal = static_cast<uint64_t*>(address);
   const bool fenced = member().waits > mbarrier.arrivals;
   check_seal(mbarrier, fenced ? __atomic_load_n(seal, __ATOMIC_RELAXED) : *seal);
 }
 
-// Opens an inbox or a gate; returns what it is from now on.
+// The function opens an inbox or a gate, and returns the opened object.
 template <class T, class... Arguments>
 static T& open(std::map<const void*, T> Mail::* boxes, const char* operation, const char* what,
                void* address, unsigned most, Arguments... arguments) {
@@ -169,7 +170,7 @@ static T& open(std::map<const void*, T> Mail::* boxes, const char* operation, co
   return box;
 }
 
-// An inbox or a gate of the thread's own CTA.
+// The function returns an inbox or a gate of the thread's own CTA.
 template <class T>
 static T& find(std::map<const void*, T> Mail::* boxes, const char* operation, const char* what,
                void* address) {
@@ -289,7 +290,7 @@ static void send(const char* operation, void* slot, void* inbox, int rank, const
   if (entry == peer.mail.inboxes.end()) fail("%s: the %s is not open", operation, name.c_str());
   if (peer.ended()) fail("%s: the CTA of the %s has ended", operation, name.c_str());
   Inbox& box = entry->second;
-  // no thread knows otherwise that another CTA's inbox is open
+  // Only by a cluster barrier does a thread know that another CTA's inbox is open.
   if (member().waits <= box.arrivals)
     fail("%s: no cluster barrier was passed since the %s was opened", operation, name.c_str());
   check_seal(box, sealed);
@@ -310,9 +311,9 @@ void send(const char* operation, void* slot, void* inbox, int rank, const void* 
 
 void fence_bulk() { member().fenced = true; }
 
-// A message from memory to this CTA itself.
+// A bulk load is a message from memory to this CTA itself.
 void load_bulk(void* shared, const void* global, unsigned bytes, void* inbox) {
-  constexpr unsigned UNIT = 16;  // bytes
+  constexpr unsigned UNIT = 16;  // Bulk loads count in units of so many bytes.
   const char* const operation = "load_bulk";
   if (bytes == 0 || bytes % UNIT != 0 || bytes > Message::MOST)
     fail("%s: %u bytes, expected a multiple of %u up to %u", operation, bytes, UNIT, Message::MOST);
@@ -413,7 +414,7 @@ static const char* number(unsigned i) {
 double floating_argument(unsigned i) { return std::strtod(number(i), nullptr); }
 long long integer_argument(unsigned i) { return std::strtoll(number(i), nullptr, 0); }
 
-// Says which buffer a forbidden access was meant for.
+// The function says which buffer a forbidden access was meant for.
 static void on_fault(int, siginfo_t* info, void*) {
   const auto* address = static_cast<const unsigned char*>(info->si_addr);
   for (const Argument& argument : arguments) {
@@ -433,7 +434,7 @@ static void on_fault(int, siginfo_t* info, void*) {
 }
 
 static void catch_faults() {
-  static unsigned char stack[64 * 1024];  // a fiber that overflows its stack has none left
+  static unsigned char stack[64 * 1024];  // A fiber that overflows its stack has none left.
   stack_t alternative = {};
   alternative.ss_sp = stack;
   alternative.ss_size = sizeof(stack);

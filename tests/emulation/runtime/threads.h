@@ -1,4 +1,4 @@
-// Every CUDA thread an OS thread, for ThreadSanitizer.
+// Here every CUDA thread is an OS thread, for ThreadSanitizer.
 //
 // Only what orders memory on the GPU may order it here: __syncthreads, named barriers, __syncwarp,
 // cluster barriers, full inboxes, gates and atomics. Shuffles and mma.sync hand over registers and
@@ -20,7 +20,7 @@
 
 #include "../include/runtime.h"
 
-// The annotations and fibers of ThreadSanitizer's runtime.
+// These are the annotations and fibers of ThreadSanitizer's runtime.
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
@@ -34,7 +34,7 @@ void AnnotateIgnoreSyncBegin(const char* file, int line);
 void AnnotateIgnoreSyncEnd(const char* file, int line);
 void AnnotateHappensBefore(const char* file, int line, const volatile void* address);
 void AnnotateHappensAfter(const char* file, int line, const volatile void* address);
-// Together they make it forget all accesses to a range.
+// Together these two make ThreadSanitizer forget all accesses to a range.
 void __tsan_java_free(unsigned long address, unsigned long bytes);
 void __tsan_java_alloc(unsigned long address, unsigned long bytes);
 }
@@ -43,20 +43,20 @@ namespace emulation {
 
 __thread Thread* running = nullptr;
 
-// How long a thread waits before it reports a deadlock.
+// A thread waits so long before it reports a deadlock.
 inline std::chrono::seconds patience{60};
 inline void be_patient(unsigned seconds) { patience = std::chrono::seconds(seconds); }
 
 void yield() { std::this_thread::yield(); }
 
-// What couriers come from: a fiber that has seen nothing but the start of the program.
+// Couriers come from the origin: a fiber that has seen nothing but the start of the program.
 struct Origin {
   std::mutex mutex;
   void* fiber = nullptr;
 };
 inline Origin origin;
 
-// Runs body(worker, thread) in `workers` OS threads until all have returned.
+// The function runs body(worker, thread) in `workers` OS threads until all threads have returned.
 inline void execute(unsigned workers, const std::function<void(unsigned, Thread&)>& body) {
   origin.fiber = __tsan_create_fiber(0);
   std::vector<std::thread> threads;
@@ -75,7 +75,8 @@ inline void execute(unsigned workers, const std::function<void(unsigned, Thread&
 
 using Lock = std::mutex;
 
-// While it lives, ThreadSanitizer sees neither this thread's accesses nor its synchronisation.
+// While an Unobserved lives, ThreadSanitizer sees neither its thread's accesses nor
+// synchronisation.
 struct Unobserved {
   Unobserved() {
     AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
@@ -89,17 +90,17 @@ struct Unobserved {
   }
 };
 
-constexpr unsigned NO_ORDER = 1;  // of __tsan_switch_to_fiber
+constexpr unsigned NO_ORDER = 1;  // This is a flag of __tsan_switch_to_fiber.
 
 inline void hide(bool yes) {
   (yes ? AnnotateIgnoreReadsBegin : AnnotateIgnoreReadsEnd)(__FILE__, __LINE__);
   (yes ? AnnotateIgnoreWritesBegin : AnnotateIgnoreWritesEnd)(__FILE__, __LINE__);
 }
 
-// A fiber of ThreadSanitizer that has seen nothing.
+// The function makes a fiber of ThreadSanitizer that has seen nothing.
 inline void* create_fiber() {
   const std::lock_guard<std::mutex> guard(origin.mutex);
-  // a fiber is ordered after the one that makes it
+  // A fiber is ordered after the one that makes it.
   void* starter = __tsan_get_current_fiber();
   __tsan_switch_to_fiber(origin.fiber, NO_ORDER);
   void* fiber = __tsan_create_fiber(0);
@@ -108,21 +109,23 @@ inline void* create_fiber() {
 }
 
 class Phases;
-using Ended = std::map<Phases*, unsigned>;  // how many phases of an inbox are known to have ended
+using Ended = std::map<Phases*, unsigned>;  // So many phases of an inbox are known to have ended.
 
-// An end of waiting. Only the addresses of the first two count, for ThreadSanitizer.
+// A Point is an end of waiting. Only the addresses of the first two members count, for
+// ThreadSanitizer.
 struct Point {
-  char memory;  // what is visible to who has waited
-  char time;    // what is over for it: see Past
-  Ended ended;  // and what those who came here knew
+  char memory;  // Who has waited sees what is ordered by this.
+  char time;    // For who has waited, what is ordered by this is over: see Past.
+  Ended ended;  // Those who came to the point knew this.
 };
 
-// What the running thread knows to be over, as against what it would see. Who waits for a message
-// sees what was sent to it and nothing else of the sender; but what the sender had read before, and
-// all that it knew to have been read, is over. So a slot may be written again when its readers are
-// known to have gone on, be it from their messages alone. ThreadSanitizer has one order for both, so
-// what an asynchronous operation overwrites is compared with the past in another fiber, and forgotten.
-// Messages, barriers and gates hand the past on; shuffles and atomics do not.
+// Past is what the running thread knows to be over, as against what the thread would see. A thread
+// that waits for a message sees what was sent to it and nothing else of the sender; but what the
+// sender had read before, and all that the sender knew to have been read, is over. So a slot may be
+// written again when its readers are known to have gone on, be it from their messages alone.
+// ThreadSanitizer has one order for both, so what an asynchronous operation overwrites is compared
+// with the past in another fiber, and forgotten. Messages, barriers and gates hand the past on;
+// shuffles and atomics do not.
 class Past {
  public:
   Past() = default;
@@ -132,25 +135,25 @@ class Past {
     if (fiber_ != nullptr) __tsan_destroy_fiber(fiber_);
   }
 
-  // Everything that the thread has done so far is part of it.
+  // The function makes everything that the thread has done so far part of the past.
   void note();
   void give(Ended& to) const { merge(ended_, to); }
   void take(const Ended& from) { merge(from, ended_); }
   void take(Phases* phases, unsigned ended) { take(Ended{{phases, ended}}); }
-  bool knows() const { return !ended_.empty(); }  // more than the thread's own order
+  bool knows() const { return !ended_.empty(); }  // The past says more than order does.
   void forget() {
     ended_.clear();
     noted_.clear();
   }
-  // Tells whoever waits at a point. After note().
+  // The function tells the past to whoever waits at a point. Call note() before.
   void tell(Point& point) const {
     void* thread = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(fiber_, NO_ORDER);
     AnnotateHappensBefore(__FILE__, __LINE__, &point.time);
     __tsan_switch_to_fiber(thread, NO_ORDER);
   }
-  // What was done to so many bytes, or to their neighbours in 8 that are aligned, must be over, and is
-  // forgotten. After note().
+  // All accesses to so many bytes, or to their neighbours in 8 aligned bytes, must be over, and are
+  // forgotten. Call note() before.
   void overwrite(void* address, size_t bytes) const {
     void* thread = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(fiber_, NO_ORDER);
@@ -175,11 +178,12 @@ class Past {
 };
 inline thread_local Past past;
 
-// bar.sync and bar.arrive: opens when `expected` threads have come. All that come to one opening must
-// expect the same number.
+// A Barrier is bar.sync and bar.arrive: it opens when `expected` threads have come. All threads
+// that come to one opening must expect the same number.
 //
-// What was done before an opening is ordered before what is done after it, and nothing else: the mutex
-// goes unobserved, because a thread that is slow to wake takes it after others have taken it again.
+// What was done before an opening is ordered before what is done after the opening, and nothing
+// else: the mutex goes unobserved, because a thread that is slow to wake takes the mutex after
+// others have taken it again.
 class Barrier {
  public:
   using Opening = Point*;
@@ -190,7 +194,7 @@ class Barrier {
     return opening;
   }
 
-  // Returns the opening that this thread helps to bring about, which it may await.
+  // The function returns the opening that this thread helps to bring about, and may await.
   Opening arrive(unsigned expected, const char* name, unsigned id = 0, bool orders = true) {
     std::unique_lock<std::mutex> guard(mutex_, std::defer_lock);
     Opening opening;
@@ -236,12 +240,12 @@ class Barrier {
   std::deque<Point> openings_ = std::deque<Point>(1);
 };
 
-// Phases that end one after the other, those of an mbarrier. What was done before order() is ordered
-// before what is done after a wait for the same phase, and nothing else.
+// Phases are those of an mbarrier, which end one after the other. What was done before order() is
+// ordered before what is done after a wait for the same phase, and nothing else.
 class Phases {
  public:
-  // Returns when the phase that is under way has not this parity; the number of phases that have
-  // ended. `lacks` says what is missing, for the message about a deadlock.
+  // The function waits until the phase under way has not this parity, and returns how many phases
+  // have ended. `lacks` says what is missing, for the message about a deadlock.
   unsigned wait(unsigned parity, const char* name, const std::function<std::string()>& lacks) {
     unsigned ended;
     Point* point = nullptr;
@@ -274,9 +278,9 @@ class Phases {
     points_.emplace_back();
     changed_.notify_all();
   }
-  // For the phase under way, which the caller keeps from ending meanwhile.
+  // The function is for the phase under way, which the caller keeps from ending meanwhile.
   void order() { AnnotateHappensBefore(__FILE__, __LINE__, &points_.back().memory); }
-  // Who will wait for this phase knows what the running thread knows to be over.
+  // After this, who waits for this phase knows what the running thread knows to be over.
   void tell() {
     past.tell(points_.back());
     Unobserved bookkeeping;
@@ -299,7 +303,7 @@ class Phases {
 inline void Past::note() {
   if (fiber_ == nullptr) fiber_ = create_fiber();
   void* thread = __tsan_get_current_fiber();
-  __tsan_switch_to_fiber(fiber_, 0);  // ordered after the thread
+  __tsan_switch_to_fiber(fiber_, 0);  // The fiber is ordered after the thread.
   hide(true);
   for (const auto& [phases, ended] : ended_) {
     unsigned& noted = noted_[phases];
@@ -311,10 +315,10 @@ inline void Past::note() {
   __tsan_switch_to_fiber(thread, NO_ORDER);
 }
 
-// Does what a thread has started and not waited for, as a thread of its own in the eyes of
-// ThreadSanitizer. It is ordered after the cluster barriers that the starter has passed and not after
-// what that one did since: so who waits for the courier does not see the starter's own accesses. One
-// thread at a time may run it.
+// A Courier does what a thread has started and not waited for, as a thread of its own in the eyes
+// of ThreadSanitizer. The courier is ordered after the cluster barriers that the starter has
+// passed, and not after what the starter did since: so who waits for the courier does not see the
+// starter's own accesses. One thread at a time may run a courier.
 class Courier {
  public:
   Courier() {
@@ -329,14 +333,14 @@ class Courier {
   void run(const std::vector<Barrier::Opening>& passed, Action action) {
     void* starter = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(fiber_, NO_ORDER);
-    hide(true);  // the variables of the starter
+    hide(true);  // These are the variables of the starter.
     for (const Barrier::Opening opening : passed)
       AnnotateHappensAfter(__FILE__, __LINE__, &opening->memory);
     action();
     hide(false);
     __tsan_switch_to_fiber(starter, NO_ORDER);
   }
-  // What ThreadSanitizer sees of an action.
+  // ThreadSanitizer sees this of an action.
   static void write(void* to, const void* from, size_t bytes) {
     hide(false);
     std::memcpy(to, from, bytes);
