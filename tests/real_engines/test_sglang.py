@@ -163,7 +163,7 @@ def test_decoder_layers(tokens, layers, monkeypatch, v4):
 
 
 def test_decoder_layers_whatever_the_switches_say(layers, monkeypatch):
-    """Fuse boundaries with FlashInfer on and with TileLang off, where SGLang itself fuses none."""
+    """Serve layers with FlashInfer switched on, and without TileLang: SGLang fuses nothing then."""
     envs = importlib.import_module("sglang.srt.environ").envs
     given = streams(3)
     want = run(layers, given)
