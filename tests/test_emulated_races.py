@@ -79,7 +79,7 @@ def small_clusters():
         "_operands", "fused_post_pre", "_group", "_post_head", *ENDS,
         CLUSTER=2, GROUP_TOKENS=4, EXPAND_PRE_GROUP_TOKENS=16,
     ) as modules, pytest.MonkeyPatch.context() as patch:  # fmt: skip
-        # Three clusters are many already; where there are many, they arrive at their barrier relaxed.
+        # Three clusters are many already: they arrive at their barrier relaxed.
         patch.setattr(modules[1], "FEW_CLUSTERS", 2)
         yield
 
