@@ -1,4 +1,4 @@
-"""How often each mhc op is called."""
+"""Count how often each mhc op is called."""
 
 from collections import Counter
 
@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class CallCounts(TorchDispatchMode):
-    """Counts the calls of mhc ops while it is active, in ``counts``: name to number."""
+    """Count the calls of mhc ops while active, in ``counts``: name to number."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The ``gpu`` marker, the fixtures that several files share, and one seed for every test."""
+"""Define the ``gpu`` marker, the fixtures that several files share, and one seed for each test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 
 # Threads of OpenMP that wait in a loop take the cores from the other processes of a test run, nine
-# tenths of some tests' time. Read when torch is imported, here and in what tests start.
+# tenths of some tests' time. torch reads the variable when torch is imported, here and in the
+# processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
@@ -26,7 +27,8 @@ from paths import Paths
 
 pytest_plugins = ["pytester"]
 
-# What the GPU tests use: compiled side by side before the first of many, not one by one in them.
+# The GPU tests use these sizes, whose kernels are compiled side by side before the first of many
+# tests, not one by one in the tests.
 HIDDEN_SIZES = (256, 512, 768, 2816, 4096, 5120, 7168)
 MANY = 100
 
@@ -46,10 +48,10 @@ def pytest_configure(config):
     config.pluginmanager.register(paths)
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses among them
+@pytest.hookimpl(tryfirst=True)  # The hook comes before -m chooses.
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "kept" in item.fixturenames:  # lowers and compiles kernels
+        if "kept" in item.fixturenames:  # The test lowers and compiles kernels.
             item.add_marker(pytest.mark.slow)
     supported, reason = mhc_ops.is_supported("cuda")
     if supported:
@@ -73,7 +75,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session", autouse=True)
 def _kernels(request):
-    # every test with the native kernels in front, as after the first one-launch kernel on a GPU
+    # Every test has the short way in front, as after the first kernel of one launch on a GPU.
     host.load()
     gpu_tests = [item for item in request.session.items if item.get_closest_marker("gpu")]
     if len(gpu_tests) > MANY and mhc_ops.is_supported("cuda")[0]:
@@ -82,7 +84,7 @@ def _kernels(request):
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
-    """Every device that the ops run on, by name."""
+    """Give every device that the ops run on, by name."""
     return request.param
 
 
@@ -93,7 +95,7 @@ def _seed():
 
 @pytest.fixture
 def fresh_dynamo():
-    """No compiled code of another test before the test, none of its own after it."""
+    """Drop the compiled code of other tests before the test, and the test's own code after it."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield
@@ -107,7 +109,7 @@ def _driver(tmp_path_factory) -> FakeDriver:
 
 @pytest.fixture
 def driver(_driver, monkeypatch):
-    """A CUDA driver without a GPU, which serves CPU tensors while the test lasts."""
+    """Serve CPU tensors with a CUDA driver without a GPU while the test lasts."""
     _driver.reset()
     install(monkeypatch, _driver)
     yield _driver
@@ -117,10 +119,10 @@ def driver(_driver, monkeypatch):
 
 @pytest.fixture(scope="session")
 def kept(pytestconfig, tmp_path_factory) -> Kept:
-    """What was lowered and compiled, in pytest's cache folder where there is one."""
+    """Keep what is lowered and compiled, in pytest's cache folder where there is one."""
     try:
         folder = pytestconfig.cache.mkdir("built")
-    except (AttributeError, OSError):  # without pytest's plugin, or in a checkout to read alone
+    except (AttributeError, OSError):  # pytest's plugin is missing, or the checkout is read-only.
         folder = tmp_path_factory.mktemp("built")
     found = Kept(folder)
     found.drop_unused()
@@ -129,5 +131,5 @@ def kept(pytestconfig, tmp_path_factory) -> Kept:
 
 @pytest.fixture(scope="session")
 def lowered(kept) -> Callable[[Key], Lowered]:
-    """Key to lowered kernel, each lowered once."""
+    """Lower the kernel of a key, each kernel once."""
     return functools.cache(lambda key: lower_key(key, kept))

@@ -1,4 +1,4 @@
-"""The ops on the emulation of their kernels, with their own routes, plans and launches.
+"""Run the ops on the emulation of their kernels, with their own routes, plans and launches.
 
 Only the launch itself goes to the emulation (see ``tests/emulation``), so what is compared with the
 oracle is host code and kernels together.
@@ -27,18 +27,19 @@ from mhc_ops.routes import Key
 from mhc_ops.testing import OUTPUTS, as_outputs, assert_matches_oracle, poisoned_memory
 
 ARCH = "sm_90a"
-MAX_TOKENS = 300  # beyond every bound of the table but that of post_head
-HIDDEN = 1280  # several warps of a collapse, the last of them partly idle
+MAX_TOKENS = 300  # Only post_head has a bound of the table beyond this number.
+HIDDEN = 1280  # A collapse takes several warps, the last of them partly idle.
 CASES = tuple((op, norm) for op in OUTPUTS for norm in (False, True) if not (op == "post" and norm))
 TOKENWISE = ("x", "residual", "post_layer_mix", "comb_res_mix")
 ENDS = ("expand_pre", "post_head", "post_head_persistent")
-IN_CLUSTERS = ("fused_post_pre", "fused_post_pre_persistent", "pre", *ENDS)  # kernels
+# These kernels run in clusters.
+IN_CLUSTERS = ("fused_post_pre", "fused_post_pre_persistent", "pre", *ENDS)
 
 
 def key_of(
     kernel: str, hidden: int, *, arch: str = ARCH, norm: bool = False, **options: int
 ) -> Key:
-    """The one key in the table of a kernel with these options, and the RMSNorm where it has one."""
+    """Return the one key of a kernel with these options, with the RMSNorm where it has one."""
     (key,) = {
         launch.key(hidden, arch, norm)
         for op in routes.ops()
@@ -50,20 +51,20 @@ def key_of(
 
 
 def runs_in_clusters(op: str, hidden: int, arch: str, tokens: int) -> bool:
-    """Whether a kernel in clusters serves a call."""
+    """Say whether a kernel in clusters serves a call."""
     launches = routes.row(op, hidden, arch, tokens).launches
     return any(launch.kernel in IN_CLUSTERS for launch in launches)
 
 
 @functools.cache
 def _lowered_by() -> tuple[str, ...]:
-    """What decides how a program is lowered, besides the program and the architecture."""
+    """Return what decides how a program is lowered, besides the program and the architecture."""
     texts = [Path(str(module.__file__)).read_text() for module in (compiler, formula)]
     return (importlib.metadata.version("tilelang"), sys.version, *texts)
 
 
 def lower_key(key: Key, kept: Kept) -> Lowered:
-    """The kernel of a key as it ships, lowered unless that was kept of the same program."""
+    """Lower the kernel of a key as it ships, or return what was kept of the same program."""
     from tilelang import tvm
 
     program = compiler.program(key)
@@ -71,7 +72,7 @@ def lower_key(key: Key, kept: Kept) -> Lowered:
     def lower(output: Path) -> None:
         output.write_bytes(pickle.dumps(compiler.lower(program, key.arch)))
 
-    # the whole program, so also what a test has changed in its factory or in its sizes
+    # The text is the whole program, so also what a test has changed in its factory or sizes.
     text = tvm.ir.save_json(program)
     file = kept.get(key.kernel, ".lowered", (*_lowered_by(), key.arch, text), lower)
     return pickle.loads(file.read_bytes())
@@ -92,7 +93,7 @@ def _as_compiled(lowered: Lowered) -> Compiled:
 
 
 class Device:
-    """Runs ops on the emulation, as if it had ``sms`` multiprocessors.
+    """Run ops on the emulation, as if it had ``sms`` multiprocessors.
 
     Attributes:
         launched: the keys that were launched.
@@ -103,7 +104,7 @@ class Device:
         self.sms = 4
         self.arch = ARCH
         self._kernel = kernel
-        self._loaded: list[tuple[Key, Kernel]] = []  # by handle
+        self._loaded: list[tuple[Key, Kernel]] = []  # Handles are its indices.
 
         monkeypatch.setattr(jit, "loaded", self._load)
         monkeypatch.setattr(launcher, "launch", self._launch)
@@ -130,7 +131,7 @@ class Device:
         key, run = self._loaded[kernel.handle]
         shaped = dict(values)
         for argument in run.lowered.arguments:
-            # a kernel sees an address: whatever the shape, as many elements as it asks for
+            # Whatever the shape, a kernel gets an address and as many elements as it asks for.
             if argument.shape is not None and argument.name in shaped:
                 sizes = [values[n] if isinstance(n, str) else n for n in argument.shape]
                 shaped[argument.name] = shaped[argument.name].view(sizes)
@@ -140,14 +141,14 @@ class Device:
         run(grid, shaped)
 
     def run(self, op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """The CUDA implementation of an op; output name to tensor."""
+        """Run the CUDA implementation of an op; return output name to tensor."""
         with poisoned_memory():
             return as_outputs(op, serve.serve(op, recipe(op).bind((), inputs)))
 
     def check(self, op: str, inputs: dict[str, Any]) -> None:
         """Run an op and compare every output with the float64 oracle."""
         streams = None
-        if op == "post_head":  # which does not return them
+        if op == "post_head":  # The op does not return its streams.
             names = ("x", "residual", "post_layer_mix", "comb_res_mix")
             streams = self.run("post", {name: inputs[name] for name in names})["residual_out"]
         assert_matches_oracle(op, inputs, tuple(self.run(op, inputs).values()), streams)

@@ -1,4 +1,4 @@
-"""Stand-ins for SGLang and vLLM: the modules, names and signatures that the adapters touch.
+"""Write stand-ins for SGLang and vLLM: the modules, names and signatures that adapters touch.
 
 The signatures are those of SGLang 0.5.23 and vLLM 0.33.0; ``test_engines.py`` compares them with
 the sources in the wheels. The functions answer with their name, so that a test sees which ran.
@@ -21,7 +21,7 @@ _VLLM_NORM = "norm_weight=None, norm_eps=1e-06"
 _MHC = "sglang/kernels/ops/layernorm/mhc.py"
 _TILELANG = "vllm/model_executor/kernels/mhc/tilelang.py"
 
-# engine: file: function: parameters
+# The keys are engine, file and function; the values are parameters.
 SIGNATURES = {
     "sglang": {
         _MHC: {
@@ -46,7 +46,8 @@ SIGNATURES = {
     },
 }
 
-# What the engines' models define, by class; "" is the module itself. The adapters wait for these.
+# The engines' models define these functions, by class; "" is the module itself. The adapters wait
+# for the functions.
 LATE = {
     "sglang": {
         "sglang/srt/models/deepseek_v4.py": {
@@ -74,7 +75,7 @@ LATE = {
     },
 }
 
-# How their models hold the functions: by name, under another name, looked up once.
+# The engines' models hold the functions by name, under another name, or looked up once.
 _MODELS = {
     "sglang": {
         "sglang/srt/models/deepseek_v4.py": """

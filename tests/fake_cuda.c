@@ -1,6 +1,6 @@
-// A CUDA driver without a GPU: it keeps what it is asked, and a launch calls back into the test.
+// This CUDA driver has no GPU: it keeps what it is asked, and a launch calls back into the test.
 //
-// A cubin is a text here, the name of its one kernel; one that starts with '!' is refused.
+// A cubin is a text here, the name of its one kernel; a text that starts with '!' is refused.
 
 #include <stdint.h>
 #include <stdio.h>
@@ -50,7 +50,7 @@ typedef struct {
   unsigned attribute_count;
 } Config;
 
-// What the test is told of a launch; it returns the result of the launch.
+// The callback tells the test of a launch; the test returns the result of the launch.
 typedef int (*Callback)(const char* kernel, int device, unsigned grid_x, unsigned grid_y,
                         unsigned block, unsigned cluster, unsigned shared, int pdl, void* stream,
                         void** arguments);
@@ -81,7 +81,8 @@ CUresult cuDeviceGet(int* device, int ordinal) {
   return ordinal >= 0 && ordinal < DEVICES ? SUCCESS : NO_DEVICE;
 }
 
-// By the CUDA driver's numbers: an H200's compute capability and multiprocessors, unless told otherwise.
+// Attributes have the CUDA driver's numbers: these are the compute capability and multiprocessors,
+// an H200's unless told otherwise.
 CUresult cuDeviceGetAttribute(int* value, int attribute, int device) {
   (void)device;
   switch (attribute) {
@@ -171,7 +172,7 @@ CUresult cuLaunchKernelEx(const Config* config, Function* function, void** argum
       return INVALID_VALUE;
     }
   }
-  // what a real driver refuses, too
+  // A real driver refuses this, too.
   if (depth == 0 || stack[depth - 1] != function->module->context) {
     return INVALID_CONTEXT;
   }

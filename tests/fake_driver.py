@@ -1,9 +1,9 @@
-"""Kernels without a GPU: a stand-in for the CUDA driver whose kernels are those of the reference.
+"""Run kernels without a GPU: a stand-in for the CUDA driver, with the reference as its kernels.
 
 The launcher opens ``fake_cuda.c`` instead of the driver, and a launch calls back into
 :class:`FakeDriver`, which looks at the arguments as a kernel would, keeps them, and works on the
-memory that they point to. So a call on CPU tensors goes through the launcher, and through either
-way of a call, as one on a GPU does.
+memory that they point to. So a call on CPU tensors goes through the launcher, by the short way or
+the long way, as one on a GPU does.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ _MIXES = ("post_mix", "comb_mix", "layer_input")
 _PRE_NUMBERS = ("hc_pre_eps", "hc_sinkhorn_eps", "hc_post_mult_value", "rms_eps")
 _HEAD_NUMBERS = ("hc_eps", "rms_eps")
 
-# Kernel to (pointers, floats, 32-bit integers) of its signature; test_fake_driver.py compares them
-# with those of the real kernels. ``tokens`` comes besides, with 64 bits where the kernel has them.
+# A kernel leads to (pointers, floats, 32-bit integers) of its signature, which test_launcher.py
+# compares with that of the real kernel. ``tokens`` comes besides, with 64 bits where the kernel has
+# 64.
 SIGNATURES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "post": ((*_POST, "residual_out"), (), ()),
     "expand": (("x", "residual_out"), (), ()),
@@ -75,11 +76,11 @@ SIGNATURES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
     "post_head_persistent": ((*_POST, *_MIXING, "out"), _HEAD_NUMBERS, ("clusters", "unit")),
 }
 CLUSTERED = ("pre", "fused_post_pre", "fused_post_pre_persistent", "expand_pre", "post_head")
-INT_TOKENS = ("pre", "fused_post_pre", "fused_post_pre_persistent")  # the others have int64
+INT_TOKENS = ("pre", "fused_post_pre", "fused_post_pre_persistent")  # The other kernels have int64.
 
 
 def signature(key: routes.Key) -> tuple[tuple[str, str], ...]:
-    """The parameters of a kernel: pointers by name, then numbers by name."""
+    """Return the parameters of a kernel: pointers by name, then numbers by name."""
     options = dict(key.options)
     pointers, floats, integers = SIGNATURES[key.kernel]
     if options.get("streams"):
@@ -92,7 +93,7 @@ def signature(key: routes.Key) -> tuple[tuple[str, str], ...]:
 
 
 def compiled(key: routes.Key) -> compiler.Compiled:
-    """A kernel that the stand-in for the driver loads."""
+    """Make a kernel that the stand-in for the driver loads."""
     name = "-".join(map(str, (key.kernel, key.hidden, *(v for _, v in key.options))))
     cluster = 16 if key.kernel.startswith(CLUSTERED) else 1
     grid = {
@@ -114,7 +115,7 @@ def compiled(key: routes.Key) -> compiler.Compiled:
 
 
 class Launch(NamedTuple):
-    """A launch as the driver was asked for it.
+    """Hold a launch as the driver was asked for it.
 
     Attributes:
         key: the kernel.
@@ -166,14 +167,14 @@ def _shape(
 
 
 def _tensor(address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The memory at an address."""
+    """Return the memory at an address as a tensor."""
     size = math.prod(shape) * dtype.itemsize
     memory = (ctypes.c_byte * size).from_address(address)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def work(launch: Launch) -> None:
-    """What the kernel does, by the reference."""
+    """Do what the kernel does, by the reference."""
     a = launch.arguments
     kernel = launch.key.kernel
     norm = {name: a[name] for name in ("norm_weight", "norm_eps") if name in a}
@@ -182,7 +183,7 @@ def work(launch: Launch) -> None:
         a["partials"].fill_(7)
     if kernel in ("finish", "head"):
         assert (a["partials"] == 7).all(), "the projection has not been made"
-        return  # what follows from it takes fn, which these kernels do not get
+        return  # The outputs take fn, which these kernels do not get.
     streams = a.get("residual")
     if "post" in kernel:
         streams = reference.post(*(a[name] for name in _POST)).contiguous()
@@ -216,7 +217,7 @@ _CTYPES = {
 
 
 def build_driver(folder: Path) -> Path:
-    """The stand-in as a library."""
+    """Build the stand-in as a library."""
     target = folder / "libfake_cuda.so"
     command = ["cc", "-O1", "-shared", "-fPIC", str(SOURCE), "-o", str(target)]
     subprocess.run(command, check=True)
@@ -224,7 +225,7 @@ def build_driver(folder: Path) -> Path:
 
 
 class Listener:
-    """What a driver is asked to launch.
+    """Keep what a driver is asked to launch.
 
     Args:
         path: the driver.
@@ -242,7 +243,7 @@ class Listener:
         self.keys: dict[str, routes.Key] = {}
         self.library = ctypes.CDLL(str(path))
         self.library.fake_capture.argtypes = (ctypes.c_uint64,)
-        self._callback = _CALLBACK(self._launch)  # kept alive here
+        self._callback = _CALLBACK(self._launch)  # The attribute keeps the callback alive.
         self.library.fake_callback(self._callback)
 
     def _launch(self, name: bytes, device: int, *rest: Any) -> int:
@@ -265,7 +266,7 @@ class Listener:
 
 
 class FakeDriver(Listener):
-    """A driver that keeps every launch, and a launcher of its own that has opened it.
+    """Open a driver that keeps every launch, with a launcher of its own.
 
     Args:
         folder: where it builds.
@@ -277,14 +278,14 @@ class FakeDriver(Listener):
     def __init__(self, folder: Path) -> None:
         path = build_driver(folder)
         super().__init__(path)
-        # a copy: the one that is loaded already may have opened the real driver
+        # A copy is loaded, as the launcher that is loaded already may have opened the real driver.
         copy = folder / "launcher_of_its_own.so"
         shutil.copy(str(launcher.get()._name), copy)
         self.launcher = launcher.declare(ctypes.CDLL(str(copy)))
         assert self.launcher.mhc_open(str(path).encode()) == 0
 
     def reset(self) -> None:
-        """As it was at first, but for the kernels that are loaded."""
+        """Put the driver back as it was at first, but for the kernels that are loaded."""
         self.launches.clear()
         self.run = work
         self.library.fake_capture(0)
@@ -296,12 +297,12 @@ class FakeDriver(Listener):
         return launcher.load(compiler.describe(key), kernel, device)
 
     def plan(self, op: str, hidden: int, norm: bool, arch: str = ARCH) -> Plan:
-        """The plan of an op on this device."""
+        """Make the plan of an op on this device."""
         return plan(op, hidden, arch, SMS, norm)
 
 
 def install(monkeypatch: Any, driver: FakeDriver) -> None:
-    """Serve CPU tensors with this driver, by both ways, as if they were on a GPU."""
+    """Serve CPU tensors with this driver as if on a GPU, by the short and by the long way."""
     loaded: dict[tuple[routes.Key, torch.device], launcher.Kernel] = {}
 
     def load(key: routes.Key, device: torch.device) -> launcher.Kernel:

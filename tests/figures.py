@@ -2,7 +2,7 @@
 
     python tests/figures.py README.md docs/*.md
 
-writes them anew; a test compares.
+writes the tables of these pages anew; a test compares the pages with the records.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from mhc_ops import routes
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benchmarks"))  # this file is a script, too
+sys.path.append(str(ROOT / "benchmarks"))  # This file is a script, too.
 
 from figure import read_records  # noqa: E402
 from records import read_baseline  # noqa: E402
@@ -48,7 +48,7 @@ def _boundaries() -> dict[tuple[int, int], dict[str, Any]]:
 
 
 def boundary() -> str:
-    """The boundary at every size, beside both paths of SGLang."""
+    """Show the boundary at every size, beside both paths of SGLang."""
     ours, theirs = _boundaries(), read_baseline(BASELINE)
     columns = ("hidden", "tokens", "µs", "times the floor", "SGLang fused µs", "SGLang unfused µs",
                "times faster")  # fmt: skip
@@ -62,7 +62,7 @@ def boundary() -> str:
 
 
 def short_boundary() -> str:
-    """The boundary at few sizes, beside the better path of SGLang."""
+    """Show the boundary at few sizes, beside the better path of SGLang."""
     ours, theirs = _boundaries(), read_baseline(BASELINE)
 
     def cells(hidden: int, tokens: int) -> list[str]:
@@ -77,7 +77,7 @@ def short_boundary() -> str:
 
 
 def boundary_5120() -> str:
-    """The boundary at the hidden size of V4.1."""
+    """Show the boundary at the hidden size of V4.1."""
     ours = _boundaries()
     tokens = (*TOKENS[:8], 2048, 8192)
     us = (f"{ours[5120, count]['us_median']:.2f}" for count in tokens)
@@ -85,7 +85,7 @@ def boundary_5120() -> str:
 
 
 def steps() -> str:
-    """``pre`` and ``post`` by themselves."""
+    """Show ``pre`` and ``post`` by themselves."""
     found = {(r["step"], r["hidden"], r["tokens"]): r for r in records("nvidia_h100_steps.jsonl")}
 
     def cells(step: str, hidden: int, tokens: int) -> tuple[str, str]:
@@ -103,7 +103,7 @@ def steps() -> str:
 
 
 def ends() -> str:
-    """The ends of a model against the calls that they replace."""
+    """Show the ends of a model against the calls that they replace."""
     parts = ("start", "end", "end_with_streams")
     found = {
         (r["part"], r["path"], r["hidden"], r["tokens"]): r["us_median"]
@@ -127,8 +127,8 @@ def ends() -> str:
 
 
 def host() -> str:
-    """The host's time of an eager call, by the short and the long way, on the slower host."""
-    slower = 4.95  # us of torch.empty there
+    """Show the host's time of an eager call, by the short and the long way, on the slower host."""
+    slower = 4.95  # torch.empty takes so many us on that host.
     found = {}
     for row in records("nvidia_h200_host.jsonl"):
         said = re.match(r"host time of an eager (\w+), (\d+) tokens", row["what"])
@@ -147,7 +147,7 @@ def host() -> str:
 
 
 def decoding() -> str:
-    """A decoding step of two layers in transformers, as a CUDA graph."""
+    """Show a decoding step of two layers in transformers, as a CUDA graph."""
     (run,) = (
         row
         for row in records("nvidia_h100_checks.jsonl")
@@ -162,7 +162,7 @@ def decoding() -> str:
 
 
 def paths() -> str:
-    """The kernels of every op at each range of token counts, on an H100 or H200."""
+    """Show the kernels of every op at each range of token counts, on an H100 or H200."""
     rows = []
     for op in routes.ops():
         least, path = 1, routes.path(op, 4096, "sm_90a", 1)

@@ -1,4 +1,4 @@
-"""What several test files need: the ops by name, and their arguments in awkward layouts."""
+"""Give test files the ops by name, and the ops' arguments in awkward layouts."""
 
 from __future__ import annotations
 
@@ -19,48 +19,50 @@ from mhc_ops.testing import (
 )
 
 OPS = tuple(OUTPUTS)
-STREAMS = {op: "x" if op == "expand_pre" else "residual" for op in OPS}  # the largest input
+# Streams are the largest input.
+STREAMS = {op: "x" if op == "expand_pre" else "residual" for op in OPS}
 NORMS = {op: (False,) if op == "post" else (False, True) for op in OPS}
 
 
-# Seconds before what is waited for counts as hung: no limit for a slow machine, and below pytest's.
+# After so many seconds a test takes what it waits for as hung: later than any slow machine needs,
+# and before pytest's own limit.
 HANG = 1800
 
-# Kernels of a size that nobody has built ahead.
+# A test with this mark needs kernels of a size that nobody has built ahead.
 needs_jit = pytest.mark.skipif(
     config.switch("MHC_OPS_DISABLE_JIT"), reason="compiles, which MHC_OPS_DISABLE_JIT forbids"
 )
 
 
 def overload(op: str) -> Any:
-    """``torch.ops.mhc.<op>.default``."""
+    """Return ``torch.ops.mhc.<op>.default``."""
     return getattr(torch.ops.mhc, op).default
 
 
 def call(op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Run an op; output name to tensor."""
+    """Run an op; return output name to tensor."""
     return as_outputs(op, overload(op)(**inputs))
 
 
 def split(op: str, inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs): what the schema takes by position, and its keyword-only arguments."""
+    """Split inputs into what the schema takes by position, and its keyword-only arguments."""
     keyword_only = {a.name for a in overload(op)._schema.arguments if a.kwarg_only}
     args = tuple(value for name, value in inputs.items() if name not in keyword_only)
     return args, {name: value for name, value in inputs.items() if name in keyword_only}
 
 
 def clone(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Copies of the tensors."""
+    """Copy the tensors."""
     return {name: v.clone() if isinstance(v, Tensor) else v for name, v in inputs.items()}
 
 
 def tensors(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors among the arguments."""
+    """Return the tensors among the arguments."""
     return {name: v for name, v in inputs.items() if isinstance(v, Tensor)}
 
 
 def assert_equal(got: dict[str, Any], want: dict[str, Any]) -> None:
-    """Bit for bit, and NaN equal to NaN."""
+    """Compare bit for bit, with NaN equal to NaN."""
     assert got.keys() == want.keys()
     for name, value in got.items():
         if isinstance(value, Tensor):
@@ -72,7 +74,7 @@ def assert_equal(got: dict[str, Any], want: dict[str, Any]) -> None:
 
 
 def stride_out(name: str, tensor: Tensor) -> Tensor:
-    """The same values as a view with gaps: between rows, and after each where rows stay aligned.
+    """Lay the values out with gaps: between rows, and in front of each where rows stay aligned.
 
     ``norm_weight`` has one row, which has to be contiguous, so it only starts elsewhere.
     """
@@ -93,12 +95,12 @@ def stride_out(name: str, tensor: Tensor) -> Tensor:
 
 
 def strided(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Every tensor as :func:`stride_out` lays it out."""
+    """Lay out every tensor as :func:`stride_out` does."""
     return {name: stride_out(name, v) if isinstance(v, Tensor) else v for name, v in inputs.items()}
 
 
 def samples(op: str, device: str) -> dict[str, dict[str, Any]]:
-    """Arguments in every form that opcheck has to see, by form."""
+    """Make arguments in every form that opcheck has to see, by form."""
     hidden = 256 if device == "cuda" else 64
 
     def inputs(tokens: int | tuple[int, ...] = 3, norm: bool = True) -> dict[str, Any]:
@@ -136,12 +138,12 @@ def check_against_oracle(
         outputs = call(op, inputs)
     assert_equal(inputs, before)
     assert_matches_oracle(op, inputs, tuple(outputs.values()))
-    # and again without the fills between the launches, which would hide a missing wait
+    # The second call has no fills between the launches, which would hide a missing wait.
     assert_equal(call(op, inputs), outputs)
 
 
-# Large enough that each shows in the outputs when it is left out or added in the wrong place;
-# V4.1's own rms_eps; and none.
+# The large values each show in the outputs when left out or added in the wrong place; the others
+# are V4.1's own rms_eps, and none.
 EPSILONS = {
     "large": {
         "rms_eps": 0.003,
@@ -157,23 +159,23 @@ EPSILONS = {
 
 
 def path(op: str, hidden: int, tokens: int) -> str:
-    """The kernels that serve a call on an H100, by name."""
+    """Name the kernels that serve a call on an H100."""
     return routes.path(op, hidden, "sm_90a", tokens) or "nothing"
 
 
 def bounds(hidden: int) -> set[int]:
-    """Token counts on both sides of every bound of the table: every path at its ends."""
+    """Return token counts on both sides of every bound of the table: every path at its ends."""
     starts = routes.bounds(hidden, "sm_90a", 5000)
     return {t for start in starts for t in (start - 1, start)} - {0}
 
 
 def tokens_of(hidden: int, *tokens: int, at_bounds: bool = False) -> list[int]:
-    """These token counts, and those on both sides of every bound of the table."""
+    """Return these token counts, and those on both sides of every bound of the table."""
     return sorted({*tokens, *(bounds(hidden) if at_bounds else ())})
 
 
 def sizes(op: str, hidden: Iterable[int], *tokens: int, at_bounds: bool = False) -> list[Any]:
-    """(hidden, tokens) as parameters, each with the path that it reaches on CUDA in its id."""
+    """Make parameters of (hidden, tokens), each with the path that it reaches on CUDA in its id."""
     return [
         pytest.param(h, t, id=f"{h}-{t}-{path(op, h, t)}")
         for h in hidden

@@ -1,8 +1,8 @@
-"""What tests lower and compile, kept from one run to the next and shared by processes at once.
+"""Keep what tests lower and compile from one run to the next, shared by processes at once.
 
 An entry is named by a digest of all that it depends on, so none is ever out of date: what changes
-gets another name. It comes into the folder whole, under a lock that keeps two processes from making
-it twice. What nobody has used for a month goes.
+gets another name. An entry comes into the folder whole, under a lock that keeps two processes from
+making it twice. What nobody has used for a month goes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ PARTIAL = "partial-"
 
 
 class Kept:
-    """A folder of what was made.
+    """Hold a folder of what was made.
 
     Args:
-        folder: where it is kept; has to exist.
+        folder: the folder, which has to exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,12 +35,12 @@ class Kept:
     def get(
         self, stem: str, suffix: str, depends_on: Iterable[str], make: Callable[[Path], object]
     ) -> Path:
-        """A file, made unless it is there.
+        """Return a file, which is made unless it is there.
 
         Args:
-            stem: what it is, for people who look into the folder.
-            suffix: of its name.
-            depends_on: all that decides what is in it.
+            stem: what the file is, for people who look into the folder.
+            suffix: the end of the file's name.
+            depends_on: all that decides what is in the file.
             make: called with the path of a file that it has to write.
 
         Returns:
@@ -52,7 +52,7 @@ class Kept:
         file = self._folder / f"{stem}-{digest.hexdigest()[:24]}{suffix}"
         if not file.exists():
             with FileLock(f"{file}.lock"):
-                if not file.exists():  # another process may have made it meanwhile
+                if not file.exists():  # Another process may have made the file meanwhile.
                     with tempfile.TemporaryDirectory(dir=self._folder, prefix=PARTIAL) as scratch:
                         partial = Path(scratch) / file.name
                         make(partial)
@@ -63,7 +63,8 @@ class Kept:
     def drop_unused(self) -> None:
         """Remove what nobody has used for a month, and what a killed process has left."""
         for path in self._folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another process may be at it, too
+            # Another process may remove the path, too.
+            with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_mtime > time.time() - UNUSED_SECONDS:
                     continue
                 if path.is_dir():

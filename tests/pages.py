@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-# README.md first; CHANGELOG.md has no code.
+# README.md comes first; CHANGELOG.md has no code.
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
@@ -24,12 +24,12 @@ TORCHRUN = "Runs under torchrun:"
 
 
 class Block(NamedTuple):
-    """A block of code.
+    """Hold a block of code.
 
     Attributes:
-        language: that the fence names.
+        language: what the fence names.
         text: the code.
-        line: of the page where the code begins.
+        line: the line of the page where the code begins.
         needs: what the line above says that the code needs; empty for nothing.
         torchrun: whether the line above says that it runs under torchrun.
     """
@@ -42,7 +42,7 @@ class Block(NamedTuple):
 
 
 def name(page: Path) -> str:
-    """The page's path in the repository."""
+    """Return the page's path in the repository."""
     return page.relative_to(ROOT).as_posix()
 
 
@@ -75,27 +75,27 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def prose(page: Path) -> str:
-    """A page without its blocks of code and its comments."""
+    """Return a page without its blocks of code and its comments."""
     return _COMMENT.sub("", _FENCE.sub("", page.read_text()))
 
 
 def links(page: Path) -> list[str]:
-    """The targets of a page's links and images."""
+    """List the targets of a page's links and images."""
     return _LINK.findall(prose(page))
 
 
 def anchors(page: Path) -> set[str]:
-    """The names by which links reach the headings of a page."""
+    """Collect the names by which links reach the headings of a page."""
     kept = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in _HEADING.findall(prose(page)))
     return {heading.replace(" ", "-") for heading in kept}
 
 
 def section(page: Path, title: str) -> str:
-    """What a page has under a heading of the second level."""
+    """Return what a page has under a heading of the second level."""
     return page.read_text().split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
 
 
 def rows(text: str) -> list[list[str]]:
-    """The cells of the tables in a text, without the rules under the heads."""
+    """Return the cells of the tables in a text, without the rules under the heads."""
     found = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     return [cells for cells in found if not set("".join(cells)) <= set("-: ")]

@@ -1,6 +1,7 @@
-"""Which path the calls of a test run took: a plugin of pytest, with a line at the end on a GPU.
+"""Count which path the calls of a test run took: a plugin of pytest, with a line on a GPU.
 
-It counts in the processes that run tests, all of pytest-xdist, not in those that they start.
+The line comes at the end. The plugin counts in the processes that run tests, all of pytest-xdist,
+not in processes that tests start.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ COUNTED = ("short", "long", "cpu", "ahead", "cached", "compiled")
 
 
 class Paths:
-    """Counts how calls were served and where kernels came from, from :meth:`install` on.
+    """Count how calls were served and where kernels came from, from :meth:`install` on.
 
     Attributes:
         counts: by what is in ``COUNTED``, of this process without the short way, and of others.
@@ -31,7 +32,7 @@ class Paths:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self._sources: dict[Any, str] = {}  # key of a kernel to where it came from
+        self._sources: dict[Any, str] = {}  # The keys are those of kernels.
         self._undo: list[Callable[[], None]] = []
         self._short_before = host.calls()
 
@@ -52,7 +53,7 @@ class Paths:
             self._undo.pop()()
 
     def total(self) -> Counter[str]:
-        """All counts so far."""
+        """Sum all counts so far."""
         return self.counts + Counter(short=host.calls() - self._short_before)
 
     def _wrap(self, module: Any, name: str, counting: Callable[..., Any]) -> None:
@@ -67,7 +68,7 @@ class Paths:
     def _check(self, check: Callable[..., Any], op: str, values: Mapping[str, Any]) -> Any:
         sizes = check(op, values)
         streams = values[recipe(op).streams]
-        # the fake implementation calls it as well
+        # The fake implementation calls the check as well.
         if streams.device.type == "cpu" and not isinstance(streams, FakeTensor):
             self.counts["cpu"] += 1
         return sizes
@@ -94,7 +95,8 @@ class Paths:
     # ------------------------------------------------------------------------------- pytest's hooks
 
     def pytest_sessionfinish(self, session: Any) -> None:
-        if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist: to the controller
+        # A worker of pytest-xdist sends the counts to the controller.
+        if hasattr(session.config, "workeroutput"):
             session.config.workeroutput["paths"] = dict(self.total())
 
     def pytest_testnodedown(self, node: Any) -> None:
@@ -106,7 +108,7 @@ class Paths:
 
 
 def line(counts: Mapping[str, int]) -> str:
-    """Counts in words."""
+    """Put counts into words."""
     short, long, cpu, ahead, cached, compiled = (f"{counts.get(name, 0):,}" for name in COUNTED)
     return (
         f"mhc ops: {short} calls took the short way, {long} the long way, {cpu} the CPU reference; "

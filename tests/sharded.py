@@ -1,7 +1,7 @@
-"""One process of a group: the ops on DTensors, bit for bit what one process gives for all tokens.
+"""Show that ops on DTensors in a group of processes give the bits of one process for all tokens.
 
-``test_sharding.py`` starts it, as torchrun would: the ranks print one JSON object each, check to
-what went wrong, or to an empty text.
+``test_sharding.py`` starts each process of the group as torchrun would: the ranks print one JSON
+object each, check to what went wrong, or to an empty text.
 """
 
 import json
@@ -20,13 +20,13 @@ from mhc_ops import nn
 from mhc_ops.testing import OUTPUTS, as_outputs, make_inputs
 
 TOKEN = ("x", "residual", "post_layer_mix", "comb_res_mix")
-# more, as many, fewer than there are processes, uneven ones, and none; two token dimensions
+# Tokens are more than the processes, as many, fewer, uneven or none, in one or two dimensions.
 TOKENS = (8, 7, 1, 0, (3, 5))
 HIDDEN = 64
 
 
 def spread(inputs, mesh, placements):
-    """Every tensor as a DTensor: what carries tokens as told, weights replicated."""
+    """Make every tensor a DTensor: place what carries tokens as told, and replicate weights."""
     whole = [Replicate()] * mesh.ndim
     return {
         name: distribute_tensor(v, mesh, placements if name in TOKEN else whole)
@@ -41,7 +41,7 @@ def run(op, inputs):
 
 
 def assert_same(op, inputs, mesh, placements, comms=0):
-    """Placed as the inputs are, and bit for bit what one process gives for all tokens."""
+    """Check that outputs are placed as the inputs, with the bits of one process for all tokens."""
     want = run(op, inputs)
     sharded = spread(inputs, mesh, placements)
     with CommDebugMode() as debug:
@@ -82,7 +82,7 @@ def check_two_mesh_dimensions(mesh):
 
 
 def check_partial_sums(mesh):
-    """The output of a sublayer that is split over processes is reduced to where the streams are."""
+    """Reduce the output of a sublayer that is split over processes to where the streams are."""
     inputs = make_inputs("post", 8, HIDDEN)
     want = run("post", inputs)["residual_out"]
     sharded = spread(inputs, mesh, [Shard(0)])
@@ -98,7 +98,7 @@ def check_partial_sums(mesh):
 
 
 def check_hidden_is_gathered(mesh):
-    """Streams that are sharded on their hidden dimension are made whole."""
+    """Make streams whole that are sharded on their hidden dimension."""
     inputs = make_inputs("head", 8, HIDDEN)
     got = mhc_ops.head(**spread(inputs, mesh, [Shard(2)]))
     assert got.placements == (Replicate(),)
@@ -106,7 +106,7 @@ def check_hidden_is_gathered(mesh):
 
 
 def check_sharded_weights(mesh):
-    """``fn`` is made whole; ``norm_weight`` cannot be."""
+    """Make a sharded ``fn`` whole, and refuse a sharded ``norm_weight``."""
     inputs = make_inputs("pre", 8, HIDDEN, norm=True)
     want = run("pre", inputs)
     sharded = spread(inputs, mesh, [Shard(0)])
@@ -121,7 +121,7 @@ def check_sharded_weights(mesh):
 
 
 def check_modules(mesh):
-    """A boundary of wired modules whose parameters DTensor has replicated."""
+    """Run a boundary of wired modules whose parameters DTensor has replicated."""
     connection = nn.HyperConnection(HIDDEN, sinkhorn_repeat=3).requires_grad_(False)
     norm = nn.FoldedRMSNorm(HIDDEN)
     nn.wire(connection)
@@ -141,7 +141,7 @@ def check_modules(mesh):
 
 
 def check_compiled(mesh):
-    """One graph with the bits of eager."""
+    """Compile to one graph with the bits of eager."""
     inputs = make_inputs("fused_post_pre", 8, HIDDEN, norm=True, sinkhorn_repeat=3)
     sharded = spread(inputs, mesh, [Shard(0)])
     compiled = torch.compile(mhc_ops.fused_post_pre, fullgraph=True, backend="aot_eager")

@@ -1,8 +1,8 @@
-"""A process in which nothing has registered the ops, as one without Python is one.
+"""Run a check in a process in which nothing has registered the ops, as in one without Python.
 
-``test_standalone.py`` runs it: it imports modules of the package, but not the package, whose import
-would define the ops. The kernels are those of ``fake_driver.py``. It prints the name of the check
-that has passed.
+``test_standalone.py`` starts the process, which imports modules of the package, but not the
+package, whose import would define the ops. The kernels are those of ``fake_driver.py``. The process
+prints the name of the check that has passed.
 """
 
 import ctypes
@@ -34,13 +34,13 @@ library.mhc_calls.restype = ctypes.c_int64
 
 
 def serve(folder=FOLDER):
-    """What is wrong, or None."""
+    """Serve the ops from a folder; return what is wrong with it, or None."""
     wrong = library.mhc_serve(str(folder).encode() if folder else None)
     return wrong.decode().replace(str(FOLDER), "FOLDER") if wrong else None
 
 
 def refusal(op, **inputs):
-    """What a call is refused with."""
+    """Return what a call is refused with, or None."""
     try:
         getattr(torch.ops.mhc, op)(**inputs)
     except RuntimeError as error:
@@ -49,7 +49,7 @@ def refusal(op, **inputs):
 
 
 def ready(arch="sm_90a", sms=132):
-    """The ops on CPU tensors, and what the driver is asked to launch."""
+    """Serve the ops on CPU tensors; return the driver, which keeps what it is asked to launch."""
     assert not hasattr(torch.ops.mhc, "post")
     driver = fake_driver.Listener(DRIVER)
     driver.keys = {fake_driver.compiled(key).symbol: key for key in routes.keys(HIDDEN, arch, 8192)}
@@ -66,7 +66,7 @@ def cases():
 
 
 def bits():
-    """Every op gives what the reference gives; kernels are loaded once, the short way serves."""
+    """Compare every op with the reference; kernels are loaded once, the short way serves."""
     driver = ready()
     for op, inputs, want in cases():
         loads, calls = driver.library.fake_loads(), library.mhc_calls()
@@ -83,7 +83,7 @@ def bits():
 
 
 def launches():
-    """The kernels, their numbers and their grids are those of a plan in Python."""
+    """Compare the kernels, their numbers and their grids with those of a plan in Python."""
     arch, sms = sys.argv[7], int(sys.argv[8])
     driver = ready(arch, sms)
     driver.run = lambda launch: None
@@ -106,7 +106,7 @@ def launches():
 
 
 def refusals():
-    """What no plan serves is refused by name; what differs in strides alone is served."""
+    """Refuse by name what no plan serves, and serve what differs in strides alone."""
     driver = ready()
     every = {op: inputs for op, inputs, _ in cases() if "norm_weight" in inputs or op == "post"}
     inputs = every["fused_post_pre"]
@@ -164,7 +164,7 @@ def refusals():
 
 
 def capture():
-    """Kernels are not loaded during a capture, and are used in one."""
+    """Refuse to load kernels during a capture, and use loaded ones in a capture."""
     driver = ready()
     op, inputs, _ = cases()[0]
     driver.library.fake_capture(7)
@@ -179,7 +179,7 @@ def capture():
 
 
 def early():
-    """The rules of early reading hold: the second read of the same fn may be early."""
+    """Keep the rules of early reading: the second read of the same fn may be early."""
     driver = ready()
     inputs = next(i for op, i, _ in cases() if op == "fused_post_pre")
     for _ in range(3):
@@ -190,7 +190,7 @@ def early():
 
 
 def threads():
-    """Many threads that call for the first time load each kernel once."""
+    """Load each kernel once when many threads call for the first time."""
     driver = ready()
     wrong = []
     gate = threading.Barrier(8)
@@ -223,7 +223,7 @@ def threads():
 
 
 def aoti():
-    """A package of AOTInductor calls the ops through the dispatcher."""
+    """Call the ops from a package of AOTInductor, through the dispatcher."""
     driver = ready()
     tensors = torch.load(DATA / "expected.pt", weights_only=True)
     loaded = torch._inductor.aoti_load_package(str(DATA / "stack.pt2"))
@@ -233,12 +233,12 @@ def aoti():
         assert torch.equal(streams, tensors[i + 2])
     few = [launch for launch in driver.launches if launch.key.kernel == "fused_post_pre"]
     assert len(few) == 6
-    # a package keeps its weights as the same tensors: all but the first read of each is early
+    # A package keeps its weights as the same tensors: all but the first read of each is early.
     assert [launch.arguments["early"] for launch in few] == [0, 0, 0, 1, 1, 1]
 
 
 def gpu():
-    """Every op gives the bits of Python on a GPU, also from a CUDA graph."""
+    """Give the bits of Python with every op on a GPU, also from a CUDA graph."""
     assert serve() is None
     for op, inputs, want in cases():
         here = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
@@ -257,12 +257,12 @@ def gpu():
 
 
 def damaged():
-    """What is wrong with a folder is said."""
+    """Print what is wrong with a folder."""
     print(serve())
 
 
 def own_folder():
-    """The folder that the library lies in, unless another is named."""
+    """Serve the folder that the library lies in when none is named, and refuse another one then."""
     assert serve(None) is None
     assert hasattr(torch.ops.mhc, "post")
     other = serve("/other")

@@ -1,4 +1,4 @@
-"""Forward only: gradients are refused with a clear text, never dropped in silence."""
+"""Refuse gradients with a clear text, never drop one in silence: the ops are forward only."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def loss(outputs):
 
 @pytest.mark.parametrize("op", OPS)
 def test_backward_is_refused(device, op, subtests):
-    """Whichever one argument asks for a gradient, ``norm_weight`` alone too."""
+    """Refuse a backward whichever one argument asks for a gradient, ``norm_weight`` alone too."""
     for name in ARGUMENTS[op]:
         with subtests.test(name):
             outputs = call(op, inputs_with_grad(op, name, device))
@@ -52,7 +52,7 @@ def test_backward_of_compiled_code_is_refused(op, subtests, fresh_dynamo):
             args, kwargs = split(op, inputs_with_grad(op, name, "cpu"))
             compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
             # AOTAutograd traces the backward when it compiles, so the refusal may come before a
-            # call ends
+            # call ends.
             with pytest.raises(Exception) as error:  # noqa: PT011 - the text is what counts
                 compiled(*args, **kwargs).float().sum().backward()
             assert message(op) in str(error.value)

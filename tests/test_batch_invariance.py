@@ -1,4 +1,4 @@
-"""A token has the same bits alone, in any batch and at any position: on CPU and GPU."""
+"""Give a token the same bits alone, in any batch and at any position, on CPU and GPU."""
 
 from contextlib import contextmanager
 
@@ -14,7 +14,8 @@ from mhc_ops.testing import KINDS, make_inputs
 TOKEN = ("x", "residual", "post_layer_mix", "comb_res_mix")
 THREADS = (1, 2)
 TOKENS = 37
-# less than one part of the projection's sum; parts and a rest; a mean that threads would share
+# The sizes give less than one part of the projection's sum, parts and a rest, and a mean that
+# threads would share.
 HIDDEN = (64, 264, 4096, 8192)
 
 
@@ -29,12 +30,12 @@ def run_on(threads):
 
 
 def cut(values, start, end):
-    """These tokens of all that carries tokens, as views."""
+    """Cut these tokens out of all that carries tokens, as views."""
     return {name: v[start:end] if name in TOKEN else v for name, v in values.items()}
 
 
 def start_at(remainder, tensor):
-    """The same values in memory that starts ``remainder`` bytes behind a multiple of 64."""
+    """Copy values to memory that starts ``remainder`` bytes behind a multiple of 64."""
     size = tensor.numel() * tensor.element_size()
     memory = torch.empty(size + 128, dtype=torch.uint8).numpy()
     offset = (remainder - memory.ctypes.data) % 64
@@ -45,7 +46,7 @@ def start_at(remainder, tensor):
 
 
 def check_cut(op, inputs, batch, start, end):
-    """The tokens by themselves, in the batch's memory where an op takes that, and in their own."""
+    """Check some tokens alone, in the batch's memory where an op takes that, and in new memory."""
     part = cut(inputs, start, end)
     want = {name: value[start:end] for name, value in batch.items()}
     if all(value.data_ptr() % 16 == 0 for value in tensors(part).values()):
@@ -89,7 +90,10 @@ def test_a_token_alone(op, hidden, threads):
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("op", OPS)
 def test_batches_that_threads_share(op, threads):
-    """Elementwise functions and small sums are shared from 32768 elements on: 8192 weights."""
+    """Run batches so large that threads share elementwise functions and small sums.
+
+    torch shares both from 32768 elements on: the four weights of each of 8192 tokens.
+    """
     inputs = make_inputs(op, 9000, 8, norm=NORMS[op][-1], sinkhorn_repeat=3)
     with run_on(threads):
         batch = call(op, inputs)
@@ -111,7 +115,7 @@ def test_any_number_of_threads(op, hidden):
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("op", OPS)
 def test_memory_that_starts_anywhere(op, hidden):
-    """As weights do that were mapped from a file."""
+    """Take memory that starts anywhere, as that of weights does that were mapped from a file."""
     for tokens in (1, 9):
         inputs = make_inputs(op, tokens, hidden, norm=NORMS[op][-1])
         want = call(op, inputs)
@@ -137,7 +141,7 @@ def test_steps_in_one_call_and_each_by_itself():
 
 
 def test_exactness_of_a_token_alone():
-    """As close to float64 as a product of one matrix for all tokens."""
+    """Come as close to float64 as a product of one matrix for all tokens."""
     inputs = make_inputs("pre", 64, 4096)
     flat, fn = inputs["residual"].flatten(-2).float(), inputs["fn"]
     want = flat.double() @ fn.double().t()
@@ -149,7 +153,7 @@ def test_exactness_of_a_token_alone():
 
 
 def test_a_gradient_of_the_weights_takes_no_memory_for_every_token():
-    """Reference functions can be trained; one product for all tokens is what does not copy fn."""
+    """Train reference functions by one product for all tokens, which does not copy fn."""
     values, weights = torch.randn(3, 8), torch.randn(4, 8, requires_grad=True)
     product = reference._linear(values, weights)
     product.sum().backward()
@@ -174,7 +178,7 @@ def clusters():
 @pytest.mark.parametrize("hidden", GPU_HIDDEN)
 @pytest.mark.parametrize(("op", "norm"), [(op, norm) for op in OPS for norm in NORMS[op]])
 def test_any_batch_on_a_gpu(op, norm, hidden):
-    """On both sides of every bound of the table: other kernels, clusters, groups and tiles."""
+    """Try both sides of every bound of the table: other kernels, clusters, groups and tiles."""
     inputs = make_inputs(op, MANY, hidden, device="cuda", norm=norm, kind="large_logits")
     batch = call(op, inputs)
     for tokens in sorted({2, 7, 8, 9, 16, 17, 20, 300, *bounds(hidden)}):
@@ -190,7 +194,7 @@ def test_any_batch_on_a_gpu(op, norm, hidden):
 @pytest.mark.parametrize("repeats", [9, 64], ids=["4599_tokens", "32704_tokens"])
 @pytest.mark.parametrize("op", ["fused_post_pre", "head", "post_head_streams"])
 def test_many_tokens_on_a_gpu(op, repeats, hidden):
-    """The same tokens again and again: every one of them has the bits of the first time."""
+    """Give the same tokens again and again: each has the bits of the first time."""
     inputs = make_inputs(op, 511, hidden, device="cuda", norm=True, kind="large_logits")
     few = call(op, inputs)
     repeated = {
@@ -208,7 +212,7 @@ def test_many_tokens_on_a_gpu(op, repeats, hidden):
 @pytest.mark.usefixtures("clusters")
 @pytest.mark.parametrize("op", ["fused_post_pre", "pre", "head", "expand_pre"])
 def test_as_many_tokens_as_are_promised_on_a_gpu(op):
-    """32,768 tokens, and the first, some and the last of them by themselves."""
+    """Run 32,768 tokens, and the first, some and the last of them by themselves."""
     inputs = make_inputs(op, 32768, 5120, device="cuda", norm=True)
     batch = call(op, inputs)
     for start, tokens in ((0, 1), (16383, 3), (8190, 129), (20000, 4096), (32767, 1)):

@@ -1,4 +1,4 @@
-"""The benchmark: everything but the clock is checked on the CPU, the clock on a GPU."""
+"""Check everything of the benchmark but the clock on the CPU, and the clock on a GPU."""
 
 import argparse
 import functools
@@ -40,7 +40,7 @@ def text_of(table, width=100):
 
 @pytest.fixture
 def clockless(monkeypatch):
-    """A pretended H100: ``run`` does everything but touch a GPU."""
+    """Pretend an H100: ``run`` does everything but touch a GPU."""
     times = {"fused": 6.0, "unfused": 9.0, "eager": 300.0, "compile": 30.0}
 
     def time_case(case, device, *, replays):
@@ -68,7 +68,7 @@ def test_chain_length(tokens, length):
 
 @pytest.mark.parametrize("hidden", bench.DEFAULT_HIDDEN)
 def test_weights_are_cold(hidden):
-    """Between two uses of a fn more bytes move than the 60 MB of an H200's L2 hold."""
+    """Move more bytes between two uses of a fn than the 60 MB of an H200's L2 hold."""
     for tokens in range(1, 9000, 7):
         length = timing.chain_length(tokens)
         assert (length - 1) * bench.boundary_bytes(tokens, hidden) > 1.5 * 60e6
@@ -91,7 +91,7 @@ def test_floor_is_that_of_the_baseline():
 @torch.no_grad()
 @pytest.mark.parametrize("norm", [True, False])
 def test_paths_agree_and_stay_finite(norm, monkeypatch):
-    # Dynamo without Inductor: what is compiled is tested elsewhere, here that one graph serves
+    # The backend is not Inductor: other tests compile; this test shows that one graph serves.
     graphs = []
 
     def backend(graph, example_inputs):

@@ -1,4 +1,4 @@
-"""build: what it refuses, and what it puts where; the wheel is ``test_packaging.py``'s."""
+"""Test what ``build`` refuses, and what it puts where; ``test_packaging.py`` tests the wheel."""
 
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ from mhc_ops.native import host, library, torches
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Keys and names of native libraries that were compiled, by stand-ins for the compilers."""
+    """List keys and names of native libraries that stand-ins for the compilers have compiled."""
     compiled = []
 
     def compile_kernel(key):
@@ -33,7 +33,7 @@ LIBRARIES = ["launcher", host.name(torches.here())]
 
 
 def write_torch(folder, version, commit="abc", lacks=""):
-    """What a build looks at of a package folder of torch."""
+    """Write what a build looks at of a package folder of torch."""
     for name in {torches.HEADERS, *torches.LIBRARIES, torches.VERSION} - {lacks}:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"{name} of {version}")
@@ -102,7 +102,7 @@ def test_every_kernel_is_built(compiled, capsys, tmp_path):
 
 
 def test_what_is_there_is_kept(compiled, capsys, tmp_path, monkeypatch):
-    """A second build compiles what is missing, changed, or of other sources, and nothing else."""
+    """Compile what is missing, changed, or of other sources in a second build, and nothing else."""
     arguments = ["build", "--arch", "sm_80", "--hidden", "256", "-o", str(tmp_path)]
     assert __main__.main(arguments) == 0
     every = set(compiled[2:])
@@ -124,7 +124,7 @@ def test_what_is_there_is_kept(compiled, capsys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("as_wheels", [False, True], ids=["folders", "wheels"])
 def test_native_libraries_for_other_torches(compiled, monkeypatch, capsys, tmp_path, as_wheels):
-    """Each is built against that torch's own files, none is imported, and no kernel is compiled."""
+    """Build each against its torch's own files, import no torch, and compile no kernel."""
     seen = {}
 
     def compile_library(name, command):
@@ -231,7 +231,7 @@ def test_two_torches_of_one_series(compiled, capsys, tmp_path):
 
 
 def test_the_torch_of_this_environment_has_the_files(monkeypatch):
-    """Its version is read from its files as torch itself tells it."""
+    """Read torch's version from its files as torch itself tells it."""
     with torches.opened(torches.here().home) as of:
         assert of == torches.here()
 

@@ -1,4 +1,4 @@
-"""mHC parameters from DeepSeek's names and from those of transformers."""
+"""Load mHC parameters from DeepSeek's names and from those of transformers."""
 
 import re
 
@@ -9,7 +9,8 @@ from mhc_ops import checkpoint, nn
 
 HIDDEN, LAYERS = 64, 2
 
-# here, DeepSeek, transformers: written out, as the checkpoints have them
+# The columns are this package's names, DeepSeek's and those of transformers, written out as the
+# checkpoints have them.
 NAMES = [
     *(
         (f"layers.1.{hc}.{part}", f"layers.1.hc_{name}_{part}", f"model.layers.1.{hc}.{part}")
@@ -43,7 +44,7 @@ def make_nextn():
 
 
 def checkpoint_of(names, module):
-    """Random tensors under the names of a checkpoint, with others that are none of ours."""
+    """Make random tensors under the names of a checkpoint, and others without mHC parameters."""
     tensors = {
         theirs: torch.randn_like(module.get_parameter(ours)) for ours, theirs in names.items()
     }
@@ -79,7 +80,7 @@ def test_another_style():
 
 
 def test_transformers_maps_the_one_to_the_other():
-    """The two columns are those of its own conversion of DeepSeek's checkpoints."""
+    """Find both columns in the conversion that transformers has for DeepSeek's checkpoints."""
     mapping = pytest.importorskip("transformers.conversion_mapping")
     renamings = [
         step
@@ -95,7 +96,7 @@ def test_transformers_maps_the_one_to_the_other():
 
 
 def test_a_model_of_transformers_loads():
-    """The stack makes of a layer's streams what the model's own hyper-connection does."""
+    """Make of a layer's streams, by the stack, what the model's own hyper-connection does."""
     pytest.importorskip("transformers")
     from mhc_ops.demo import models as demo
     from mhc_ops.integrations import transformers as integration
@@ -209,7 +210,7 @@ class TestRefusals:
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_load_nextn(index):
-    """Beside the target's tensors and those of another draft layer."""
+    """Load a draft layer beside the target's tensors and those of another draft layer."""
     draft = make_nextn()
     names = checkpoint.nextn_names(index)
     assert names["head.fn"] == f"mtp.{index}.hc_head_fn"

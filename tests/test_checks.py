@@ -1,4 +1,4 @@
-"""Wrong arguments: each is refused, with one message eagerly, on meta, fake and when compiled."""
+"""Refuse each wrong argument, with one message eagerly, on meta, fake and when compiled."""
 
 import math
 import textwrap
@@ -24,7 +24,7 @@ MIX_ARGUMENTS = {"post_layer_mix", "comb_res_mix", "fn", "hc_scale", "hc_base", 
 
 
 class Case(NamedTuple):
-    """One wrong argument.
+    """Describe one wrong argument.
 
     Attributes:
         argument: the name of the argument that is made wrong.
@@ -42,7 +42,7 @@ def cast(dtype):
 
 
 def gaps_in_rows(t):
-    """The last dimension with a stride of 2."""
+    """Give the last dimension a stride of 2."""
     return t.new_zeros((*t.shape[:-1], 2 * t.shape[-1]))[..., ::2]
 
 
@@ -79,7 +79,8 @@ CASES: dict[str, Case] = {}
 for name, ops in ARGUMENTS.items():
     other = torch.bfloat16 if name in MIX_ARGUMENTS else torch.float16
     CASES[f"{name} dtype"] = Case(name, ops, cast(other))
-    # one more dimension; for residual two less, as pre and head take any number of leading ones
+    # Most get one more dimension; residual gets two less, as pre and head take any number of
+    # leading ones.
     rank = (lambda t: t[0, 0]) if name == "residual" else (lambda t: t[None])
     CASES[f"{name} rank"] = Case(name, POST if name == "x" else ops, rank)
     if name != "norm_weight":
@@ -134,7 +135,7 @@ def wrong_inputs(op, name, device="cpu"):
 
 
 def refusal(op, inputs):
-    """The message of the ValueError that the op raises."""
+    """Return the message of the ValueError that the op raises."""
     with pytest.raises(ValueError, match=f"^mhc::{op}: expected ") as error:
         overload(op)(**inputs)
     return str(error.value)
@@ -435,7 +436,7 @@ def test_refused_inputs_are_left_alone(op, subtests):
             inputs = wrong_inputs(op, name)
             before = clone(inputs)
             refusal(op, inputs)
-            for key in ("norm_eps", CASES[name].argument):  # NaN is not equal to itself
+            for key in ("norm_eps", CASES[name].argument):  # NaN is not equal to itself.
                 if not isinstance(inputs.get(key), torch.Tensor):
                     inputs.pop(key, None), before.pop(key, None)
             assert_equal(inputs, before)
@@ -598,7 +599,7 @@ norm_eps without norm_weight: mhc::post_head: expected norm_weight and norm_eps 
 
 
 def test_messages_of_post_head_streams():
-    """Those of ``post_head``, in its own name."""
+    """Give the messages of ``post_head``, under the op's own name."""
     short, long = (
         " ".join(transcript(op).split()).replace(f"mhc::{op}:", "")
         for op in ("post_head", "post_head_streams")
@@ -640,7 +641,7 @@ def test_compiled_code_is_refused_alike(op, subtests, fresh_dynamo):
 
 
 def at_address(tensor, beyond):
-    """The values in memory of somebody else's, so many bytes beyond a multiple of 16."""
+    """Copy values to memory of somebody else's, so many bytes beyond a multiple of 16."""
     size = tensor.numel() * tensor.element_size()
     memory = torch.zeros(size + 64, dtype=torch.uint8, device=tensor.device)
     start = -memory.data_ptr() % 16 + beyond
@@ -651,7 +652,7 @@ def at_address(tensor, beyond):
 
 
 def at_odd_offset(tensor):
-    """The values at an address that is aligned, at a storage offset that is not."""
+    """Copy values to an address that is aligned, at a storage offset that is not."""
     step = tensor.element_size()
     wide = at_address(tensor.new_zeros(tensor.numel() + 16), step)
     view = wide[(16 - step) // step :][: tensor.numel()].view(tensor.shape)
@@ -665,7 +666,7 @@ ALIGNED = {op: [name for name in (*ROWS, "post_layer_mix") if op in ARGUMENTS[na
 
 @pytest.fixture(params=["as_on_cuda", pytest.param("cuda", marks=pytest.mark.gpu)])
 def aligned_device(request, monkeypatch):
-    """A device whose kernels load 16 bytes a thread."""
+    """Name a device whose kernels load 16 bytes a thread."""
     if request.param == "cuda":
         return "cuda"
     monkeypatch.setattr(_checks, "ALIGNED_DEVICES", ("cpu",))
@@ -674,7 +675,7 @@ def aligned_device(request, monkeypatch):
 
 @per_op
 def test_alignment_is_judged_by_address(op, aligned_device, subtests):
-    """Memory of somebody else's starts anywhere, whatever its storage offset says."""
+    """Judge by address: foreign memory starts anywhere, whatever its storage offset says."""
     inputs = make_inputs(op, TOKENS, HIDDEN, device=aligned_device, norm=True, sinkhorn_repeat=2)
     for name in ALIGNED[op]:
         with subtests.test(name):
@@ -683,14 +684,14 @@ def test_alignment_is_judged_by_address(op, aligned_device, subtests):
                 f"mhc::{op}: expected {name} to start at a multiple of 16 bytes, "
                 f"got an address {step} bytes beyond one"
             )
-            # the context is alive, too
+            # The context is alive after the refusal.
             odd = call(op, inputs | {name: at_odd_offset(inputs[name])})
             assert_equal(odd, call(op, inputs))
 
 
 @per_op
 def test_a_cpu_takes_any_address(op, subtests):
-    """As of weights that were mapped from a file."""
+    """Take any address, such as that of weights that were mapped from a file."""
     inputs = make_inputs(op, TOKENS, HIDDEN, norm=True, sinkhorn_repeat=2)
     for name in ALIGNED[op]:
         with subtests.test(name):
@@ -704,7 +705,8 @@ def test_a_cpu_takes_any_address(op, subtests):
 def test_cuda_tensors_are_refused_alike(op, subtests):
     for name in CASES_OF[op]:
         if name == "residual hc_mult":
-            continue  # CUDA refuses any hc_mult but 4 before other shapes: test_hc_mult_on_cuda
+            # CUDA refuses any hc_mult but 4 before other shapes; see test_hc_mult_on_cuda.
+            continue
         with subtests.test(name):
             message = refusal(op, wrong_inputs(op, name, "cuda"))
             assert message == refusal(op, wrong_inputs(op, name))
@@ -712,7 +714,7 @@ def test_cuda_tensors_are_refused_alike(op, subtests):
 
 @per_op
 def test_mixed_devices(op, subtests):
-    """Every tensor is compared with the streams, which are on another device than the rest."""
+    """Compare every tensor with the streams, which may be on another device than the rest."""
     inputs = make_inputs(op, TOKENS, HIDDEN, norm=True)
     for name in tensors(inputs):
         with subtests.test(name), FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -740,7 +742,7 @@ def test_mixed_devices_on_cuda(op, subtests):
 
 
 def fake_cuda(op, hidden, hc_mult):
-    """Fake CUDA tensors, inside an active FakeTensorMode; needs no GPU."""
+    """Make fake CUDA tensors without a GPU, inside an active FakeTensorMode."""
     inputs = make_inputs(op, TOKENS, hidden, hc_mult=hc_mult, device="meta", norm=True)
     return inputs | {key: torch.empty_like(t, device="cuda") for key, t in tensors(inputs).items()}
 

@@ -1,4 +1,4 @@
-"""The command line: what ``info`` shows, and that wrong use is refused with a message."""
+"""Test the command line: what ``info`` shows, and that wrong use is refused with a message."""
 
 import importlib.util
 import json
@@ -57,7 +57,7 @@ def _plain(monkeypatch):
 
 
 def skeleton(value):
-    """Keys and types: what users of ``--json`` may rely on."""
+    """Reduce a value to keys and types, on which users of ``--json`` may rely."""
     if isinstance(value, dict):
         return {key: skeleton(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -153,7 +153,7 @@ launcher             cached: /cache/launcher.so
 
 
 def shown(capsys):
-    """What ``info`` prints, label to text."""
+    """Run ``info`` and return what it prints, label to text."""
     assert __main__.main(["info"]) == 0
     return dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
 
@@ -314,7 +314,7 @@ def test_help_lists_every_command(capsys):
 
 
 def test_a_command_imports_only_its_own():
-    """``info`` must answer at once, also where TileLang cannot be imported."""
+    """Let ``info`` answer at once, also where TileLang cannot be imported."""
     code = (
         "import sys; from mhc_ops.__main__ import main; status = main(['info'])\n"
         "loaded = {'tilelang', 'tvm', 'transformers', 'mhc_ops.bench', 'mhc_ops.demo'}\n"
@@ -335,7 +335,7 @@ def test_run_as_a_module():
 
 @pytest.mark.parametrize("command", ["selftest", "demo"])
 def test_without_rich(command, monkeypatch, capsys):
-    """It draws tables, and nothing else: a command that draws one says what is missing."""
+    """Say that rich is missing where a command draws a table, which is all that rich does."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delitem(sys.modules, "mhc_ops.demo", raising=False)
@@ -356,7 +356,7 @@ def test_what_needs_no_rich(monkeypatch, capsys):
 def test_no_bar_without_rich(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     done = []
-    prewarm = sys.modules["mhc_ops.prewarm"]  # whose function hides it
+    prewarm = sys.modules["mhc_ops.prewarm"]  # The function of the same name hides the module.
     with prewarm.progress_bar(True) as bar:
         prewarm.side_by_side(bar, "working", done.append, [1, 2, 3])
         more = bar.add_task("more", total=2)

@@ -1,4 +1,4 @@
-"""torch.compile: one graph for every token count, the graph itself, and bits equal to eager."""
+"""Test torch.compile: one graph for every token count, the graph itself, and the bits of eager."""
 
 import inspect
 import operator
@@ -14,13 +14,13 @@ import mhc_ops
 from helpers import OPS, call, overload, split, tensors
 from mhc_ops.testing import make_inputs
 
-STATE = ("x", "residual", "post_layer_mix", "comb_res_mix")  # what carries tokens
+STATE = ("x", "residual", "post_layer_mix", "comb_res_mix")  # These carry tokens.
 TOKENS = (0, 1, 2, 3, 5, 7, 64, 8192)
 RECIPES = {"plain": {}, "shape_id": {"shape_id": "tokens"}}
 
 
 def weights(op, device, hidden=256, norm=True):
-    """The arguments of an op that carry no tokens."""
+    """Make the arguments of an op that carry no tokens."""
     inputs = make_inputs(op, 1, hidden, device=device, norm=norm, kind="large_logits")
     return {name: value for name, value in inputs.items() if name not in STATE}
 
@@ -31,12 +31,12 @@ def state(tokens, device, hidden=256):
 
 
 def sublayer(layer_input):
-    """Stands for attention or MLP; exact in bf16, so compiled and eager agree to the bit."""
+    """Stand in for attention or MLP; exact in bf16, so compiled and eager agree to the bit."""
     return -0.5 * layer_input
 
 
 def two_layers(x, residual, post_mix, comb_mix, boundary, last):
-    """The ops of a model in its order: boundary, boundary, last post, head; and a first pre."""
+    """Run the ops of a model in its order: boundary, boundary, last post, head; and a first pre."""
     for _ in range(2):
         residual, post_mix, comb_mix, layer_input = torch.ops.mhc.fused_post_pre(
             x, residual, post_mix, comb_mix, **boundary
@@ -49,7 +49,7 @@ def two_layers(x, residual, post_mix, comb_mix, boundary, last):
 
 
 def stack(device):
-    """``two_layers`` as a function of what carries tokens alone."""
+    """Make of ``two_layers`` a function of what carries tokens alone."""
     boundary, last = weights("fused_post_pre", device), weights("head", device)
     return lambda *args: two_layers(*args, boundary, last)
 
@@ -62,7 +62,7 @@ def assert_same_bits(got, want):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_one_graph_for_every_token_count(device, recipe, fresh_dynamo):
-    """The documented recipe: mark the tokens of every input that carries them as unbacked."""
+    """Follow the documented recipe: mark the tokens of every input that has tokens as unbacked."""
     marks = RECIPES[recipe]
     if not marks.keys() <= inspect.signature(mark_unbacked).parameters.keys():
         pytest.skip(f"this torch's mark_unbacked has no {', '.join(marks)}")
@@ -80,7 +80,7 @@ def test_one_graph_for_every_token_count(device, recipe, fresh_dynamo):
 
 @pytest.mark.parametrize("op", OPS)
 def test_one_graph_for_every_token_count_of_an_op(device, op, fresh_dynamo):
-    """Each op alone, through its public function, and the fake's sizes with it."""
+    """Compile each op alone, through its public function, and so with the sizes of its fake."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
         lambda **inputs: getattr(mhc_ops, op)(**inputs), backend=counter, fullgraph=True
@@ -119,7 +119,7 @@ def test_inductor_gives_the_bits_of_eager_for_an_op(device, op, fresh_dynamo):
 
 
 def test_inductor_keeps_strided_inputs_right(device, fresh_dynamo):
-    """Views made inside the graph reach the op with strides that it takes."""
+    """Hand views that were made inside the graph to the op with strides that the op takes."""
 
     def model(x, residual, post_mix, comb_mix):
         wide = torch.cat([residual, residual], -1)
@@ -140,7 +140,7 @@ def test_inductor_keeps_strided_inputs_right(device, fresh_dynamo):
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 17, 200])
 def test_reduce_overhead_gives_the_bits_of_eager(tokens, fresh_dynamo):
-    """Inductor's CUDA graphs: warm-up, capture and replays."""
+    """Go through warm-up, capture and replays of Inductor's CUDA graphs."""
     model = stack("cuda")
     compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_reduce_overhead_gives_the_bits_of_eager(tokens, fresh_dynamo):
 
 
 def listing(graph):
-    """One line a node, with names and numbers that do not depend on the version of torch."""
+    """Write one line a node, with names and numbers that no version of torch changes."""
     names = {node: f"%{number}" for number, node in enumerate(graph.nodes)}
 
     def text(argument):
@@ -183,7 +183,7 @@ def test_graph_of_two_layers(fresh_dynamo):
         torch.compile(stack("cpu"), backend=recorder, fullgraph=True)(*state(3, "cpu"))
     assert len(recorder.graphs) == len(recorder.fw_graphs) == 1
     graph = recorder.fw_graphs[0].graph
-    # what Inductor gets: the ops whole, nothing decomposed, no copy made for them
+    # Inductor gets the ops whole, nothing decomposed, and no copy made for an op.
     called = [str(n.target) for n in graph.nodes if n.op == "call_function"]
     assert {t for t in called if "getitem" not in t} == {
         "aten.mul.Tensor",
@@ -232,7 +232,7 @@ return (%30, %31)""",
 
 
 def test_tensors_of_the_weights_are_not_baked_in(fresh_dynamo):
-    """A weight that changes in place changes the result of compiled code."""
+    """Change the result of compiled code with a weight that changes in place."""
     boundary = weights("pre", "cpu")
     compiled = torch.compile(
         lambda residual: torch.ops.mhc.pre(residual, **boundary), fullgraph=True

@@ -1,4 +1,4 @@
-"""fused_post_pre on busy GPUs: 100,000 boundaries, every one with the bits of a quiet call."""
+"""Run fused_post_pre on busy GPUs: 100,000 boundaries, each with the bits of a quiet call."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.gpu
 OP = "fused_post_pre"
 HIDDEN = 4096
 SIZES = (1, 3, 8, 17, 33, 64, 100, 128)
-CHAIN = 125  # boundaries of a graph
+CHAIN = 125  # A graph has so many boundaries.
 
 
 def inputs_of(tokens, seed=0):
@@ -19,7 +19,7 @@ def inputs_of(tokens, seed=0):
 
 
 def capture(inputs, stream):
-    """A graph of CHAIN calls, and what all of them returned."""
+    """Capture a graph of CHAIN calls; return the graph and what all the calls returned."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         outputs = [call(OP, inputs) for _ in range(CHAIN)]
@@ -27,7 +27,7 @@ def capture(inputs, stream):
 
 
 def differs(outputs, want):
-    """On the GPU: whether any value of any call is another one."""
+    """Say, on the GPU, whether any value of any call is another one."""
     bad = torch.zeros((), dtype=torch.bool, device="cuda")
     for got in outputs:
         for name, value in got.items():
@@ -43,7 +43,7 @@ def poison(outputs):
 
 @pytest.fixture
 def busy():
-    """A stream that keeps every multiprocessor at work for as long as the test runs."""
+    """Make a function that puts work for every multiprocessor on a stream of its own."""
     stream = torch.cuda.Stream()
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
 
@@ -56,7 +56,7 @@ def busy():
 
 
 def test_eager_calls_on_8_streams(busy):
-    """8 streams, each with another token count: 16,000 calls."""
+    """Make 16,000 calls on 8 streams, each with another token count."""
     torch.cuda.synchronize()
     inputs = [inputs_of(tokens, seed) for seed, tokens in enumerate(SIZES)]
     want = [clone(call(OP, i)) for i in inputs]
@@ -77,7 +77,7 @@ def test_eager_calls_on_8_streams(busy):
 
 
 def test_graphs_on_8_streams(busy):
-    """Graphs captured on one stream and replayed on others at once: 84,000 boundaries."""
+    """Capture graphs on one stream and replay them on others at once: 84,000 boundaries."""
     inputs = [inputs_of(tokens, seed) for seed, tokens in enumerate(SIZES)]
     want = [clone(call(OP, i)) for i in inputs]
     captured_on = torch.cuda.Stream()
@@ -99,7 +99,6 @@ def test_graphs_on_8_streams(busy):
 
 @pytest.mark.parametrize("hidden", [4096, 5120, 7168])
 def test_every_token_alone_and_in_any_batch(hidden):
-    """Batch invariance: a token has the same bits alone, in any batch and at any position."""
     inputs = make_inputs(OP, 128, hidden, device="cuda", norm=True)
     batch = call(OP, inputs)
     state = ("x", "residual", "post_layer_mix", "comb_res_mix")
@@ -109,7 +108,7 @@ def test_every_token_alone_and_in_any_batch(hidden):
 
 
 def test_fn_written_by_the_kernel_in_front():
-    """fn may be read early, but never before what wrote it has finished."""
+    """Read fn early, but never before what wrote fn has finished."""
     inputs = inputs_of(4)
     others = [torch.randn_like(inputs["fn"]) / 128 for _ in range(4)]
     want = [clone(call(OP, inputs | {"fn": fn})) for fn in others]

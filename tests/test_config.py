@@ -1,4 +1,4 @@
-"""The environment: switches, and folders that are refused since others can write them."""
+"""Read switches from the environment, and refuse folders that others can write."""
 
 import grp
 import itertools
@@ -73,7 +73,7 @@ def test_every_variable_is_in_the_table():
 
 
 def test_no_other_variable_is_read():
-    """Every name with the prefix, anywhere in the package and in setup.py, is in the text."""
+    """Find in the docstring every name with the prefix that the package and setup.py have."""
     package = Path(config.__file__).parent
     names = set()
     for path in (*package.rglob("*.py"), package.parent / "setup.py"):
@@ -86,7 +86,7 @@ def test_no_other_variable_is_read():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of this user's alone, and one more in it."""
+    """Make a folder of this user's alone, and one more in it."""
     (tmp_path / "cache" / "mhc_ops").mkdir(parents=True)
     (tmp_path / "cache").chmod(0o755)
     return tmp_path / "cache" / "mhc_ops"
@@ -117,7 +117,7 @@ def test_a_folder_that_everyone_can_write(folder, mode):
 
 
 def test_a_folder_that_a_group_can_write(folder, monkeypatch):
-    """A group of the user's own name is the user's alone on the systems that make it."""
+    """Trust a group of the user's own name: systems that make it make it for the user alone."""
     folder.chmod(0o770)
     user = pwd.getpwuid(os.geteuid()).pw_name
     for name, trusted in ((user, True), ("engineers", False)):
@@ -147,7 +147,7 @@ def test_a_folder_above_counts(folder):
     above.chmod(0o777)
     assert f"loaded from {folder}: {above} can be written by others" in refusal(folder)
     assert f"{above} can be written by others" in refusal(folder / "not" / "there")
-    above.chmod(0o1777)  # as /tmp
+    above.chmod(0o1777)  # /tmp has this mode.
     config.require_trusted(folder)
 
 

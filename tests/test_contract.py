@@ -1,4 +1,4 @@
-"""What every op promises about memory, layouts, tokens and repeatability."""
+"""Hold every op to its promises about memory, layouts, tokens and repeatability."""
 
 import itertools
 
@@ -61,7 +61,7 @@ def check_outputs(device, op, norm, leading):
 
 @pytest.mark.parametrize(("op", "norm"), OP_AND_NORM)
 def test_outputs(device, op, norm, subtests):
-    """Right shape and dtype, contiguous, written whole, each with memory of its own."""
+    """Return the right shape and dtype, contiguous, written whole, each with memory of its own."""
     for leading in ((0,), (1,), (17,), (2, 3), (2, 0, 3), (1, 2, 1, 3)):
         with subtests.test(leading=leading):
             check_outputs(device, op, norm, leading)
@@ -110,7 +110,7 @@ def test_float32_norm_weight_is_cast(device, op):
 
 @pytest.mark.parametrize(("op", "norm"), OP_AND_NORM)
 def test_every_argument_matters(device, op, norm):
-    """A changed argument changes an output."""
+    """Change an output with every changed argument."""
     inputs = make_inputs(op, 5, HIDDEN, device=device, norm=norm, kind="large_logits")
     outputs = call(op, inputs)
     changes = {"sinkhorn_repeat": 2}
@@ -161,7 +161,7 @@ def test_the_same_bits_every_time(device, op, subtests):
 )
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_any_shape_on_the_cpu(op, leading, hidden, hc_mult, norm, sinkhorn_repeat, kind):
-    """Any leading dimensions, hidden size and hc_mult, against the float64 oracle."""
+    """Compare any leading dimensions, hidden size and hc_mult with the float64 oracle."""
     check_against_oracle(
         op,
         "cpu",
@@ -195,7 +195,7 @@ def test_public_function_and_op_agree(device, op):
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", OPS)
 def test_the_current_stream_is_used(op):
-    """Work queued before the call on the same stream is seen, also on a side stream."""
+    """See work queued before the call on the same stream, also on a side stream."""
     inputs = make_inputs(op, 64, 4096, device="cuda")
     want = call(op, inputs)
     late = clone(inputs)
@@ -213,7 +213,7 @@ def test_the_current_stream_is_used(op):
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", OPS)
 def test_two_streams_at_once(op):
-    """Nothing is shared between calls: two streams working at once do not disturb each other."""
+    """Share nothing between calls: two streams that work at once do not disturb each other."""
     kinds = ("large_logits", "signed_bases")
     inputs = [make_inputs(op, 64, 4096, device="cuda", kind=kind) for kind in kinds]
     want = [call(op, i) for i in inputs]

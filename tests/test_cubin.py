@@ -1,4 +1,4 @@
-"""Every kernel compiles for every architecture that is served, and without spills for Hopper.
+"""Compile every kernel for every architecture that is served, and without spills for Hopper.
 
 No GPU is needed: the CUDA source that TileLang generates goes through nvcc with the flags that
 TileLang gives it, two kernels at a time.
@@ -25,19 +25,20 @@ from mhc_ops.compiler import Lowered
 from mhc_ops.routes import Key
 
 MAX_TOKENS = 8192
-# the hidden sizes where spills are counted, one where it is enough that the kernels compile
+# Spills are counted at these hidden sizes; elsewhere one size shows that the kernels compile.
 CASES = [("sm_90a", hidden) for hidden in (4096, 7168)]
 CASES += [(arch, 4096) for arch in ("sm_80", "sm_100a", "sm_120a")]
-# and one for the kernels of post_head alone, with one and with two CTAs on an SM: the largest ones,
-# with norm and streams. Without the streams the persistent one spills 12 to 20 bytes, 4 at 7168
+# One more size has the kernels of post_head alone, with one and with two CTAs on an SM: the largest
+# kernels, with norm and streams. Without the streams the persistent kernel spills 12 to 20 bytes,
+# and 4 at 7168.
 POST_HEAD_CASE = ("sm_90a", 5120)
 
 LONGEST_TO_LOWER = ("fused_post_pre_persistent", "pre")
 
-# Their warps have two roles with registers to match, 184 or 200 to hold fn; what is spilled is
-# addresses above all, in pre some of fn.
+# These kernels may spill so many bytes. The warps of the first two have two roles with registers to
+# match, 184 or 200 to hold fn; they spill addresses above all, and pre some of fn.
 # expand_pre lacks a register where two CTAs share an SM.
-MAY_SPILL = {"fused_post_pre_persistent": 80, "pre": 96, "expand_pre": 8}  # bytes
+MAY_SPILL = {"fused_post_pre_persistent": 80, "pre": 96, "expand_pre": 8}
 
 WAIT = "cudaGridDependencySynchronize()"
 PDL = (WAIT, "cudaTriggerProgrammaticLaunchCompletion()", "griddepcontrol")
@@ -47,7 +48,7 @@ USAGE = re.compile(
 
 
 def nvcc() -> str | None:
-    """The compiler that TileLang would call, if there is one."""
+    """Find the compiler that TileLang would call, if there is one."""
     from tilelang.contrib.nvcc import get_nvcc_compiler
 
     try:
@@ -67,13 +68,13 @@ def nvcc_command(arch: str) -> list[str]:
 
 @functools.cache
 def nvcc_version() -> str:
-    """Which compiler it is."""
+    """Say which compiler nvcc is."""
     command = [str(nvcc()), "--version"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def compile_one(lowered: Lowered, arch: str, kept: Kept) -> str:
-    """Compile a kernel to a cubin, unless that was done; returns what ptxas said."""
+    """Compile a kernel to a cubin, unless that was done; return what ptxas said."""
 
     def compile_it(report: Path) -> None:
         source, cubin = report.with_suffix(".cu"), report.with_suffix(".cubin")
@@ -84,14 +85,14 @@ def compile_one(lowered: Lowered, arch: str, kept: Kept) -> str:
         assert cubin.read_bytes()[:4] == b"\x7fELF"
         report.write_text(result.stderr)
 
-    # the headers that it includes are TileLang's
+    # The source includes TileLang's headers.
     versions = (nvcc_version(), importlib.metadata.version("tilelang"))
     depends_on = (*versions, *nvcc_command(arch), lowered.source)
     return kept.get(lowered.symbol, ".ptxas", depends_on, compile_it).read_text()
 
 
 def kernels(arch: str, hidden: int) -> list[Key]:
-    """Every kernel that a call on this architecture can reach.
+    """List the kernels to compile of those that a call on this architecture can reach.
 
     Kernels in clusters take long to lower and differ by the norm or the streams alone: the largest
     is enough in most places.
@@ -112,7 +113,7 @@ def test_every_kernel_compiles(
     arch: str, hidden: int, kept: Kept, lowered: Callable[[Key], Lowered]
 ) -> None:
     with ThreadPoolExecutor(2) as pool:
-        # one is compiled while the next is lowered
+        # One kernel is compiled while the next is lowered.
         reports = {
             key: pool.submit(compile_one, lowered(key), arch, kept) for key in kernels(arch, hidden)
         }
@@ -121,7 +122,7 @@ def test_every_kernel_compiles(
         usage = USAGE.findall(report)
         assert len(usage) == 1, f"{key}: expected the usage of one kernel in {report!r}"
         if arch == "sm_90a":
-            # no stack frame either: every local array lies in registers
+            # There is no stack frame either: every local array lies in registers.
             most = MAY_SPILL.get(key.kernel, 0)
             assert all(int(n) <= most for n in usage[0]), f"{key}: stack, spilled: {usage[0]}"
 
@@ -135,6 +136,6 @@ def test_programmatic_launch_from_hopper_on(
         if arch == "sm_80":
             assert not any(word in source for word in PDL), key
         else:
-            # fused_post_pre waits before it reads fn or after that; where warps have roles, each
+            # fused_post_pre waits before it reads fn or after that; each role of warps waits.
             waits = {"fused_post_pre": 2, "fused_post_pre_persistent": 4, "pre": 4}
             assert source.count(WAIT) == waits.get(key.kernel, 1), key

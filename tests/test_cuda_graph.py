@@ -1,4 +1,4 @@
-"""CUDA graphs: capture on a side stream, replay on changed inputs, several graphs at once."""
+"""Capture CUDA graphs on a side stream, replay on changed inputs, and run several at once."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 
 
 def capture(op, inputs, pool=None):
-    """(graph, outputs): the op once, captured on a stream of its own after a warm-up on it."""
+    """Capture one call on a stream of its own, after a warm-up on it; return (graph, outputs)."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -58,7 +58,7 @@ def test_replay_reads_the_inputs_anew(op, hidden, norm, subtests):
 
 @pytest.mark.parametrize("op", OPS)
 def test_no_tokens(op):
-    """Nothing is launched for no tokens, also in a capture that launches other things."""
+    """Launch nothing for no tokens, also in a capture that launches other things."""
     inputs = make_inputs(op, 0, HIDDEN, device="cuda")
     some = make_inputs(op, 3, HIDDEN, device="cuda")
     call(op, some)
@@ -75,7 +75,7 @@ def test_no_tokens(op):
 
 @pytest.mark.parametrize(("hidden", "tokens"), sizes("fused_post_pre", (4096,), at_bounds=True))
 def test_a_chain_of_boundaries(hidden, tokens):
-    """Each boundary reads what the one before wrote: the order inside the graph is kept."""
+    """Keep the order inside the graph: each boundary reads what the one before wrote."""
     first = make_inputs("fused_post_pre", tokens, hidden, device="cuda", norm=True)
     fixed = [
         make_inputs("fused_post_pre", 1, hidden, device="cuda", norm=True, seed=seed)
@@ -104,7 +104,7 @@ def test_a_chain_of_boundaries(hidden, tokens):
 
 @pytest.mark.parametrize(("hidden", "tokens"), sizes("fused_post_pre", (4096,), 8, 200))
 def test_two_graphs_at_once(hidden, tokens):
-    """Two captured graphs replayed on two streams at the same time share nothing."""
+    """Share nothing between two captured graphs that are replayed on two streams at once."""
     kinds = ("large_logits", "signed_bases")
     op = "fused_post_pre"
     inputs = [make_inputs(op, tokens, hidden, device="cuda", kind=kind) for kind in kinds]
@@ -131,7 +131,7 @@ def test_capture_of_a_kernel_that_is_not_loaded_is_refused(op, monkeypatch):
     call(op, inputs)
     torch.cuda.synchronize()
     monkeypatch.setattr(jit, "_loaded", {})
-    host.forget()  # the short way has the loaded kernel
+    host.forget()  # The short way has the loaded kernel.
     graph = torch.cuda.CUDAGraph()
     with (
         pytest.raises(RuntimeError, match=r"before the capture call mhc_ops\.prewarm"),
@@ -142,7 +142,7 @@ def test_capture_of_a_kernel_that_is_not_loaded_is_refused(op, monkeypatch):
 
 @needs_jit
 def test_prewarm_is_enough_for_a_capture():
-    """A hidden size that nothing else uses: first call inside the capture, after prewarm."""
+    """Call a hidden size that nothing else uses first inside the capture, after prewarm."""
     hidden = 1280
     mhc_ops.prewarm(hidden=[hidden], max_tokens=64, device="cuda")
     for op in OPS:

@@ -1,4 +1,4 @@
-"""The demo: that it passes, that it can fail, and the parts that its verdict rests on."""
+"""Show that the demo passes, that it can fail, and that the parts of its verdict are right."""
 
 import copy
 import io
@@ -34,7 +34,7 @@ def case(small):
 
 @pytest.mark.slow
 def test_demo_on_the_cpu(capsys, tmp_path):
-    """As ``make demo`` runs it where there is no GPU."""
+    """Run the demo as ``make demo`` does where there is no GPU."""
     picture = tmp_path / "new" / "demo.png"
     assert __main__.main(["demo", "--device", "cpu", "--picture", str(picture)]) == 0
     output = capsys.readouterr().out
@@ -122,11 +122,11 @@ def test_no_picture(monkeypatch, tmp_path, error, text):
 
 
 class TestTheVerdictDependsOnTheMathematics:
-    """One wrong constant in the wiring, and the checks fail that should."""
+    """Show that one wrong constant in the wiring fails the checks that should fail."""
 
     def test_right(self, report, case):
         steps.compare_logits(report, [case])
-        # with so few positions the choices of a run are luck; the rest is not
+        # With so few positions the choices of a run are luck; the rest is not.
         assert [f for f in report.failures if not f.startswith("own choices")] == []
 
     def test_wrong_post_multiplier(self, report, case, monkeypatch):
@@ -142,7 +142,8 @@ class TestTheVerdictDependsOnTheMathematics:
     @pytest.mark.slow
     def test_unfused_graph(self, report, case, monkeypatch):
         monkeypatch.setitem(models.PATHS, "mhc-ops fused", models.PATHS["mhc-ops unfused"])
-        monkeypatch.setattr(steps.shutil, "which", lambda name: None)  # a quick backend
+        # A missing compiler makes the demo choose a quick backend.
+        monkeypatch.setattr(steps.shutil, "which", lambda name: None)
         steps.compile_model(report, case)
         (failure,) = report.failures
         assert failure.startswith("calls in it: {'pre': 8, 'post': 8, 'head': 1}")
@@ -155,7 +156,7 @@ def test_choices_replayed_on_the_same_model_change_nothing(case):
             want = models.logits_of(case.model, case.tokens)
         with choices.replayed(case.model):
             assert torch.equal(models.logits_of(case.model, case.tokens), want)
-    # two routers that choose, two indexers
+    # Two routers and two indexers choose.
     assert len(choices.taken) == 4
     assert not any(module._forward_hooks for module in case.model.modules())
 
@@ -214,7 +215,7 @@ def test_text_of_an_installed_package(monkeypatch, tmp_path):
 
 
 def test_mixes_of_the_model_are_not_degenerate():
-    """Neither uniform nor one-hot: a wrong mix has to show in the logits."""
+    """Find mixes neither uniform nor one-hot, so that a wrong mix shows in the logits."""
     model = models.small_model(0, "cpu")
     streams = torch.randn(64, 1, 4, 256).bfloat16()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The docstrings: their examples run; and the HTML, which is built from them and from the pages."""
+"""Run the examples of the docstrings, and check the HTML built from docstrings and pages."""
 
 import doctest
 import importlib
@@ -19,7 +19,7 @@ from mhc_ops import nn, reference
 ROOT = Path(__file__).parents[1]
 API = ROOT / "docs" / "api"
 
-# csrc_tilelang is a language of its own; an adapter needs the package that it adapts
+# csrc_tilelang is a language of its own; an adapter needs the package that it adapts.
 MODULES = [
     "mhc_ops",
     *(
@@ -70,7 +70,7 @@ FORMULAS = [f for f in FORMULAS if f.__module__.startswith("mhc_ops")]
 
 @pytest.mark.parametrize("of", FORMULAS, ids=lambda of: f"{of.__module__}.{of.__qualname__}")
 def test_the_formula_comes_first_and_is_text(of):
-    """``help()`` shows it as it is: a literal block behind the summary."""
+    """Put the formula into a literal block behind the summary, which ``help()`` shows as it is."""
     summary, formula, *_ = inspect.getdoc(of).split("\n\n")
     assert summary.endswith("::")
     lines = formula.splitlines()
@@ -102,7 +102,7 @@ def test_an_api_page_lists_what_is_public(path):
     exported = [
         public
         for public in getattr(module, "__all__", ())
-        if callable(getattr(module, public))  # constants are told where they are used
+        if callable(getattr(module, public))  # Constants are told where used.
     ]
     public = exported or [
         attribute
@@ -120,7 +120,7 @@ def test_an_api_page_lists_what_is_public(path):
 
 @pytest.fixture(scope="module")
 def html(tmp_path_factory):
-    """Where ``make docs`` has built the pages; it has nothing to say."""
+    """Build the pages as ``make docs`` does, which must have nothing to say."""
     for package in ("sphinx", "myst_parser", "furo"):
         pytest.importorskip(package, reason=f"{package} builds the pages: pip install '.[docs]'")
     folder = tmp_path_factory.mktemp("html")
@@ -136,7 +136,7 @@ def html(tmp_path_factory):
 
 
 class Fetched(HTMLParser):
-    """Collects what a browser fetches to show a page, and the ids that links can name."""
+    """Collect what a browser fetches to show a page, and the ids that links can name."""
 
     def __init__(self, path):
         super().__init__()
@@ -154,7 +154,7 @@ class Fetched(HTMLParser):
 
 @pytest.mark.slow
 def test_the_pages_fetch_nothing(html):
-    """Opened without a network they look the same."""
+    """Fetch nothing, so that the pages look the same without a network."""
     pages = list(html.rglob("*.html"))
     assert len(pages) > len(list((ROOT / "docs").rglob("*.md")))
     for path in pages:

@@ -1,4 +1,4 @@
-"""Early reading: which read counts, by the table of either way and in calls of both."""
+"""Count reads for early reading, in the table of either way and in calls of both ways."""
 
 import gc
 import threading
@@ -15,12 +15,13 @@ from mhc_ops.native.serve import serve
 from mhc_ops.testing import make_inputs
 
 HIDDEN = 256
-READERS = ("pre", "fused_post_pre")  # the ops whose kernels take ``early`` at any token count
+# The kernels of these ops take ``early`` at any token count.
+READERS = ("pre", "fused_post_pre")
 
 
 @pytest.fixture(params=["python", "native"])
 def table(request):
-    """A table of what was read."""
+    """Give a table of what was read."""
     if request.param == "python":
         return early.Table()
     if not host.load():
@@ -29,7 +30,7 @@ def table(request):
 
 
 def read(table, fn, capture=0):
-    """A call that reads a projection; whether it may do so early."""
+    """Read a projection as a call does; return whether the call may do so early."""
     allowed, news = table.look(fn, lambda: capture)
     if news is not None:
         table.add(news)
@@ -47,7 +48,7 @@ def test_the_second_read_is_early(table):
 
 
 def test_a_read_counts_once_it_was_made(table):
-    """Looking is not reading: a call that is refused afterwards adds nothing."""
+    """Add nothing for a call that looks and is refused afterwards: looking is not reading."""
     fn = projection()
     for _ in range(3):
         assert table.look(fn, lambda: 0)[0] is False
@@ -74,7 +75,7 @@ def test_a_write_between_look_and_launch_counts(table):
 
 
 def test_a_replaced_projection_is_read_late(table):
-    """Assigning to ``.data`` leaves the tensor and its version, and gives it other memory."""
+    """Read late after ``.data`` was assigned: tensor and version stay, the memory is another."""
     fn = projection()
     read(table, fn)
     version = fn._version
@@ -95,7 +96,7 @@ def test_a_projection_of_inference_mode_is_read_late(table):
 
 
 def test_a_read_in_a_capture_counts_in_that_capture_alone(table):
-    """Nothing has run when a capture ends, so what wrote the projection may be running still."""
+    """Read late after a capture, in which nothing runs: what wrote the projection may still run."""
     fn = projection()
     assert [read(table, fn, 5), read(table, fn, 5)] == [False, True]
     assert [read(table, fn, 6), read(table, fn, 6)] == [False, True]
@@ -167,7 +168,7 @@ def short_way(op, inputs):
 
 @pytest.fixture
 def ways(driver):
-    """Both ways of a call, with the kernels of both ops loaded."""
+    """Give the short and the long way of a call, with the kernels of both ops loaded."""
     driver.run = lambda launch: None
     if not host.load():
         pytest.skip("there is no native library here")
@@ -179,7 +180,7 @@ def ways(driver):
 
 
 def given(driver):
-    """What the kernels were told, since the last time."""
+    """Return what the kernels were told since the last time."""
     told = [launch.arguments["early"] for launch in driver.launches]
     driver.launches.clear()
     return told
@@ -214,7 +215,7 @@ def test_both_ways_and_both_ops_share_one_table(driver, ways):
 
 @pytest.mark.parametrize("way", ["long", "short"])
 def test_pre_alone_reads_early(driver, ways, way):
-    """As the default wiring calls it: ``post`` and ``pre``, and no fused op in the process."""
+    """Read early in ``pre`` without any fused op, as the default wiring calls ``pre``."""
     inputs = inputs_of("pre")
     for _ in range(2):
         ways[way]("pre", inputs)
@@ -234,7 +235,7 @@ def test_a_refused_launch_is_no_read(driver, ways, way):
 
 
 def test_a_refused_kernel_is_no_read(driver, monkeypatch):
-    """The guard of a capture, or a failed compile, comes before anything is launched."""
+    """Count no read where a capture's guard or a failed compile comes before any launch."""
 
     def refuse(key, device):
         raise RuntimeError("not loaded, and the stream is being captured")
@@ -260,7 +261,7 @@ def test_calls_of_a_capture(driver, ways, way):
 
 
 def test_without_the_native_library(driver, monkeypatch):
-    """Python serves every call through the launcher, also with early reading."""
+    """Serve every call by the long way through the launcher, also with early reading."""
     driver.run = lambda launch: None
     monkeypatch.setattr(host, "_reads", early.Table())
     monkeypatch.setattr(host, "_library", None)

@@ -1,4 +1,4 @@
-"""The CUDA source of every kernel, run on the CPU and compared with the oracle."""
+"""Run the CUDA source of every kernel on the CPU and compare results with the oracle."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def device(monkeypatch, kept, lowered) -> Device:
 
 
 ENDS = ("expand_pre", "post_head", "post_head_streams")
-NARROW = 7168  # tiles of 8 tokens; test_cubin.py lowers these kernels, too
-# run at one hidden size there: they take long to lower
+NARROW = 7168  # Tiles have 8 tokens here; test_cubin.py lowers these kernels, too.
+# The first test runs these kernels at HIDDEN alone, as they take long to lower.
 LONG_TO_LOWER = set(IN_CLUSTERS) - {"fused_post_pre"}
 
 
@@ -50,9 +50,11 @@ def test_every_kernel_matches_the_oracle(device, hidden, arch):
                 continue
             if runs_in_clusters(op, hidden, arch, tokens):
                 if tokens > 1 and routes.row(op, hidden, arch, tokens - 1) == row:
-                    continue  # at the first token count of each row: they take long to emulate
+                    # Only the first token count of each row runs: clusters take long to emulate.
+                    continue
             elif op in ENDS and tokens > 1:
-                continue  # the same kernels as of other ops, whatever the number of tokens
+                # Other ops have the same kernels, whatever the number of tokens.
+                continue
             device.check(op, make_inputs(op, tokens, hidden, norm=norm, seed=tokens))
     keys = routes.keys(hidden, arch, MAX_TOKENS)
     assert device.launched == {key for key in keys if key.kernel not in elsewhere}
@@ -83,12 +85,13 @@ def test_hard_inputs(device, kind):
 
 @pytest.mark.parametrize("repeat", [1, 2])
 def test_few_rounds_of_sinkhorn(device, repeat):
-    device.arch = "sm_80"  # whose kernels are quick to emulate; all take the same rounds
+    # The kernels of sm_80 are quick to emulate; all kernels take the same rounds.
+    device.arch = "sm_80"
     device.check("pre", make_inputs("pre", 2, 256, sinkhorn_repeat=repeat))
 
 
 def hard_logits() -> dict[str, Tensor]:
-    """Logits of combs, among them those that converge slowly, late or not at all."""
+    """Make logits of combs, among them those that converge slowly, late or not at all."""
     random = torch.Generator().manual_seed(0)
     below = torch.ones(4, 4).tril(-1)
     logits = {
@@ -108,7 +111,7 @@ def hard_logits() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])
 def test_no_round_of_sinkhorn_is_missed(device, eps):
-    """Within 1e-6 of float64 whichever way the rounds are made; streams of zeros: exact logits."""
+    """Stay within 1e-6 of float64 however rounds are made; streams of zeros give exact logits."""
     device.arch = "sm_80"
     inputs = make_inputs("pre", 1, 256) | {"hc_sinkhorn_eps": eps}
     inputs["residual"].zero_()
@@ -149,10 +152,11 @@ def test_batches_give_the_bits_of_single_tokens(device, op, tokens):
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("hidden", [HIDDEN, NARROW], ids=["16_tokens_a_tile", "8_tokens_a_tile"])
 def test_the_persistent_kernel(device, hidden, norm):
-    """It loops over tiles, and its bits are those of the kernel for few tokens."""
+    """Loop over tiles, with the bits of the kernel that serves few tokens."""
     if hidden != HIDDEN and not norm:
         pytest.skip("one norm of the larger hidden size: a minute each")
-    tokens = 69 if hidden == HIDDEN else 37  # 5 tiles, the last one short, all of one cluster
+    # There are 5 tiles, the last one short, all of one cluster.
+    tokens = 69 if hidden == HIDDEN else 37
     inputs = make_inputs("fused_post_pre", tokens, hidden, norm=norm, seed=3)
     few = {name: value[:5] if name in TOKENWISE else value for name, value in inputs.items()}
     expected = device.run("fused_post_pre", few)
@@ -165,10 +169,11 @@ def test_the_persistent_kernel(device, hidden, norm):
 
 @pytest.mark.parametrize("hidden", [HIDDEN, NARROW], ids=["16_tokens_a_tile", "8_tokens_a_tile"])
 def test_pre_after_post_is_the_boundary(device, hidden):
-    """The pre kernel loops over tiles, and its bits are those of the boundary in one launch."""
-    tokens = 117 if hidden == HIDDEN else 45  # more tiles than buffers, the last one short
+    """Loop over tiles in the pre kernel, with the bits of the boundary in one launch."""
+    # There are more tiles than buffers, all of one cluster, and the last tile is short.
+    tokens = 117 if hidden == HIDDEN else 45
     inputs = make_inputs("pre", tokens, hidden, norm=True, seed=3)
-    with other_routes(CLUSTERS=1, FEW_CLUSTERS_TOKENS=0, ONE_ROUND_TOKENS=0):  # all of one cluster
+    with other_routes(CLUSTERS=1, FEW_CLUSTERS_TOKENS=0, ONE_ROUND_TOKENS=0):
         many = device.run("pre", inputs)
     assert_matches_oracle("pre", inputs, tuple(many.values()))
     post = {name: make_inputs("post", 5, hidden)[name] for name in TOKENWISE}
@@ -181,8 +186,9 @@ def test_pre_after_post_is_the_boundary(device, hidden):
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 def test_the_persistent_kernel_of_post_head(device, norm):
-    """It loops over tiles, and its bits are those of the kernel for few tokens."""
-    tokens = geometry.POST_HEAD_GROUP_TOKENS + 5  # 5 tiles in one cluster, the last one short
+    """Loop over tiles, with the bits of the kernel that serves few tokens."""
+    # There are 5 tiles in one cluster, the last one short.
+    tokens = geometry.POST_HEAD_GROUP_TOKENS + 5
     inputs = make_inputs("post_head_streams", tokens, HIDDEN, norm=norm, seed=3)
     few = {name: value[:19] if name in TOKENWISE else value for name, value in inputs.items()}
     with other_routes(

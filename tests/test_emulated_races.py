@@ -1,4 +1,4 @@
-"""The CUDA source of the kernels under ThreadSanitizer, as it is and with a wait taken out."""
+"""Run the CUDA source of the kernels under ThreadSanitizer, as it is and without a wait."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 def without(lowered: Lowered, pattern: re.Pattern[str], i: int = 0) -> Lowered:
-    """The kernel with match ``i`` of a pattern taken out of its source."""
+    """Take match ``i`` of a pattern out of the source of a kernel."""
     start, end = list(pattern.finditer(lowered.source))[i].span()
     return lowered._replace(source=lowered.source[:start] + lowered.source[end:])
 
@@ -44,14 +44,14 @@ def without(lowered: Lowered, pattern: re.Pattern[str], i: int = 0) -> Lowered:
 def test_no_races(monkeypatch, kept, lowered, arch):
     def kernel(key: Key) -> Kernel:
         first = key not in device.launched
-        # two CTAs side by side: they must not write the same elements
+        # Two CTAs run side by side and must not write the same elements.
         return Kernel(lowered(key), kept, sanitize_threads=first, resident=1 + first)
 
     device = Device(monkeypatch, kernel)
     device.arch = arch
     for tokens in routes.bounds(256, arch, MAX_TOKENS):
         for op, norm in CASES:
-            # a cluster of 16 has more threads than ThreadSanitizer can hold: see below
+            # A cluster of 16 has more threads than ThreadSanitizer can hold; other tests shrink it.
             if not runs_in_clusters(op, 256, arch, tokens + 16):
                 device.check(op, make_inputs(op, tokens + 16, 256, norm=norm))
     assert device.launched == {
@@ -61,10 +61,10 @@ def test_no_races(monkeypatch, kept, lowered, arch):
 
 @contextlib.contextmanager
 def kernels_with(*names: str, **constants: int) -> Iterator[list[ModuleType]]:
-    """While it lasts, these modules of kernels are made with other constants of ``geometry``."""
+    """Make these modules of kernels with other constants of ``geometry`` for a while."""
     modules = [importlib.import_module(f"mhc_ops.csrc_tilelang.{name}") for name in names]
     with contextlib.ExitStack() as stack:
-        # called in turn from the last: the constants, then the modules
+        # The stack undoes from the last to the first: the constants, then the modules.
         stack.callback(lambda: [importlib.reload(module) for module in modules])
         stack.enter_context(other_routes(**constants))
         for module in modules:
@@ -74,25 +74,25 @@ def kernels_with(*names: str, **constants: int) -> Iterator[list[ModuleType]]:
 
 @pytest.fixture
 def small_clusters():
-    """Kernels with clusters of 2, which ThreadSanitizer can run two of side by side."""
+    """Make kernels with clusters of 2; ThreadSanitizer can run two such clusters side by side."""
     with kernels_with(
         "_operands", "fused_post_pre", "_group", "_post_head", *ENDS,
         CLUSTER=2, GROUP_TOKENS=4, EXPAND_PRE_GROUP_TOKENS=16,
     ) as modules, pytest.MonkeyPatch.context() as patch:  # fmt: skip
-        # three are many already, at whose barrier they arrive relaxed
+        # Three clusters are many already: they arrive at their barrier relaxed.
         patch.setattr(modules[1], "FEW_CLUSTERS", 2)
         yield
 
 
 RACING_KEYS = [
-    # with the terms of fn in registers alone, and in shared memory as well
+    # The terms of fn are in registers alone, and in shared memory as well.
     ("fused_post_pre", 11, key_of("fused_post_pre", 256)),
     ("fused_post_pre", 11, key_of("fused_post_pre", HIDDEN, norm=True)),
-    # 2 groups, the first of two tiles
+    # There are 2 groups, the first of two tiles.
     ("expand_pre", 19, key_of("expand_pre", 256, norm=True)),
-    # 2 groups of 3 and 2 tiles, the last one partly empty
+    # There are 2 groups of 3 and 2 tiles, the last tile partly empty.
     ("post_head_streams", 35, key_of("post_head", 256, norm=True, streams=1)),
-    # 2 groups of 9 and 8 tiles: every buffer and inbox is used again
+    # There are 2 groups of 9 and 8 tiles: every buffer and inbox is used again.
     ("post_head_streams", 131, key_of("post_head_persistent", 256, norm=True, streams=1)),
 ]
 per_racing_key = pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_no_races_in_clusters(monkeypatch, kept, small_clusters, op, tokens, key
     device = Device(
         monkeypatch, lambda key: Kernel(lowered, kept, sanitize_threads=True, resident=4)
     )
-    with other_routes(CLUSTERS=1):  # groups of the ends as large as they get
+    with other_routes(CLUSTERS=1):  # Groups of the ends are as large as groups get.
         device.check(op, cluster_inputs(op, tokens, key))
     assert device.launched == {key}
 
@@ -123,7 +123,7 @@ LOOPING_KEYS = {
 
 @pytest.fixture(scope="module")
 def small_looping_kernel(kept) -> Callable[[str], Lowered]:
-    """Op to a kernel in clusters of 8 with tiles of 8: as many threads as ThreadSanitizer holds."""
+    """Lower an op's kernel with clusters and tiles of 8: ThreadSanitizer holds no more threads."""
 
     @functools.cache
     def get(op: str) -> Lowered:
@@ -136,10 +136,10 @@ def small_looping_kernel(kept) -> Callable[[str], Lowered]:
 
 
 def run_loop(monkeypatch, kept, op: str, lowered: Lowered, sanitize_threads: bool = True) -> None:
-    """In one cluster, the last tile short: every buffer, gate and inbox is used again."""
+    """Run in one cluster with a short last tile: every buffer, gate and inbox is used again."""
     options = {"sanitize_threads": True, "resident": 8} if sanitize_threads else {}
     device = Device(monkeypatch, lambda key: Kernel(lowered, kept, **options))
-    tokens = 27 if op == "fused_post_pre" else 61  # 3 and 6 buffers
+    tokens = 27 if op == "fused_post_pre" else 61  # The kernels have 3 and 6 buffers.
     with other_routes(CLUSTERS=1, FEW_CLUSTERS_TOKENS=0, ONE_ROUND_TOKENS=0, WIDE_TILE_HIDDEN=0):
         device.check(op, cluster_inputs(op, tokens, LOOPING_KEYS[op]))
     assert device.launched == {LOOPING_KEYS[op]}
@@ -199,7 +199,7 @@ def test_each_wait_of_a_cluster_is_needed(monkeypatch, kept, small_clusters, op,
             device.run(op, cluster_inputs(op, tokens, key))
 
 
-TOKENS = 20  # two token tiles
+TOKENS = 20  # They make two token tiles.
 PROJECTION_KEY = key_of("projection", HIDDEN, arch="sm_80", rows=geometry.MIXES, token_tiles=1)
 BARRIER = re.compile(r"^ *(__syncthreads|tl::__sync_thread_partial|__syncwarp)\(.*\);\n", re.M)
 
@@ -226,7 +226,8 @@ def test_each_barrier_is_needed(monkeypatch, kept, lowered, op, key, barriers):
             return Kernel(broken, kept, sanitize_threads=True)
 
         device = Device(monkeypatch, kernel)
-        device.sms = 1  # both token tiles in turn: one may run into the next
+        # Both token tiles run in turn, so one may run into the next.
+        device.sms = 1
         device.arch = key.arch
         with pytest.raises(EmulationError, match="data race"):
             device.run(op, inputs)

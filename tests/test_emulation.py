@@ -1,4 +1,4 @@
-"""The emulation itself: what it refuses, what it orders, and the twins of the device functions."""
+"""Test the emulation: what it refuses, what it orders, and the twins of the device functions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_device_function_has_a_twin():
     functions = DEVICE_FUNCTION.findall(DEVICE_SOURCE)
     assert functions
     assert sorted(functions) == sorted(DEVICE_FUNCTION.findall(twins))
-    # nothing that the pattern overlooks
+    # The pattern overlooks nothing.
     assert DEVICE_SOURCE.count("__device__") == len(functions)
 
 
@@ -73,7 +73,7 @@ LANE = torch.arange(64)
 
 @pytest.fixture
 def sample(kept) -> Callable[..., Tensor]:
-    """Run a sample on in[t] = t with ``out`` full of NaN; returns ``out``."""
+    """Run a sample on in[t] = t with ``out`` full of NaN; return ``out``."""
 
     def run(
         name: str,
@@ -211,7 +211,8 @@ def test_what_no_cluster_may_do(sample, monkeypatch, name, message, sanitize_thr
                 r"deadlock: (cluster barrier 0 still waits for 1|end of CTA \d still waits for \d+)"
                 r" of 128 threads"
             )
-        if name == "SEND_TO_ENDED":  # or is about to end: refused all the same
+        # A CTA that is about to end is refused as well.
+        if name == "SEND_TO_ENDED":
             message += r"|nobody waits for the inbox"
     with pytest.raises(EmulationError, match=message):
         sample(name, ctas=2, cluster=2, waits=waits, sanitize_threads=sanitize_threads)
@@ -229,7 +230,7 @@ def test_what_is_loaded_comes_with_its_wait(sample):
         out = sample(name)
         assert torch.equal(out[:there], LANE[:there].float()), name
         assert out[there:].isnan().all(), name
-    # what is in no group is not waited for with one
+    # A wait for a group does not wait for loads that are in no group.
     out = sample("LOADS_UNCOMMITTED")
     assert torch.equal(out[:32], LANE[:32].float())
     assert out[32:].isnan().all()
@@ -241,16 +242,16 @@ def test_registers_of_a_warpgroup(sample):
 
 def test_memory_after_the_dependency(sample):
     assert torch.equal(sample("AFTER_DEPENDENCY", waits=True, ctas=3), LANE.float())
-    # threads that do not wait go on as far as they can without memory
+    # Threads that do not wait go on as far as they can without memory.
     assert torch.equal(sample("ONE_THREAD_WAITS", waits=True), LANE.float())
-    # a weight, which no kernel writes
+    # No kernel writes a weight, so a weight may be read early.
     early = sample("TOUCH_BEFORE_DEPENDENCY", waits=True, early=("in",))
     assert torch.equal(early, LANE.float())
 
 
 def test_ctas_of_a_cluster(sample):
     assert torch.equal(sample("RANKS", ctas=4, cluster=2), LANE // 16 % 2 * 1.0)
-    # one cluster runs side by side; before its threads wait none may touch memory
+    # One cluster runs side by side; before its threads wait none may touch memory.
     assert torch.equal(sample("CLUSTER_WAITS", ctas=4, cluster=2, waits=True), LANE.float())
     with pytest.raises(ValueError, match="whole clusters of 2 CTAs"):
         sample("RANKS", ctas=3, cluster=2)
@@ -271,14 +272,14 @@ def test_what_ctas_send_each_other(sample, ctas, resident):
     assert torch.equal(sample("LOAD_BEHIND", **options), LANE % 32 * 2 + 32.0)
     for name in ("LOAD_BULK", "LOAD_BULK4"):
         assert torch.equal(sample(name, **options), LANE.float())
-    # not even what has been sent can be read before everything has
+    # Not even what has been sent can be read before everything has been sent.
     late = sample("SEND_LATE", **options)
     assert late[LANE % 32 < 31].isnan().all()
     assert late[LANE % 32 == 31].eq(0).all()
 
 
 def test_a_large_cluster(sample):
-    # as many threads as 16 CTAs of 544
+    # The cluster has as many threads as 16 CTAs of 544.
     assert torch.equal(sample("CLUSTER_SIZE", ctas=136, cluster=136), LANE * 0.0 + 8704)
 
 
@@ -312,7 +313,7 @@ def test_mma_is_a_matrix_product(sample):
     a, b = torch.randn(16, 16).bfloat16(), torch.randn(16, 8).bfloat16()
     lane = torch.arange(32)
     g, t = lane // 4, lane % 4
-    # the fragments as the PTX ISA draws them: pairs of a in one row, of b in one column
+    # The PTX ISA draws the fragments like this: pairs of a in one row, of b in one column.
     pairs = [
         torch.stack((a[row, column], a[row, column + 1]), 1)
         for row, column in ((g, 2 * t), (g + 8, 2 * t), (g, 2 * t + 8), (g + 8, 2 * t + 8))
@@ -340,20 +341,20 @@ def test_split3_keeps_every_bit(sample):
         ("BY_ARRIVE", False),
         ("BY_GATE", False),
         ("BY_SECOND_PHASE", False),
-        # a pass orders what was done before it, and a wait what is done after it
+        # A pass orders what was done before the pass, and a wait what is done after the wait.
         ("BY_FORMER_PHASE", True),
         ("BY_LATE_GATE", True),
         ("BY_LOAD", False),
-        # a wait for loads is one of their thread
+        # Only the thread that has loaded can wait for its loads.
         ("BY_LATE_LOAD", True),
-        # a shuffle hands over a register and orders no memory
+        # A shuffle hands over a register and orders no memory.
         ("BY_SHUFFLE", True),
         ("BY_NOTHING", True),
         ("SAME_ELEMENTS", True),
         ("OWN_ELEMENTS", False),
         ("RELEASE", False),
         ("RELAXED", True),
-        # TileLang drops the memory order of an addition whose result nobody reads
+        # TileLang drops the memory order of an addition whose result nobody reads.
         ("RELEASE_WITHOUT_RESULT", True),
     ],
 )
@@ -387,18 +388,18 @@ def test_what_orders_memory(sample, name, races):
         ("LOAD_BULK_AGAIN", False),
         ("SEND_LATE", True),
         ("INBOX", False),
-        # the opening of an inbox has a fence of its own
+        # The opening of an inbox has a fence of its own.
         ("INBOX_OPENED_RELAXED", False),
         ("INBOX_OPENED_IN_TIME", False),
         ("INBOX_OPENED_UNORDERED", True),
         ("INBOX_WITHOUT_WAIT", True),
-        # an inbox orders what was sent to it, not what was sent to another one
+        # An inbox orders what was sent to it, not what was sent to another one.
         ("INBOX_OTHER", True),
-        # nor what else the sender wrote
+        # An inbox does not order what else the sender wrote either.
         ("INBOX_OTHER_MEMORY", True),
         ("INBOX_AFTER_READ", True),
         ("SLOT_AGAIN", False),
-        # who has had a message back may write again what its sender had read
+        # Who has had a message back may write again what the message's sender had read.
         ("PHASES", False),
         ("PHASES_EARLY", False),
         ("PHASES_TOLD", False),
@@ -422,6 +423,6 @@ def test_what_orders_memory_in_a_cluster(sample, name, races):
         with pytest.raises(EmulationError, match="data race"):
             sample(name, **options)
     else:
-        # two clusters, one after the other and side by side; some write the same elements
+        # Two clusters run one after the other and side by side; some write the same elements.
         for resident in (1, 2) if name.startswith(("SEND", "PHASES", "LOAD")) else (1, 4):
             sample(name, **{**options, "ctas": 4, "resident": resident})

@@ -1,8 +1,8 @@
-"""The cases of the engines' own kernel tests, through the signatures of the adapters.
+"""Run the cases of the engines' own kernel tests, through the signatures of the adapters.
 
 SGLang tests ``mhc_fused_post_pre`` against its own steps, and GLM-5.3's boundary; vLLM tests each
 function against a reference, and that ``pre`` gives a token the same bits in any batch. Sizes,
-token counts and kinds of inputs are theirs; the judge is the float64 oracle, whose bounds are
+token counts and kinds of inputs are the engines'; the judge is the float64 oracle, whose bounds are
 tighter.
 """
 
@@ -26,7 +26,7 @@ def norm_of(hidden, device, fused):
 
 
 class TestSGLang:
-    """Small streams, doubly normalised twice, with and without the norm."""
+    """Take small streams, doubly normalised twice, with and without the norm."""
 
     ROUNDS = 2
 
@@ -69,7 +69,7 @@ class TestSGLang:
 
     @pytest.mark.parametrize("fused", [False, True], ids=["plain", "norm"])
     def test_the_boundary_of_glm(self, fused, device, monkeypatch):
-        """SGLang fuses it up to 16 tokens; the adapter fuses any number."""
+        """Fuse the boundary of GLM at any number of tokens; SGLang stops at 16."""
         monkeypatch.setattr(self, "ROUNDS", 20)
         for tokens in (0, 1, 6, 17):
             post, mixing = self.inputs(tokens, 4096, device, fused)
@@ -96,7 +96,7 @@ class TestSGLang:
 
 
 class TestVLLM:
-    """Streams of size 1, a projection of 1e-4 that differs by stream, a post factor of 1."""
+    """Take streams of size 1, a projection of 1e-4 that differs by stream, a post factor of 1."""
 
     TOKENS = (1, 4, 8, 128)
 
@@ -132,7 +132,8 @@ class TestVLLM:
             streams = {"residual": post["residual"]}
             for fused in (False, True):
                 mixing = self.mixing(hidden, device, fused)
-                given = mixing | ({} if fused else {"norm_eps": EPS})  # a number, as by default
+                # norm_eps is a number in vLLM even without a norm.
+                given = mixing | ({} if fused else {"norm_eps": EPS})
                 got = vllm.mhc_pre_tilelang(**streams, **given)
                 assert_matches_oracle("pre", streams | mixing, got)
                 got = vllm.mhc_fused_post_pre_tilelang(**post, **given)

@@ -1,4 +1,4 @@
-"""The adapters of SGLang and vLLM, on stand-ins; their signatures against the engines' sources."""
+"""Test the adapters of SGLang and vLLM on stand-ins, and signatures against engines' sources."""
 
 import ast
 import importlib
@@ -28,9 +28,9 @@ ROOT = Path(__file__).parents[1]
 ADAPTERS = {"sglang": sglang, "vllm": vllm}
 ENGINES = tuple(ADAPTERS)
 ARCH = "meta"
-WHEELS = os.environ.get("ENGINE_WHEELS")  # a folder, see CONTRIBUTING.md
+WHEELS = os.environ.get("ENGINE_WHEELS")  # CONTRIBUTING.md describes this folder.
 
-# by engine: op to (module, name)
+# An engine leads to a dict of op to (module, name).
 FUNCTIONS = {
     engine: dict(
         zip(
@@ -56,7 +56,7 @@ def _undecided(monkeypatch):
 
 @pytest.fixture
 def served(monkeypatch):
-    """Meta tensors count as on a device that the kernels serve, under ``ARCH``."""
+    """Let meta tensors count as on a device that the kernels serve, under ``ARCH``."""
     stock_support, stock_arch, stock_obtainable = support.is_supported, support.arch, jit.obtainable
 
     def is_supported(device=None):
@@ -80,7 +80,7 @@ def served(monkeypatch):
 
 @pytest.fixture
 def stand_in(request, tmp_path, monkeypatch):
-    """The adapter of an engine whose stand-in can be imported, with the given changes."""
+    """Make an engine's stand-in importable, with the given changes; return the engine's adapter."""
 
     def make(engine, changes=None):
         engines.write(engine, tmp_path, changes)
@@ -99,7 +99,7 @@ def function(engine, op):
 
 
 def stock(engine):
-    """Whether each function is the stand-in's own, by op."""
+    """Say by op whether each function is the stand-in's own."""
     return {op: function(engine, op).__module__.startswith(engine) for op in FUNCTIONS[engine]}
 
 
@@ -111,10 +111,10 @@ ALL_OURS = dict.fromkeys(ALL_STOCK, False)
 @pytest.mark.parametrize("op", ALL_STOCK)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_functions_run_the_ops(engine, op, norm, device, stand_in, served):
-    """Called as the engines call them: by position, the splits too."""
+    """Call the functions as the engines do: by position, the splits too."""
     adapter = stand_in(engine)
     adapter.install()
-    # neither engine's head has a norm
+    # Neither engine's head has a norm.
     inputs = make_inputs(op, 3, 256, norm=norm and op != "head", device=device)
     keywords = {name: inputs[name] for name in ("norm_weight", "norm_eps") if name in inputs}
     positional = [value for name, value in inputs.items() if name not in keywords]
@@ -127,7 +127,7 @@ def test_functions_run_the_ops(engine, op, norm, device, stand_in, served):
 
 
 def test_norm_eps_alone_means_nothing_to_vllm(stand_in, served):
-    """Its default is a number: the op must not take it for half of a norm."""
+    """Ignore ``norm_eps`` alone, whose default in vLLM is a number: it is not half of a norm."""
     stand_in("vllm").install()
     inputs = make_inputs("pre", 2, 256)
     got = function("vllm", "pre")(**inputs, norm_weight=None, norm_eps=1e-5)
@@ -152,7 +152,7 @@ def test_uninstall_undoes_install(engine, stand_in):
 @pytest.mark.parametrize("first", ["model", "install"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_modules_that_imported_a_function_by_name(engine, first, stand_in):
-    """Whether the model's module was imported before or after."""
+    """Rebind such modules whether the model's module was imported before ``install`` or after."""
     adapter = stand_in(engine)
     name = {"sglang": "sglang.srt.models.by_name", "vllm": "vllm.models.by_name"}[engine]
     if first == "model":
@@ -239,11 +239,11 @@ def test_rocm_is_refused(engine, stand_in, monkeypatch):
 
 
 class TestFallback:
-    """What the ops do not serve runs the engine's own function, and is told once."""
+    """Run the engine's own function for what the ops do not serve, and tell the reason once."""
 
     @pytest.fixture
     def answers(self, stand_in, caplog):
-        """Call a function of an engine twice: what came back, the calls of ops, the lines told."""
+        """Call an engine's function twice; return the results, the calls of ops, the lines told."""
 
         def call(engine, op, inputs):
             stand_in(engine).install()
@@ -255,7 +255,7 @@ class TestFallback:
 
     @staticmethod
     def inputs(engine, op, **sizes):
-        """By the engine's own names, without a norm."""
+        """Make inputs by the engine's own names, without a norm."""
         values = make_inputs(op, 3, 256, **sizes).values()
         parameters = inspect.signature(ADAPTERS[engine].REPLACEMENTS[list(ALL_STOCK).index(op)][2])
         return dict(zip(parameters.parameters, values, strict=False))
@@ -316,7 +316,8 @@ class TestFallback:
         got, _, told = answers(engine, "pre", inputs | change(inputs))
         assert got == [names(engine)["pre"]] * 2
         assert told == ([] if reason is None else [f"the engine's own mHC functions run: {reason}"])
-        with CallCounts() as calls:  # what does fit is not held to account for it
+        # Arguments that fit still run the op afterwards.
+        with CallCounts() as calls:
             function(engine, "pre")(**inputs)
         assert dict(calls.counts) == {"pre": 1}
 
@@ -339,7 +340,7 @@ class TestFallback:
         assert "expected x to start at a multiple of 16 bytes" in told
 
     def test_numbers_make_no_other_reason(self, stand_in, served, caplog):
-        """A line for every token count would fill the log."""
+        """Tell a reason once for all token counts, as a line for each would fill the log."""
         stand_in("vllm").install()
         with caplog.at_level(logging.WARNING, logger="mhc_ops"):
             for tokens in (1, 2, 3):
@@ -373,7 +374,7 @@ class TestFallback:
 
     @pytest.mark.parametrize("capturing", [False, True])
     def test_a_kernel_that_cannot_be_had_after_all(self, answers, served, monkeypatch, capturing):
-        """It is not tried again, unless what is in its way is a capture."""
+        """Do not try the kernel again, unless a capture was what was in the way."""
         tried = []
 
         def post(*args):
@@ -389,7 +390,7 @@ class TestFallback:
 
     @pytest.mark.gpu
     def test_a_compile_that_fails(self, answers, monkeypatch):
-        """The error comes through the dispatcher as what it is."""
+        """Let the error come through the dispatcher as what it is."""
 
         def compile_key(key):
             raise RuntimeError("nvcc said no")
@@ -418,7 +419,7 @@ class TestFallback:
 
     @pytest.mark.parametrize("dynamic", [False, True])
     def test_compiled(self, stand_in, served, fresh_dynamo, dynamic):
-        """Decided while it is traced, without a break."""
+        """Decide while the function is traced, without a graph break."""
         stand_in("vllm").install()
         post = function("vllm", "post")
         compiled = torch.compile(
@@ -431,7 +432,7 @@ class TestFallback:
 
 
 class TestLate:
-    """Functions of modules that are the engine's to import."""
+    """Replace functions of modules that are the engine's to import."""
 
     LATE = tuple((e, r) for e, a in ADAPTERS.items() for r in a.REPLACEMENTS if r.late)
 
@@ -512,7 +513,7 @@ def engines_loader():
 
 
 class TestFirstCall:
-    """The first call of a model loads every kernel of its hidden size."""
+    """Load every kernel of a hidden size at the first call of a model."""
 
     @pytest.fixture
     def warmed(self, monkeypatch):
@@ -578,11 +579,11 @@ def test_an_fp32_norm_weight_is_rounded_as_the_engines_do(engine, device, stand_
 
 
 class TestHidden:
-    """``install(hidden=...)`` looks before it replaces anything."""
+    """Look in ``install(hidden=...)`` before anything is replaced."""
 
     @pytest.fixture
     def device(self, monkeypatch):
-        """Set what there is: whether a device is supported, and kernels can be had."""
+        """Set whether a device is supported, and whether kernels can be had."""
 
         def make(supported, obtainable):
             monkeypatch.setattr(support, "is_supported", lambda device: supported)
@@ -620,7 +621,7 @@ class TestHidden:
 
 
 def test_a_model_of_transformers_is_refused_too(monkeypatch):
-    """Its settings and device are looked at before any module, so these are all that is needed."""
+    """Look at the model's settings and device, all that this test has, before any module."""
     pytest.importorskip("transformers")
     from mhc_ops.integrations import transformers
 
@@ -645,7 +646,7 @@ def test_a_model_of_transformers_is_refused_too(monkeypatch):
 class TestObtainable:
     @pytest.fixture(autouse=True)
     def _nothing(self, monkeypatch, tmp_path):
-        """No kernels, no TileLang that can be imported, no nvcc."""
+        """Take away kernels, TileLang and nvcc."""
         monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
         monkeypatch.setenv("MHC_OPS_KERNELS", str(tmp_path / "ahead"))
         for name in ("MHC_OPS_DISABLE_JIT", "MHC_OPS_TRUST_CACHE"):
@@ -719,7 +720,7 @@ class TestObtainable:
         assert "can be written by others" in reason
 
     def test_built_ahead_or_cached(self, monkeypatch, tmp_path):
-        """All of them: one that is missing is one too few, unless this process has it already."""
+        """Need every kernel: a missing one is one too few, unless this process has it already."""
         self.tilelang(monkeypatch, None)
         *keys, last = routes.keys(256, "sm_90a", 8192)
         folders = (tmp_path / "ahead", store.cached_folder())
@@ -731,7 +732,7 @@ class TestObtainable:
         assert not jit.obtainable(512, "sm_90a")[0]
 
     def test_a_kernel_that_cannot_be_had(self, monkeypatch):
-        """The ops say which error it is; its words stay those of the cause."""
+        """Raise ``KernelUnavailable`` with the words of the error that is its cause."""
 
         def compile_key(key):
             raise RuntimeError("mhc: no") from OSError("full")
@@ -764,14 +765,15 @@ def test_an_install_that_fails_in_the_middle(engine, error, stand_in, monkeypatc
     before = {op: function(engine, op) for op in ALL_STOCK}
 
     class Stubborn(types.ModuleType):
-        """A module in which nothing but its own function may be bound."""
+        """Be a module in which nothing but its own function may be bound."""
 
         def __setattr__(self, name, value):
             if value is not before["pre"]:
                 raise error
             super().__setattr__(name, value)
 
-    # It comes behind the module that defines the function, where ours is bound by then.
+    # This module comes behind the one that defines the function, where the adapter's function is
+    # bound by then.
     stubborn = Stubborn(f"{engine}.stubborn")
     vars(stubborn)["held"] = before["pre"]
     monkeypatch.setitem(sys.modules, stubborn.__name__, stubborn)
@@ -790,7 +792,7 @@ class TestPlugin:
     def test_installs(self, engine, stand_in):
         stand_in(engine)
         ADAPTERS[engine].plugin()
-        ADAPTERS[engine].plugin()  # several processes, and several times in one
+        ADAPTERS[engine].plugin()  # An engine may call the plugin several times in one process.
         assert stock(engine) == ALL_OURS
 
     @pytest.mark.parametrize("engine", ENGINES)
@@ -846,7 +848,7 @@ if len(sys.argv) == 4:
     })  # fmt: skip
 
     def run(self, tmp_path, *arguments):
-        """A fresh process that finds the package's entry points as the engines do."""
+        """Run a fresh process that finds the package's entry points as the engines do."""
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         metadata = tmp_path / "mhc_ops-0.0.0.dist-info"
         metadata.mkdir()

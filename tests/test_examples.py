@@ -1,4 +1,4 @@
-"""The examples run, agree with what they say, and stay short."""
+"""Run the examples, which must agree with what they say, and stay short."""
 
 import os
 import subprocess
@@ -15,13 +15,13 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PACKAGE = Path(mhc_ops.__file__).parents[1]
 
-pytestmark = pytest.mark.slow  # a process or more each
+pytestmark = pytest.mark.slow  # Each test starts a process or more.
 
 
 def run(name, *arguments, beside=(), processes=0, **environment):
-    """What an example printed; ``beside`` are more folders to import from.
+    """Run an example and return what it printed; ``beside`` are more folders to import from.
 
-    With ``processes`` it runs under torchrun, in so many.
+    With ``processes`` the example runs under torchrun, in so many.
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     path = os.pathsep.join(map(str, [*beside, PACKAGE, os.environ.get("PYTHONPATH", "")]))
@@ -83,7 +83,7 @@ def test_cuda_graph():
 
 @pytest.mark.parametrize("engine", engines.VERSIONS)
 def test_engine(engine, tmp_path):
-    """On the stand-in of the engine."""
+    """Run the example of an engine on the stand-in of the engine."""
     engines.write(engine, tmp_path)
     output = run(f"{engine}_engine.py", "some/model", beside=[tmp_path])
     signatures = engines.SIGNATURES[engine].values()

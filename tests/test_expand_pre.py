@@ -1,4 +1,4 @@
-"""expand_pre: copies then pre, in any batch and with any number of streams."""
+"""Test expand_pre: copies then pre, in any batch and with any number of streams."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_any_batch_gives_the_bits_of_single_tokens(hidden):
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 def test_is_expand_then_pre(device, norm):
-    """The copies bit for bit; all of it on the CPU, where the same functions run."""
+    """Match the copies bit for bit, and all outputs on the CPU, where the same functions run."""
     inputs = make_inputs(OP, (2, 3), 256, device=device, norm=norm)
     got = call(OP, inputs)
     rest = {name: value for name, value in inputs.items() if name != "x"}

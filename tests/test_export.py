@@ -1,4 +1,4 @@
-"""torch.export and AOTInductor: a stack of ``mhc_ops.nn`` saved, packaged and loaded again."""
+"""Save, package and load a stack of ``mhc_ops.nn`` with torch.export and AOTInductor."""
 
 import shutil
 
@@ -13,7 +13,7 @@ HIDDEN = 256
 
 
 class Mlp(torch.nn.Module):
-    """Any sublayer."""
+    """Stand in for any sublayer."""
 
     def __init__(self):
         super().__init__()

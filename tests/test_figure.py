@@ -1,4 +1,4 @@
-"""The figure: made from the records, refused from anything else, and the README's is up to date."""
+"""Make the figure from records, refuse anything else, and find the README's up to date."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""formula: its text and its code stand for the number that it stands for itself."""
+"""Show that a formula's text and code stand for the number that the formula stands for."""
 
 import operator
 
@@ -12,7 +12,7 @@ from mhc_ops.formula import STEPS, apply, code, constant, evaluate, name, parse
 NAMES = ("tokens", "group_tokens", "splits")
 NUMBERS = st.integers(0, 1 << 20)
 SIZES = st.fixed_dictionaries({size: NUMBERS for size in NAMES})
-MOST_ON_THE_STACK = 32  # what native/plan.h has room for
+MOST_ON_THE_STACK = 32  # native/plan.h has room for so many.
 
 OPERATORS = {
     "+": operator.add,
@@ -27,7 +27,7 @@ OPERATORS = {
 
 
 def grown(leaves):
-    """Formulas of these; nothing in them is below 0 and no divisor is 0, whatever the sizes."""
+    """Grow formulas in which nothing is below 0 and no divisor is 0, whatever the sizes."""
 
     def combine(parts):
         pairs = st.tuples(parts, parts)
@@ -51,7 +51,7 @@ OF_TOKENS = grown(st.one_of(NUMBERS.map(constant), st.just(name("tokens"))))
 
 
 def run(steps, tokens, multiprocessors=None):
-    """What a stack machine, as native/plan.h is one, makes of a code; and how deep it goes."""
+    """Run a code on a stack machine like that of native/plan.h; return the result and the depth."""
     stack, words, deepest = [], iter(steps), 0
     for word in words:
         step = STEPS[word]
@@ -101,7 +101,7 @@ def test_the_code_of_a_formula_is_the_formula(value, tokens):
 def test_names_are_replaced_in_turn_or_at_once(value, sizes, first):
     some = formula.given(value, {size: sizes[size] for size in first})
     assert evaluate(some, sizes) == evaluate(value, sizes)
-    # a formula in place of a name
+    # A formula takes the place of a name.
     swapped = formula.given(value, {"splits": name("tokens") + 1})
     assert evaluate(swapped, sizes) == evaluate(value, sizes | {"splits": sizes["tokens"] + 1})
 
@@ -165,7 +165,7 @@ def test_what_has_no_code():
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_80"])
 @pytest.mark.parametrize("hidden", [256, 4096, 5120, 7168, 8448])
 def test_formulas_of_the_table(hidden, arch):
-    """Text and code of each, and room on the stack."""
+    """Check text, code and room on the stack of every formula of the table."""
     for op in routes.ops():
         for launch in (launch for row in routes.routes(op, hidden, arch) for launch in row[1]):
             for value in launch.scalars.values():
@@ -175,4 +175,5 @@ def test_formulas_of_the_table(hidden, arch):
                 for tokens in (1, 7, 48, 49, 129, 1000, 32768):
                     number, _ = run(code(known), tokens)
                     assert number == evaluate(value, {"tokens": tokens, "multiprocessors": 132})
-                    assert run(code(value), tokens, 132)[0] == number  # as it is written ahead
+                    # Plans built ahead have this code, which asks for the multiprocessors.
+                    assert run(code(value), tokens, 132)[0] == number

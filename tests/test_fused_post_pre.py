@@ -1,4 +1,4 @@
-"""fused_post_pre: against post then pre, its rounds of Sinkhorn, and its paths."""
+"""Test fused_post_pre: against post then pre, by rounds of Sinkhorn, and by paths."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ POST_ARGUMENTS = ("x", "residual", "post_layer_mix", "comb_res_mix")
 
 
 def assert_fused_is_post_then_pre(device, tokens, hidden, norm, sinkhorn_repeat):
-    """The classical comparison: |difference| <= tolerance + tolerance * |unfused|."""
+    """Compare the classical way: |difference| <= tolerance + tolerance * |unfused|."""
     inputs = make_inputs(
         OP, tokens, hidden, device=device, norm=norm, sinkhorn_repeat=sinkhorn_repeat
     )
@@ -29,14 +29,14 @@ def assert_fused_is_post_then_pre(device, tokens, hidden, norm, sinkhorn_repeat)
         (tokens, 4, 4),
         (tokens, hidden),
     ]
-    # the same arithmetic in the same order, whichever kernel runs it
+    # Whichever kernel runs, the arithmetic and its order are the same.
     torch.testing.assert_close(fused.residual_out, residual, rtol=0, atol=0)
-    # the projection may be added up in another order: 1e-3 is the classical test's allowance
+    # The projection may be added up in another order: 1e-3 is the classical test's allowance.
     for name in ("post_mix", "comb_mix"):
         got, want = getattr(fused, name), getattr(unfused, name)
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
-    # a bf16 rounding may fall to the other side, 2e-3 of streams of size 0.1; with the norm the
-    # values are of size 1, and two roundings may
+    # A bf16 rounding may fall to the other side, 2e-3 of streams of size 0.1; with the norm the
+    # values are of size 1, and two roundings may.
     tolerance = 2e-2 if norm else 2e-3
     torch.testing.assert_close(
         fused.layer_input, unfused.layer_input, rtol=tolerance, atol=tolerance
@@ -75,7 +75,7 @@ def test_classical_at_more_tokens(hidden, norm, subtests):
 
 @pytest.mark.parametrize("sinkhorn_repeat", [1, 2, 3, 50])
 def test_sinkhorn_rounds(device, sinkhorn_repeat):
-    """Each round counts where Sinkhorn is slow: the oracle with one more is out of bounds."""
+    """Show that each round counts where Sinkhorn is slow: one more round gives other values."""
     make = {"tokens": 8, "hidden": 256, "kind": "slow_sinkhorn"}
     check_against_oracle(OP, device, sinkhorn_repeat=sinkhorn_repeat, **make)
     outputs = [
@@ -95,7 +95,7 @@ def test_the_bounds_reach_every_path(op, hidden):
         return {sum(end < tokens for end in ends) for tokens in counts}
 
     assert rows(bounds(hidden)) == rows(range(1, 5000))
-    # and a row's name is that of all its token counts
+    # A row's name is that of all its token counts.
     firsts = [1, *(end + 1 for end in ends)]
     names = {path(op, hidden, first) for first in firsts if first < 5000}
     assert names == {path(op, hidden, tokens) for tokens in bounds(hidden)}
@@ -112,7 +112,7 @@ def test_the_path_is_the_one_that_its_row_says(hidden, tokens, monkeypatch):
         launch(op, kernel, *rest)
 
     monkeypatch.setattr(launcher, "launch", record)
-    host.forget()  # else the short way takes the call
+    host.forget()  # The short way would take the call.
     mhc_ops.fused_post_pre(**make_inputs(OP, tokens, hidden, device="cuda"))
     arch = support.arch(torch.device("cuda", 0))
     launches = routes.row(OP, hidden, arch, tokens).launches if tokens else ()

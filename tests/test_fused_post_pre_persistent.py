@@ -1,4 +1,4 @@
-"""fused_post_pre for many tokens, by the persistent kernel: the bits of the kernel for few."""
+"""Run fused_post_pre on many tokens, by the persistent kernel: the bits are those of few tokens."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ TOKENWISE = ("x", "residual", "post_layer_mix", "comb_res_mix")
 
 
 def some(inputs, rows):
-    """The same call for some of its tokens."""
+    """Cut some tokens out of the inputs of a call."""
     return {name: value[rows] if name in TOKENWISE else value for name, value in inputs.items()}
 
 
@@ -32,7 +32,7 @@ def assert_same_bits(got, expected):
 @pytest.mark.parametrize("hidden", [256, 2816, 4096, 5120, 7168])
 @pytest.mark.parametrize("tokens", [129, 300, 1111])
 def test_batch_invariance(hidden, tokens, norm):
-    """Against the oracle, and bit for bit against a few tokens alone, wherever they stand."""
+    """Compare with the oracle, and bit for bit with a few tokens alone, wherever they stand."""
     assert routes.path(OP, hidden, "sm_90a", tokens) == "fused_post_pre_persistent"
     inputs = make_inputs(OP, tokens, hidden, device="cuda", norm=norm, seed=tokens)
     many = run(inputs)
@@ -55,7 +55,7 @@ def test_nan_stays_in_its_token():
 
 
 def test_more_elements_than_32_bits_count():
-    """80,000 tokens at H = 7168: 2.3e9 elements; the last tokens against themselves."""
+    """Run 80,000 tokens at H = 7168, 2.3e9 elements; compare the last ones with a small batch."""
     tokens, hidden = 80_000, 7168
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip("needs 24 GB of free memory")
@@ -72,7 +72,7 @@ def test_more_elements_than_32_bits_count():
 
 
 def test_no_memory_but_the_outputs():
-    """Above the outputs less than 8 MB at 32,768 tokens."""
+    """Take less than 8 MB above the outputs at 32,768 tokens."""
     tokens, hidden = 32_768, 4096
     inputs = make_inputs(OP, 16, hidden, device="cuda", norm=True)
     inputs |= {

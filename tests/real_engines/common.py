@@ -1,4 +1,4 @@
-"""What the tests of both engines share: inputs, sublayers that stand in, and what close means."""
+"""Share between the tests of both engines inputs, stand-ins for sublayers, and what close means."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from mhc_ops.integrations import _rebind
 HIDDEN, HC_MULT, EPS, ROUNDS = 256, 4, 1e-6, 20
 TOKENS = (0, 1, 3, 40)
 
-# One bf16 step, and what fp32 sums in another order leave of numbers of size 1.
+# This allows one bf16 step, and what fp32 sums in another order leave of numbers of size 1.
 STEP = {"rtol": 2**-7, "atol": 1e-3}
-# Streams of two layers: each boundary rounds to bf16, and a step in one is a step in the next.
+# Streams of two layers differ more: each boundary rounds to bf16, and a step in one boundary is a
+# step in the next.
 CHAIN = {"rtol": 2**-5, "atol": 2**-4}
 
 
 class Sublayer(nn.Module):
-    """Stands in for attention and for the experts of either engine."""
+    """Stand in for attention and for the experts of either engine."""
 
     tp_size = attn_tp_size = 1
     _shared_expert_tp1 = False
@@ -42,7 +43,7 @@ class Sublayer(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Carries a weight; the boundary before it applies it."""
+    """Carry a weight, which the boundary before the norm applies."""
 
     def __init__(self, hidden, eps):
         super().__init__()
@@ -58,7 +59,7 @@ def random_weights(module):
 
 
 def mixing(rows=24, hidden=HIDDEN):
-    """(fn, scale, base) of a hyper-connection, or of a head with 4 rows."""
+    """Return (fn, scale, base) of a hyper-connection, or of a head with 4 rows."""
     return (
         torch.randn(rows, HC_MULT * hidden) * 0.05,
         torch.rand(3 if rows == 24 else 1) + 0.5,
@@ -71,7 +72,7 @@ def streams(tokens, hidden=HIDDEN, hc_mult=HC_MULT):
 
 
 def norm(y, weight, eps):
-    """RMSNorm of what has been rounded to bf16, the reference of a fused norm."""
+    """Apply RMSNorm to what has been rounded to bf16, as the reference of a fused norm."""
     y = y.float()
     scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y * scale * weight.float()).bfloat16()
@@ -83,7 +84,7 @@ def close(got, want, **tolerance):
 
 @contextlib.contextmanager
 def without_op(module, name):
-    """Count the calls of an engine's own function that one of ours replaced."""
+    """Count the calls of an engine's own function that one of this package replaced."""
     ours = vars(module)[name]
     stock = mock.Mock(side_effect=_rebind.stock(ours))
     with mock.patch.dict(_rebind._stock, {ours: stock}):

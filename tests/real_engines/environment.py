@@ -1,9 +1,9 @@
 """Make environments with SGLang and with vLLM, install the wheel in both, and run their tests.
 
-``make test-engines`` calls it. SGLang is installed whole, with the torch, TileLang and tvm-ffi
-that it pins; vLLM stands on top of it, with what its imports need of other versions. It takes
-about 14 GB of disk and, the first time, 15 minutes. pip has to say of the wheel that it would
-install it and nothing else, and finds no more conflicts with it than without.
+``make test-engines`` calls this script. SGLang is installed whole, with the torch, TileLang and
+tvm-ffi that SGLang pins; vLLM stands on top of SGLang, with what vLLM's imports need of other
+versions. Both take about 14 GB of disk and, the first time, 15 minutes. pip has to say that it
+would install the wheel and nothing else, and finds no more conflicts with the wheel than without.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SGLANG, VLLM = "sglang==0.5.23", "vllm==0.33.0"
 TOOLS = ("pytest>=8",)
-# vLLM's imports: what SGLang does not have, or has in a version that vLLM cannot use.
+# vLLM imports these, which SGLang does not have, or has in a version that vLLM cannot use.
 VLLM_NEEDS = ("cachetools", "cbor2", "openai>=2.25", "py-cpuinfo")
 
 
 def run(*command: str | Path, cwd: Path, check: bool = True, **environment: str) -> str:
-    """Run a command and show what it says; return that, too."""
+    """Run a command; show and return what it says."""
     print("+", *command, flush=True)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     process = subprocess.Popen(
@@ -46,7 +46,7 @@ def run(*command: str | Path, cwd: Path, check: bool = True, **environment: str)
 
 
 class Environment:
-    """A virtual environment, perhaps on top of another one's packages."""
+    """Make a virtual environment, perhaps on top of another one's packages."""
 
     def __init__(self, folder: Path, below: Environment | None = None) -> None:
         self.folder = folder

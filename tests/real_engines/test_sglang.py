@@ -1,4 +1,4 @@
-"""The adapter in SGLang itself: its entry point, its V4 layers, NextN, DSpark, GLM-5.3."""
+"""Test the adapter in SGLang itself: the entry point, V4 layers, NextN, DSpark, GLM-5.3."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def v4():
 
 @pytest.fixture
 def runtime():
-    """SGLang's configuration and its groups, of one rank."""
+    """Set SGLang's configuration and its groups, of one rank."""
     context = importlib.import_module("sglang.srt.runtime_context")
     with context._CONTEXT.override_server_args(), context.get_parallel().override(tp_size=1):
         yield
@@ -95,7 +95,7 @@ def config(**changes):
 
 @pytest.fixture
 def layers(v4, runtime, monkeypatch):
-    """Two of SGLang's CUDA decoder layers, with sublayers that stand in."""
+    """Make two of SGLang's CUDA decoder layers, with stand-ins for the sublayers."""
     boundary = importlib.import_module("sglang.srt.models.deepseek_v4_boundary")
     factories = importlib.import_module("sglang.srt.layers.layer_boundary.factories")
     monkeypatch.setattr(v4, "MQALayer", Sublayer)
@@ -108,7 +108,7 @@ def layers(v4, runtime, monkeypatch):
 
 
 def run(layers, hidden_states):
-    """What ``DeepseekV4Model`` does with its layers."""
+    """Do what ``DeepseekV4Model`` does with its layers."""
     boundary = importlib.import_module("sglang.srt.models.deepseek_v4_boundary")
     residual_batch = importlib.import_module("sglang.srt.layers.layer_boundary.residual.batch")
     modes = importlib.import_module("sglang.srt.model_executor.forward_batch_info").ForwardMode
@@ -148,7 +148,7 @@ def torch_reference(monkeypatch):
 
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_decoder_layers(tokens, layers, monkeypatch, v4):
-    """Every boundary of two layers is one op; the streams are those of SGLang's references."""
+    """Run every boundary of two layers as one op, with the streams of SGLang's references."""
     given = streams(tokens)
     with CallCounts() as calls:
         got = run(layers, given)
@@ -163,7 +163,7 @@ def test_decoder_layers(tokens, layers, monkeypatch, v4):
 
 
 def test_decoder_layers_whatever_the_switches_say(layers, monkeypatch):
-    """FlashInfer's functions, and no TileLang, without which SGLang fuses no boundary."""
+    """Serve layers with FlashInfer switched on, and without TileLang: SGLang fuses nothing then."""
     envs = importlib.import_module("sglang.srt.environ").envs
     given = streams(3)
     want = run(layers, given)
@@ -180,7 +180,7 @@ def test_decoder_layers_whatever_the_switches_say(layers, monkeypatch):
 
 
 def test_layers_without_fusion(layers):
-    """SGLang's own switch still says whether a boundary is one function."""
+    """Obey SGLang's own switch, which says whether a boundary is one function."""
     given = streams(3)
     fused = run(layers, given)
     for layer in layers:
@@ -212,7 +212,7 @@ def test_heads(tokens, v4):
 
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 def test_glm(tokens, runtime):
-    """Its three calls; the boundary is one op beyond SGLang's 16 tokens, too."""
+    """Serve the three calls of GLM; the boundary is one op beyond SGLang's 16 tokens, too."""
     glm = importlib.import_module("sglang.srt.models.glm5_next")
     mhc = importlib.import_module(MHC)
     layer = types.SimpleNamespace(config=config())
@@ -271,7 +271,7 @@ def test_an_unsupported_hidden_size_is_sglangs(hidden, v4, caplog, monkeypatch):
 
 
 def test_the_load_hook_decides_for_the_model(runtime, monkeypatch):
-    """SGLang calls ``mhc_pre`` when it has loaded the weights; the first call loads the kernels."""
+    """Load the kernels at the first ``mhc_pre``, which SGLang calls once the weights are loaded."""
     mhc = importlib.import_module(MHC)
     warmed = []
     monkeypatch.setattr(_fallback, "_decided", {})

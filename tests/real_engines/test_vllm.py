@@ -1,4 +1,4 @@
-"""The adapter in vLLM itself: its entry point, its V4 layers and heads, its custom ops."""
+"""Test the adapter in vLLM itself: the entry point, V4 layers and heads, custom ops."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_switch_of_vllm_leaves_the_plugin_out():
 
 @pytest.mark.parametrize("error", ["OSError('no disk')", "RuntimeError('torn')", "MemoryError()"])
 def test_a_plugin_that_fails_leaves_vllm_as_it_is(error):
-    """vLLM calls its plugins without any guard: what gets out ends the process."""
+    """Let no error out of the plugin: vLLM calls plugins without a guard, and would end."""
     before = f"""
 from mhc_ops.integrations import _rebind
 def install(*args): raise {error}
@@ -84,7 +84,7 @@ def reference():
 
 @pytest.fixture
 def layers(model, monkeypatch):
-    """Two of vLLM's decoder layers for NVIDIA GPUs, with sublayers that stand in."""
+    """Make two of vLLM's decoder layers for NVIDIA GPUs, with stand-ins for the sublayers."""
     monkeypatch.setattr(model, "_select_dsv4_attn_cls", lambda config: Sublayer)
     monkeypatch.setattr(model, "DeepseekV4MoE", Sublayer)
     monkeypatch.setattr(model, "RMSNorm", RMSNorm)
@@ -105,7 +105,7 @@ def layers(model, monkeypatch):
 
 
 def run(model, layers, x):
-    """What ``DeepseekV4Model`` does with its layers."""
+    """Do what ``DeepseekV4Model`` does with its layers."""
     post_mix = comb_mix = residual = None
     with torch.inference_mode():
         for layer in layers:
@@ -116,7 +116,7 @@ def run(model, layers, x):
 
 
 def references(reference):
-    """vLLM's torch references under the names and with the norm of its functions."""
+    """Give vLLM's torch references the names and the norm of vLLM's functions."""
 
     def pre(residual, *fixed, norm_weight=None, norm_eps=EPS, **splits):
         post_mix, comb_mix, y = reference.mhc_pre_torch(residual, *fixed)
@@ -141,7 +141,7 @@ def references(reference):
 @pytest.mark.parametrize("first", ["embedding", "streams"])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_decoder_layers(tokens, first, model, layers, reference, monkeypatch):
-    """Every boundary of two layers is one op; the streams are those of vLLM's references."""
+    """Run every boundary of two layers as one op, with the streams of vLLM's references."""
     given = streams(tokens)
     given = given[:, 0].contiguous() if first == "embedding" else given
     with CallCounts() as calls:
@@ -173,7 +173,7 @@ def test_heads(tokens, module):
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "norm"])
 def test_custom_ops(tokens, normed, reference, monkeypatch):
-    """What GLM-5.3 calls: the layers ``MHCPreOp`` and so on, by ``torch.ops.vllm``."""
+    """Call what GLM-5.3 calls: the layers ``MHCPreOp`` and so on, by ``torch.ops.vllm``."""
     ran = []
     for op in ("pre", "post", "fused_post_pre"):
         function = getattr(adapter.ops, op)
@@ -183,7 +183,7 @@ def test_custom_ops(tokens, normed, reference, monkeypatch):
     residual, x, fixed = streams(tokens), streams(tokens)[:, 0].contiguous(), mixing()
     numbers = (EPS, EPS, EPS, 2.0, ROUNDS)
     weight = torch.rand(HIDDEN).bfloat16() + 0.5 if normed else None
-    # as the layers' forward_cuda calls them
+    # The layers' forward_cuda calls the ops like this.
     post_mix, comb_mix, y = torch.ops.vllm.mhc_pre_tilelang(
         residual, *fixed, *numbers, 1, weight, EPS
     )
@@ -209,7 +209,7 @@ def test_custom_ops(tokens, normed, reference, monkeypatch):
 
 
 def test_custom_ops_compiled():
-    """vLLM's own fakes describe what the ops return."""
+    """Show that vLLM's own fakes describe what the ops return."""
     residual, fixed = streams(3), mixing()
 
     def call(residual):
@@ -251,7 +251,7 @@ def test_the_load_hook_decides_for_the_model(model, layers, monkeypatch):
     )  # fmt: skip
     layers[0].hc_attn_fn_broadcast = None
     model.DeepseekV4Model.finalize_mhc_broadcast_weights(whole)
-    assert layers[0].hc_attn_fn_broadcast.shape == (24, HIDDEN)  # vLLM's own work is done
+    assert layers[0].hc_attn_fn_broadcast.shape == (24, HIDDEN)  # vLLM's own work is done.
     assert warmed == [(HIDDEN, torch.device("cpu"))]
 
 
@@ -259,7 +259,7 @@ def test_uninstall(model, monkeypatch):
     adapter.uninstall()
     assert model.mhc_pre_tilelang.__module__ == TILELANG
     assert model.DeepseekV4Model.finalize_mhc_broadcast_weights.__module__ == MODEL
-    # vLLM's custom op runs vLLM's function again
+    # vLLM's custom op runs vLLM's function again.
     module = importlib.import_module(f"{TILELANG}_kernels")
     ran = []
     monkeypatch.setattr(module, "_MHC_POST_TILELANG_KERNEL", lambda *args: ran.append(args))
