@@ -170,7 +170,7 @@ def main(argv: Sequence[str]) -> int:
         action="extend",
         default=[],
         metavar="PATH",
-        help="package folder or wheel of a torch to build the native library for, in place of this "
+        help="package folder or wheel of a torch to build the native library for, instead of this "
         "environment's; any number, without --arch for it alone",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
