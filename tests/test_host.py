@@ -716,7 +716,9 @@ def test_processes_that_build_at_once(tmp_path):
         "import logging; logging.basicConfig(level='INFO', format='%(message)s')\n"
         "from mhc_ops.native import host; print(host.load(), host.load())"
     )
-    environment = os.environ | {"TILELANG_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    # The path of this process may name another torch, which the libraries are then built for.
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"TILELANG_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
     environment.pop("MHC_OPS_KERNELS", None)
     running = [
         subprocess.Popen(

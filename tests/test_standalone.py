@@ -206,7 +206,9 @@ def test_a_program_in_cpp(kernels, driver, package, tmp_path):
     ]
     few = ["expand_pre-256-1", *["fused_post_pre-256-1"] * 3, "post_head-256-1-1"]
     many = ["expand_pre-256-1", *["fused_post_pre_persistent-256-1"] * 3, "post_head-256-1-1"]
-    assert done.stderr.splitlines() == [*few, *few, *many]
+    # torch 2.14 warns on the same stream of what a package has no need of.
+    launched = [line for line in done.stderr.splitlines() if not line.startswith("[WARNING]")]
+    assert launched == [*few, *few, *many]
     done = run_program(kernels / f"{NAME}.so")
     assert done.returncode == 2
     assert (
