@@ -18,7 +18,7 @@ from torch import Tensor
 import mhc_ops
 from mhc_ops import timing
 
-WARMUPS = 3
+WARMUPS = timing.WARMUPS
 
 Name = TypeVar("Name")
 Sampler = Callable[[], float]

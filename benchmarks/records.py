@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -27,9 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command_line(argv: Sequence[str] | None = None) -> str:
-    """Return the command line with which the script was called."""
+    """Return the command line with which the script was called, without folders of one machine."""
     script = Path(sys.argv[0]).name
-    arguments = sys.argv[1:] if argv is None else argv
+    given = sys.argv[1:] if argv is None else argv
+    arguments = [Path(word).name if os.path.isabs(word) else word for word in given]
     return shlex.join(["python", f"benchmarks/{script}", *arguments])
 
 

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from . import geometry, jit, nn, routes, support
-from ._arguments import recipe
 from .native import host
-from .native.plan import plan
+from .native.plan import plans
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -46,9 +45,8 @@ def _load(hidden: int, max_tokens: int, device: torch.device) -> None:
     for key in routes.keys(hidden, arch, max_tokens):
         jit.load(key, device)
     host.load()
-    for op in routes.ops():
-        for norm in (False, True) if "norm_weight" in recipe(op).arguments else (False,):
-            host.remember(plan(op, hidden, arch, sm_count, norm), device)
+    for of in plans(hidden, arch, sm_count):
+        host.remember(of, device)
 
 
 def check_sizes(caller: str, hidden: Sequence[int], max_tokens: int) -> None:

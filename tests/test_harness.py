@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import ends_time
 import harness
+import records
 import steps_time
 from mhc_ops import timing
 
@@ -135,3 +137,9 @@ def test_samplers_of_a_gpu():
         5,
     )
     assert all(value > 0 for value in us.values())
+
+
+def test_a_recorded_command_names_no_folder_of_one_machine(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/here/benchmarks/compare.py"])
+    said = records.command_line(["--beside", "/here/checkout", "-o", "results/new.jsonl"])
+    assert said == "python benchmarks/compare.py --beside checkout -o results/new.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import logging
@@ -149,7 +150,7 @@ def install(engine: str, tested: str, replacements: Sequence[Replacement]) -> No
     late = [wanted for wanted in replacements if wanted.late]
     for module in dict.fromkeys(wanted.module for wanted in late):
         here = [wanted for wanted in late if wanted.module == module]
-        _imports.after(module, lambda here=here: _replace_late(engine, tested, here))  # type: ignore[misc]
+        _imports.after(module, functools.partial(_replace_late, engine, tested, here))
 
 
 def uninstall(engine: str, replacements: Sequence[Replacement]) -> None:

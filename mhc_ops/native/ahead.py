@@ -14,12 +14,12 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from .. import compiler, routes, store
+from .. import compiler, store
 from .._arguments import recipe
 from .._library import SCHEMAS
 from ..routes import Key
 from . import host, launcher
-from .plan import plan
+from .plan import plans
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
@@ -64,18 +64,14 @@ def write_plans(folder: Path, arch: str, hidden: int) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    plans = [
-        plan(op, hidden, arch, None, norm)
-        for op in routes.ops()
-        for norm in ((False, True) if "norm_weight" in recipe(op).arguments else (False,))
-    ]
-    every = dict.fromkeys(step.key for of in plans for r in of.ranges for step in r.steps)
+    known = plans(hidden, arch, None)
+    every = dict.fromkeys(step.key for of in known for r in of.ranges for step in r.steps)
     found = {key: store.load_kernel(folder, key) for key in every}
     kernels = {key: kernel for key, kernel in found.items() if kernel is not None}
     # In the file each kernel has a number instead of a handle.
     numbered = {key: launcher.Kernel(i, kernel) for i, (key, kernel) in enumerate(kernels.items())}
     lines = [_kernel(key, kernel) for key, kernel in kernels.items()]
-    for of in plans:
+    for of in known:
         written = host.words(of, [[numbered.get(s.key) for s in r.steps] for r in of.ranges])
         lines.append(" ".join(map(str, ("plan", of.recipe.op, int(of.norm), *written))))
     _write(folder / f"plans-{arch}-{hidden}.txt", lines)

@@ -126,3 +126,16 @@ def plan(op: str, hidden: int, arch: str, sm_count: int | None, norm: bool) -> P
         )
         ranges.append(Range(row.max_tokens, _memory(of, steps, hidden), steps))
     return Plan(of, Sizes((), n, hidden, of.rows(n)), norm, tuple(ranges))
+
+
+def plans(hidden: int, arch: str, sm_count: int | None) -> list[Plan]:
+    """List the plans of every op, with the RMSNorm and without it where the op has one.
+
+    Args:
+        hidden, arch, sm_count: as of :func:`plan`.
+    """
+    return [
+        plan(op, hidden, arch, sm_count, norm)
+        for op in routes.ops()
+        for norm in ((False, True) if "norm_weight" in recipe(op).arguments else (False,))
+    ]
