@@ -21,7 +21,7 @@ SPLIT_TERMS = 3  # bf16 terms of an fp32 weight: 8 + 8 + 8 bits of mantissa
 
 
 def halves(size: int) -> tuple[int, ...]:
-    """The steps of a sum of ``size`` values as a tree, which a kernel loops over: 8, 4, 2, 1 of 16."""
+    """The steps of a sum of ``size`` values as a tree, which a kernel loops over: 8, 4, 2, 1."""
     return tuple(size >> i for i in range(1, size.bit_length()))
 
 
@@ -44,8 +44,8 @@ def slice_size(hidden: int) -> int:
 
 
 # The tokens. Each cluster owns consecutive tokens: ``group_tokens`` of them, and the first
-# ``larger_groups`` clusters, which start first, own ``unit`` tokens more. The last cluster owns what
-# is left.
+# ``larger_groups`` clusters, which start first, own ``unit`` tokens more. The last cluster owns the
+# rest.
 
 
 def clusters(tokens, group_tokens, larger_groups=0, unit=0):
@@ -64,5 +64,5 @@ def most_tokens(cluster, group_tokens, larger_groups=0, unit=0):
 
 
 def tokens_of_tile(i, size, count):
-    """Tokens of tile ``i`` of a cluster of ``count`` tokens, in tiles of ``size``: 0 past the end."""
+    """Tokens of tile ``i`` of ``count`` tokens, in tiles of ``size``; 0 past the end."""
     return T.max(T.min(size, count - i * size), 0)
