@@ -239,6 +239,6 @@ def test_stock_again_after_a_path(case):
     before = copy.deepcopy(case.model)
     with torch.no_grad():
         with models.path(case.model, "mhc-ops fused"):
-            assert isinstance(case.model.model.norm, integration.MhcFinalRMSNorm)
+            assert isinstance(case.model.model.norm, integration.MhcRMSNorm)
         want = models.logits_of(before, case.tokens)
         assert torch.equal(models.logits_of(case.model, case.tokens), want)

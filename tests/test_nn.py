@@ -1,4 +1,4 @@
-"""Test hyper-connections as modules: the carried state, the wiring, the norm-weight cache."""
+"""Test hyper-connections as modules: the carried state, the wiring, the steps."""
 
 import logging
 
@@ -32,7 +32,6 @@ class Stack(torch.nn.Module):
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.add_(0.5 * torch.randn_like(parameter))
-        nn.refresh_norm_weight_cache(self)
 
     def states(self, streams):
         entry = self.connections[0].pre(streams, self.norms[0])
@@ -207,70 +206,38 @@ def test_backward_says_forward_only(device, monkeypatch):
         stack(streams(device)).float().sum().backward()
 
 
-class TestNormWeightCache:
-    def test_is_a_buffer_outside_checkpoints(self):
-        norm = nn.FoldedRMSNorm(HIDDEN, dtype=torch.float32)
-        assert list(norm.state_dict()) == ["weight"]
-        assert [name for name, _ in norm.named_parameters()] == ["weight"]
-        assert norm.norm_weight_cache.dtype == torch.bfloat16
-        assert not norm.norm_weight_cache.requires_grad
+def test_a_norm_by_itself_is_an_rms_norm():
+    norm = nn.FoldedRMSNorm(HIDDEN, eps=1e-5)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2)
+    x = torch.randn(3, HIDDEN)
+    want = torch.nn.functional.rms_norm(x, (HIDDEN,), norm.weight.float(), 1e-5)
+    torch.testing.assert_close(norm(x), want)
 
-    def test_refresh_writes_in_place(self, device):
-        norm = nn.FoldedRMSNorm(HIDDEN, dtype=torch.float32, device=device)
-        address = norm.norm_weight_cache.data_ptr()
-        with torch.no_grad():
-            norm.weight.normal_()
-        assert not torch.equal(norm.norm_weight_cache, norm.weight.bfloat16())
-        nn.refresh_norm_weight_cache(torch.nn.Sequential(norm))
-        assert torch.equal(norm.norm_weight_cache, norm.weight.bfloat16())
-        assert norm.norm_weight_cache.data_ptr() == address
 
-    @pytest.mark.parametrize("assign", [False, True])
-    def test_load_state_dict_refreshes_in_place(self, assign):
-        model = torch.nn.Sequential(nn.FoldedRMSNorm(HIDDEN))
-        address = model[0].norm_weight_cache.data_ptr()
-        weight = torch.randn(HIDDEN, dtype=torch.bfloat16)
-        model.load_state_dict({"0.weight": weight}, assign=assign)
-        assert torch.equal(model[0].norm_weight_cache, weight)
-        assert model[0].norm_weight_cache.data_ptr() == address
+@pytest.mark.parametrize("switches", [FUSED, {}], ids=["fused", "unfused"])
+def test_every_module_with_parameters_is_called(monkeypatch, switches):
+    """Run the hooks of every module before its parameters are read, as FSDP2 and others need."""
+    stack, residual = make("cpu", monkeypatch, switches), streams("cpu")
+    want = stack(residual)
+    held = {}
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-    def test_stays_bf16_whatever_the_weight_becomes(self, dtype):
-        norm = nn.FoldedRMSNorm(HIDDEN)
-        with torch.no_grad():
-            norm.weight.normal_()
-        norm.to(dtype)
-        assert norm.weight.dtype == dtype
-        assert norm.norm_weight_cache.dtype == torch.bfloat16
-        assert torch.equal(norm.norm_weight_cache, norm.weight.bfloat16())
-        assert list(norm.state_dict()) == ["weight"]
+    def lend(module, *_):
+        for name, value in held[module].items():
+            module._parameters[name] = value
 
-    def test_does_not_share_memory_with_the_weight(self):
-        norm = nn.FoldedRMSNorm(HIDDEN)
-        assert norm.norm_weight_cache.data_ptr() != norm.weight.data_ptr()
+    def withdraw(module, *_):
+        for name in held[module]:
+            module._parameters[name] = None
 
-    def test_forward_is_an_rms_norm(self):
-        norm = nn.FoldedRMSNorm(HIDDEN, eps=1e-5)
-        with torch.no_grad():
-            norm.weight.uniform_(0.5, 2)
-        norm.refresh_norm_weight_cache()
-        x = torch.randn(3, HIDDEN)
-        want = torch.nn.functional.rms_norm(x, (HIDDEN,), norm.weight.float(), 1e-5)
-        torch.testing.assert_close(norm(x), want)
-
-    @pytest.mark.gpu
-    def test_captured_graph_sees_refreshed_weights(self, monkeypatch):
-        stack, residual = make("cuda", monkeypatch), streams("cuda")
-        stack(residual)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = stack(residual)
-        with torch.no_grad():
-            for norm in stack.norms:
-                norm.weight.mul_(-1.5)
-        nn.refresh_norm_weight_cache(stack)
-        graph.replay()
-        assert torch.equal(captured, stack(residual))
+    for module in stack.modules():
+        if module._parameters:
+            held[module] = dict(module._parameters)
+            module.register_forward_pre_hook(lend)
+            module.register_forward_hook(withdraw)
+            withdraw(module)
+    assert len(held) == 4 * LAYERS + 2
+    assert torch.equal(stack(residual), want)
 
 
 def test_compiles_to_one_graph_with_the_bits_of_eager(device, monkeypatch, fresh_dynamo):

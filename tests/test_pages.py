@@ -119,7 +119,7 @@ def test_code_under_torchrun(text, tmp_path):
 def test_needs_are_those_that_are_known():
     known = {"", "a GPU", "a checkpoint", "SGLang", "vLLM", "the engines"}
     assert {block.needs for page in pages.PAGES for block in pages.blocks(page)} <= known
-    assert len(TORCHRUN) == 1
+    assert len(TORCHRUN) == 2
 
 
 # --------------------------------------------------------------------------------------- commands

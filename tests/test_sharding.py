@@ -24,30 +24,34 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda count: f"{count}_processes")
-def results(request):
-    """Return what each process of a group says, started as torchrun starts processes."""
+def run_group(script, count):
+    """Run a script in so many processes, started as torchrun does; return what each says."""
     group = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(request.param),
+        "WORLD_SIZE": str(count),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(map(str, [TESTS, PACKAGE, os.environ.get("PYTHONPATH", "")])),
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, str(TESTS / "sharded.py")],
+            [sys.executable, str(TESTS / script)],
             env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(request.param)
+        for rank in range(count)
     ]
     outputs = [process.communicate(timeout=HANG) for process in processes]
     for process, (_, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, errors
     return [json.loads(output) for output, _ in outputs]
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=lambda count: f"{count}_processes")
+def results(request):
+    return run_group("sharded.py", request.param)
 
 
 @pytest.mark.slow

@@ -158,24 +158,25 @@ class TestApply:
 
     def test_reloaded_weights_take_effect(self, model, tokens):
         """Refresh the norm weights by load_state_dict, where the graphs of a model see them."""
+        model.requires_grad_(False)
         other = demo.small_model(3, tokens.device.type)
         integration.apply(model)
-        addresses = [norm.norm_weight_cache.data_ptr() for norm in norms(model)]
+        addresses = [norm.folded_weight().data_ptr() for norm in norms(model)]
         model.load_state_dict(other.state_dict())
         integration.apply(other)
         assert torch.equal(logits(model, tokens), logits(other, tokens))
-        assert [norm.norm_weight_cache.data_ptr() for norm in norms(model)] == addresses
+        assert [norm.folded_weight().data_ptr() for norm in norms(model)] == addresses
 
-    def test_weights_written_in_place_need_a_refresh(self, model, tokens):
+    def test_weights_written_in_place_take_effect(self, model, tokens):
         integration.apply(model)
         before = logits(model, tokens)
         with torch.no_grad():
             for norm in norms(model):
                 norm.weight.mul_(1.5)
-        assert torch.equal(logits(model, tokens), before)
-        nn.refresh_norm_weight_cache(model)
-        assert not torch.equal(logits(model, tokens), before)
-        assert all(torch.equal(n.norm_weight_cache, n.weight.bfloat16()) for n in norms(model))
+            after = logits(model, tokens)
+            assert not torch.equal(after, before)
+            assert all(torch.equal(n.folded_weight(), n.weight.bfloat16()) for n in norms(model))
+        assert torch.equal(logits(integration.apply(model), tokens), after)
 
 
 def norms(model):
@@ -349,18 +350,224 @@ class TestHiddenStates:
             for a, b in zip(got[name], want[name], strict=True):
                 assert_close_to_stock(a, b)
 
-    def test_a_hook_sees_a_state_that_gives_the_streams(self, model, tokens):
+
+def watch(module, before=False):
+    """Register a hook that keeps what a module takes or returns, as hooks outside torch do."""
+    seen = []
+    if before:
+        module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    else:
+        module.register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))
+    return seen
+
+
+WATCHED = (
+    "layers.0", "layers.2", "layers.0.input_layernorm", "layers.2.input_layernorm", "hc_head",
+    "norm",
+)  # fmt: skip
+
+
+class TestHooks:
+    @pytest.mark.parametrize("before", [True, False], ids=["pre_hook", "hook"])
+    @pytest.mark.parametrize("name", WATCHED)
+    def test_sees_the_tensors_of_the_stock_model(self, model, tokens, name, before):
+        seen = watch(model.model.get_submodule(name), before)
+        stock_logits = logits(model, tokens)
+        want = list(seen)
+        seen.clear()
+        integration.apply(model)
+        got = logits(model, tokens)
+        assert len(seen) == len(want) == (1 if before else 2)
+        for a, b in zip(seen, want, strict=True):
+            assert type(a) is torch.Tensor
+            assert a.shape == b.shape
+            assert a.dtype == b.dtype
+            difference = (a.float() - b.float()).abs().mean()
+            assert difference < MEAN_DIFFERENCE * b.float().abs().mean()
+        assert_close_to_stock(got, stock_logits)
+
+    def test_only_the_boundaries_at_a_watched_layer_are_not_fused(self, model, tokens):
+        integration.apply(model)
+        watch(model.model.layers[1])
+        with CallCounts() as calls:
+            logits(model, tokens)
+        assert dict(calls.counts) == {
+            "pre": 3, "post": 2, "fused_post_pre": 2 * LAYERS - 3, "post_head": 1
+        }  # fmt: skip
+
+    def test_a_hook_changes_what_the_next_layer_takes(self, model, tokens):
+        """Steer the streams, as interpretability tools do."""
+        integration.apply(model)
+        before = logits(model, tokens)
+
+        def steer(module, args, output):
+            return output * 1.5
+
+        handle = model.model.layers[1].register_forward_hook(steer)
+        steered = logits(model, tokens)
+        handle.remove()
+        assert not torch.equal(steered, before)
+        integration.remove(model)
+        model.model.layers[1].register_forward_hook(steer)
+        assert_close_to_stock(steered, logits(model, tokens))
+
+    def test_of_every_module(self, model, tokens):
         seen = []
         integration.apply(model)
-        model.model.layers[1].register_forward_hook(lambda *args: seen.append(args[2]))
-        with torch.no_grad():
-            model(tokens)
-            want = model(tokens, output_hidden_states=True).hidden_states[2]
-        assert isinstance(seen[0], nn.StreamState)
-        if tokens.device.type == "cpu":
-            assert torch.equal(seen[0].materialise(), want)
-        else:
-            assert_close_to_stock(seen[0].materialise(), want)
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, args, output: seen.append((module, output))
+        )
+        try:
+            logits(model, tokens)
+        finally:
+            handle.remove()
+        layers = {output for module, output in seen if module in set(model.model.layers)}
+        assert len(layers) == LAYERS
+        assert {type(output) for output in layers} == {torch.Tensor}
+
+    def test_capturing_once_costs_no_fusion_later(self, model, tokens):
+        """Leave the hooks that transformers itself registers out of this."""
+        integration.apply(model)
+        logits(model, tokens, output_hidden_states=True)
+        with CallCounts() as calls:
+            logits(model, tokens)
+        assert dict(calls.counts) == FUSED
+
+
+class Adapted(torch.nn.Module):
+    """Stand for a model that PEFT wraps; PEFT's own class has this method."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = torch.nn.ModuleDict({"model": model})
+
+    def get_base_model(self):
+        return self.base_model["model"]
+
+    def forward(self, *args, **kwargs):
+        return self.get_base_model()(*args, **kwargs)
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def data_parallel(model):
+    return torch.nn.DataParallel(model)
+
+
+def distributed(model):
+    return torch.nn.parallel.DistributedDataParallel(model)
+
+
+def compiled_adapted(model):
+    return compiled(Adapted(model))
+
+
+@pytest.fixture
+def group(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+class TestWrapped:
+    @pytest.mark.parametrize("wrap", [Adapted, data_parallel, distributed])
+    def test_what_is_wrapped_runs_on_the_ops(self, stock, tokens, wrap, group):
+        model = copy.deepcopy(stock).requires_grad_(True)  # DDP asks for it
+        before = snapshot(model)
+        wrapped = wrap(model)
+        assert integration.apply(wrapped) is wrapped
+        with CallCounts() as calls:
+            got = logits(wrapped, tokens.cpu())
+        assert dict(calls.counts) == FUSED
+        assert torch.equal(got, logits(integration.apply(copy.deepcopy(stock)), tokens.cpu()))
+        assert integration.remove(wrapped) is wrapped
+        assert snapshot(model) == before
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("wrap", [compiled, compiled_adapted])
+    def test_a_compiled_model_is_compiled_again(self, stock, tokens, wrap, fresh_dynamo):
+        """Apply after the model has run, and remove again: no code of the other model stays."""
+        model = wrap(copy.deepcopy(stock))
+        tokens = tokens.cpu()
+        want = logits(model, tokens)
+        assert integration.apply(model) is model
+        got = logits(model, tokens)
+        assert torch.equal(got, logits(integration.apply(copy.deepcopy(stock)), tokens))
+        assert not torch.equal(got, want)
+        integration.remove(model)
+        assert torch.equal(logits(model, tokens), want)
+
+    def test_apply_and_remove_return_the_model(self, stock):
+        model = copy.deepcopy(stock)
+        assert integration.apply(model) is model
+        assert integration.remove(model) is model
+        assert integration.apply(model.model) is model.model
+
+    def test_an_unknown_wrapper_says_what_to_do(self, stock):
+        wrapped = torch.nn.Sequential(copy.deepcopy(stock))
+        for function in (integration.apply, integration.remove):
+            with pytest.raises(
+                TypeError, match=r"got Sequential around one; call the function with the model it"
+            ):
+                function(wrapped)
+
+    def test_classes_of_fsdp2(self, stock, group):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (1,))
+        first, then = copy.deepcopy(stock), integration.apply(copy.deepcopy(stock))
+        for model in (first, then):
+            fully_shard(model.model.layers[1].attn_hc, mesh=mesh)
+        with pytest.raises(ValueError, match=r"got FSDPDeepseekV4HyperConnection; call apply bef"):
+            integration.apply(first)
+        before = snapshot(then)
+        with pytest.raises(ValueError, match=r"layers.1.attn_hc to be .* remove before fully_sh"):
+            integration.remove(then)
+        assert snapshot(then) == before
+
+
+def layer_back(model, stock):
+    model.layers[1] = copy.deepcopy(stock.layers[1])
+
+
+def norm_back(model, stock):
+    model.layers[2].input_layernorm = copy.deepcopy(stock.layers[2].input_layernorm)
+
+
+def connection_back(model, stock):
+    model.layers[0].ffn_hc = copy.deepcopy(stock.layers[0].ffn_hc)
+
+
+def head_back(model, stock):
+    model.hc_head = copy.deepcopy(stock.hc_head)
+
+
+def final_norm_back(model, stock):
+    model.norm = copy.deepcopy(stock.norm)
+
+
+BACK = [
+    (layer_back, "layers.1 to be the MhcDecoderLayer .* got DeepseekV4DecoderLayer"),
+    (norm_back, "layers.2.input_layernorm to be the MhcRMSNorm .* got DeepseekV4RMSNorm"),
+    (connection_back, "layers.0.ffn_hc to be the MhcHyperConnection .* got DeepseekV4HyperConn"),
+    (head_back, "hc_head to be the MhcHyperHead .* got DeepseekV4HyperHead"),
+    (final_norm_back, "norm to be the MhcRMSNorm .* got DeepseekV4RMSNorm"),
+]
+
+
+@pytest.mark.parametrize(("back", "text"), BACK, ids=[back.__name__ for back, _ in BACK])
+def test_a_stock_module_put_back_says_so(model, stock, tokens, back, text):
+    integration.apply(model)
+    want = logits(model, tokens)
+    back(model.model, copy.deepcopy(stock).model.to(tokens.device))
+    with pytest.raises(RuntimeError, match=rf"expected {text}.*; call apply\(model\) again"):
+        logits(model, tokens)
+    assert torch.equal(logits(integration.apply(model), tokens), want)
 
 
 class TestGeneration:

@@ -5,14 +5,17 @@ and copies of the model work as before, and :func:`remove` only has to put the s
 
 * A decoder layer takes plain streams or a :class:`~mhc_ops.nn.StreamState` and returns a state, so
   that the pending post step runs together with the pre step of the next layer.
-* The hyper-connections and norms of a layer lend the ops their parameters. When called directly,
-  they do what the stock modules do.
+* The hyper-connections and norms of a layer lend the ops their parameters. When called directly
+  with a tensor, they do what the stock modules do.
 * ``hc_head`` hands the state on to ``norm``, which runs post and head with the norm folded in. Both
   modules do what the stock modules do with plain tensors.
 
-Forward hooks on decoder layers see a ``StreamState``; ``state.materialise()`` gives its streams.
-Where hidden states are asked for, every layer returns plain streams, so that transformers captures
-the same tensors as with the stock model; boundaries are then fused inside the layers only.
+A hook that other code sets on a decoder layer, a norm or ``hc_head`` sees the tensors that the hook
+sees in the stock model: the steps around that module then run one by one. Hooks of torch and of
+transformers themselves, such as those of FSDP2, are left out of this, because they take whatever a
+module takes. Where hidden states are asked for, every layer returns plain streams, so that
+transformers captures the same tensors as with the stock model; boundaries are then fused inside the
+layers only.
 
 This adapter is tested with transformers 5.17 and 5.23.
 """
@@ -21,7 +24,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,9 +45,16 @@ from ..nn import (
     HyperConnection,
     HyperHead,
     StreamState,
+    SublayerEntry,
     wire,
 )
 from . import _fallback
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+_HERE = "mhc_ops.integrations.transformers"
+# Hooks of these packages take whatever a module takes and returns.
+_INDIFFERENT = ("torch", "transformers")
 
 
 def _view(path: str) -> Any:
@@ -53,11 +63,50 @@ def _view(path: str) -> Any:
     return property(lambda module: functools.reduce(getattr, names, module))
 
 
+def _watched(module: torch.nn.Module) -> bool:
+    """Say whether a hook of other code sees what a module takes and returns."""
+    every = torch.nn.modules.module
+    return any(
+        (getattr(hook, "__module__", None) or "").partition(".")[0] not in _INDIFFERENT
+        for hooks in (
+            module._forward_pre_hooks,
+            module._forward_hooks,
+            every._global_forward_pre_hooks,
+            every._global_forward_hooks,
+        )
+        for hook in hooks.values()
+    )
+
+
+class PendingHead(NamedTuple):
+    """Hold what ``hc_head`` hands to the final norm: the last state and the head to apply."""
+
+    state: StreamState
+    head: HyperHead
+
+
 # The stock class comes first among the bases, so what it defines stays in force, above all forward.
 class MhcRMSNorm(DeepseekV4RMSNorm, FoldedRMSNorm):
-    """Lend the weight of a decoder layer's norm to the pre step, which folds the norm in."""
+    """Lend the weight of a norm to the pre step or to the head, which folds the norm in."""
 
     norm_eps = _view("variance_epsilon")
+
+    def __call__(self, hidden_states: Any, *arguments: Any) -> Any:
+        """Let hooks of other code see the stock norm, which then runs after the step by itself."""
+        if isinstance(hidden_states, Tensor) or not _watched(self):
+            return super().__call__(hidden_states, *arguments)
+        if isinstance(hidden_states, PendingHead):
+            return super().__call__(hidden_states.head.collapse(hidden_states.state))
+        entry: SublayerEntry = hidden_states(*arguments, norm_weight=None)
+        return entry._replace(layer_input=super().__call__(entry.layer_input))
+
+    def forward(self, hidden_states: Any, *arguments: Any) -> Any:
+        """Run a step with this norm folded in; run the stock norm on a tensor."""
+        if isinstance(hidden_states, Tensor):
+            return super().forward(hidden_states)
+        if isinstance(hidden_states, PendingHead):
+            return FoldedRMSNorm.forward(self, hidden_states.head, hidden_states.state)
+        return FoldedRMSNorm.forward(self, hidden_states, *arguments)
 
 
 class MhcHyperConnection(DeepseekV4HyperConnection, HyperConnection):
@@ -69,12 +118,11 @@ class MhcHyperConnection(DeepseekV4HyperConnection, HyperConnection):
     sinkhorn_repeat = _view("hc_sinkhorn_iters")
     hc_post_mult_value = POST_MULT_VALUE  # the stock forward has this value as a constant
 
-
-class PendingHead(NamedTuple):
-    """Hold what ``hc_head`` hands to the final norm: the last state and the head to apply."""
-
-    state: StreamState
-    head: HyperHead
+    def forward(self, streams: Any, **norm: Any) -> Any:
+        """Run a step of a layer, which names a norm or None; run the stock module without."""
+        if isinstance(streams, Tensor) and not norm:
+            return super().forward(streams)
+        return HyperConnection.forward(self, streams, **norm)
 
 
 class MhcHyperHead(DeepseekV4HyperHead, HyperHead):
@@ -86,23 +134,33 @@ class MhcHyperHead(DeepseekV4HyperHead, HyperHead):
     rms_eps = _view("input_norm.eps")
     hc_eps = _view("eps")
 
-    def forward(self, x: Tensor | StreamState) -> Tensor | PendingHead:
-        """Leave a state to the final norm; collapse plain streams, without a norm."""
-        return PendingHead(x, self) if isinstance(x, StreamState) else self.collapse(x)
+    def __call__(self, x: Any, **norm: Any) -> Any:
+        """Let hooks of other code see plain streams."""
+        if isinstance(x, StreamState) and _watched(self):
+            x = x.materialise(self._steps().post)
+        return super().__call__(x, **norm)
 
+    def forward(self, streams: Any, keep_streams: bool = False, **norm: Any) -> Any:
+        """Leave a state to the final norm; collapse where the norm asks, and plain streams."""
+        if isinstance(streams, StreamState) and not norm and not keep_streams:
+            return PendingHead(streams, self)
+        return HyperHead.forward(self, streams, keep_streams, **norm)
 
-class MhcFinalRMSNorm(MhcRMSNorm):
-    """Run the last post step and the head with the final norm folded in."""
-
-    def forward(self, hidden_states: Tensor | PendingHead) -> Tensor:
-        """Run the last post step and the head with this norm; run the stock norm on a tensor."""
-        if isinstance(hidden_states, PendingHead):
-            return hidden_states.head.collapse(hidden_states.state, self)
-        return super().forward(hidden_states)
+    def collapse(self, streams: Tensor | StreamState, norm: FoldedRMSNorm | None = None) -> Tensor:
+        """Collapse as :meth:`mhc_ops.nn.HyperHead.collapse` does, also without a norm."""
+        if isinstance(streams, StreamState) and norm is None:
+            streams = streams.materialise(self._steps().post)
+        return super().collapse(streams, norm)
 
 
 class MhcDecoderLayer(DeepseekV4DecoderLayer):
     """Carry a :class:`~mhc_ops.nn.StreamState` from decoder layer to decoder layer."""
+
+    def __call__(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        """Let hooks of other code see plain streams."""
+        if isinstance(hidden_states, StreamState) and _watched(self):
+            hidden_states = hidden_states.materialise(self.attn_hc.steps.post)
+        return super().__call__(hidden_states, *args, **kwargs)
 
     def forward(
         self,
@@ -118,7 +176,8 @@ class MhcDecoderLayer(DeepseekV4DecoderLayer):
             kwargs: as the stock layer takes them.
 
         Returns:
-            The state after the MLP; plain streams where hidden states are asked for.
+            The state after the MLP; plain streams where hidden states are asked for, or where a
+            hook of other code sees them.
 
         Raises:
             RuntimeError: the layer is in training mode with gradients enabled.
@@ -138,7 +197,10 @@ class MhcDecoderLayer(DeepseekV4DecoderLayer):
         state = entry.after(self.mlp(entry.layer_input, input_ids=input_ids))
         # capture_outputs of transformers tests the same expression to decide whether it captures.
         settings = self.self_attn.config
-        if kwargs.get("output_hidden_states", getattr(settings, "output_hidden_states", False)):
+        captured = kwargs.get(
+            "output_hidden_states", getattr(settings, "output_hidden_states", False)
+        )
+        if captured or _watched(self):
             return state.materialise(self.ffn_hc.steps.post)
         return state
 
@@ -154,17 +216,33 @@ def _parts(decoder: DeepseekV4Model) -> Iterator[tuple[str, torch.nn.Module, typ
         for part in ("input_layernorm", "post_attention_layernorm"):
             yield f"{name}.{part}", getattr(layer, part), DeepseekV4RMSNorm, MhcRMSNorm
     yield "hc_head", decoder.hc_head, DeepseekV4HyperHead, MhcHyperHead
-    yield "norm", decoder.norm, DeepseekV4RMSNorm, MhcFinalRMSNorm
+    yield "norm", decoder.norm, DeepseekV4RMSNorm, MhcRMSNorm
+
+
+def _unwrapped(model: Any) -> torch.nn.Module:
+    """Take a model out of what torch.compile, PEFT and data parallelism wrapped around it."""
+    while True:
+        if hasattr(model, "_orig_mod"):  # of torch.compile
+            model = model._orig_mod
+        elif isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "get_base_model"):  # of PEFT, which puts its adapters inside the model
+            model = model.get_base_model()
+        else:
+            return model
 
 
 def _decoder(model: torch.nn.Module) -> DeepseekV4Model:
-    if isinstance(model, DeepseekV4ForCausalLM):
-        return model.model
-    if isinstance(model, DeepseekV4Model):
-        return model
+    inner = _unwrapped(model)
+    if isinstance(inner, DeepseekV4ForCausalLM):
+        return inner.model
+    if isinstance(inner, DeepseekV4Model):
+        return inner
+    held = any(isinstance(module, DeepseekV4Model) for module in inner.modules())
+    around = " around one; call the function with the model itself, before it is wrapped"
     raise TypeError(
-        "mhc_ops.integrations.transformers: expected a DeepseekV4ForCausalLM or DeepseekV4Model of "
-        f"transformers, got {type(model).__name__}"
+        f"{_HERE}: expected a DeepseekV4ForCausalLM or DeepseekV4Model of transformers, got "
+        f"{type(inner).__name__}{around if held else ''}"
     )
 
 
@@ -172,38 +250,33 @@ def _check_settings(decoder: DeepseekV4Model) -> None:
     """Refuse a model whose dtypes or settings no op takes."""
     activation = decoder.embed_tokens.weight.dtype
     if activation != ACTIVATION:
-        raise ValueError(
-            f"mhc_ops.integrations.transformers: expected a model in {ACTIVATION}, got {activation}"
-        )
+        raise ValueError(f"{_HERE}: expected a model in {ACTIVATION}, got {activation}")
     config = decoder.config
     if config.hc_sinkhorn_iters < 1:
         raise ValueError(
-            "mhc_ops.integrations.transformers: expected hc_sinkhorn_iters of at least 1, got "
-            f"{config.hc_sinkhorn_iters}"
+            f"{_HERE}: expected hc_sinkhorn_iters of at least 1, got {config.hc_sinkhorn_iters}"
         )
     for name in ("hc_eps", "rms_norm_eps"):
         if not 0 <= getattr(config, name) <= LARGEST:  # NaN fails both comparisons
             raise ValueError(
-                f"mhc_ops.integrations.transformers: expected {name} to be finite and at least 0, "
-                f"got {getattr(config, name)}"
+                f"{_HERE}: expected {name} to be finite and at least 0, got {getattr(config, name)}"
             )
     devices = {parameter.device for parameter in decoder.parameters()}
     cuda = next((device for device in devices if device.type == "cuda"), None)
     if cuda is not None:
         if config.hc_mult != geometry.HC_MULT:
             raise ValueError(
-                f"mhc_ops.integrations.transformers: expected hc_mult {geometry.HC_MULT} on CUDA, "
-                f"got {config.hc_mult}"
+                f"{_HERE}: expected hc_mult {geometry.HC_MULT} on CUDA, got {config.hc_mult}"
             )
         if config.hidden_size % geometry.HIDDEN_MULTIPLE != 0:
             raise ValueError(
-                "mhc_ops.integrations.transformers: expected a hidden_size that is a multiple of "
+                f"{_HERE}: expected a hidden_size that is a multiple of "
                 f"{geometry.HIDDEN_MULTIPLE} on CUDA, got {config.hidden_size}"
             )
         reason = _fallback.no_kernels(config.hidden_size, cuda)
         if reason is not None:
             raise RuntimeError(
-                "mhc_ops.integrations.transformers: expected kernels for hidden size "
+                f"{_HERE}: expected kernels for hidden size "
                 f"{config.hidden_size} on {cuda}: {reason}"
             )
 
@@ -213,12 +286,13 @@ def _check_parts(decoder: DeepseekV4Model) -> None:
     for name, module, stock, swapped in _parts(decoder):
         if type(module) not in (stock, swapped):
             raise ValueError(
-                f"mhc_ops.integrations.transformers: expected {name} to be a {stock.__name__}, "
-                f"got {type(module).__qualname__}"
+                f"{_HERE}: expected {name} to be a {stock.__name__}, got "
+                f"{type(module).__qualname__}; call apply before other code replaces modules or "
+                "their classes, as fully_shard does"
             )
         if "forward" in vars(module):
             raise ValueError(
-                f"mhc_ops.integrations.transformers: expected {name} to run the forward of its "
+                f"{_HERE}: expected {name} to run the forward of its "
                 "class, got a forward that is set on the module; call apply before other code "
                 "replaces forwards"
             )
@@ -226,13 +300,24 @@ def _check_parts(decoder: DeepseekV4Model) -> None:
             for parameter, value in module.named_parameters():
                 if value.dtype != MIX:
                     raise ValueError(
-                        f"mhc_ops.integrations.transformers: expected {name}.{parameter} in {MIX}, "
+                        f"{_HERE}: expected {name}.{parameter} in {MIX}, "
                         f"got {value.dtype}; from_pretrained(dtype=torch.bfloat16) keeps the "
                         "parameter in this dtype, model.bfloat16() does not"
                     )
 
 
-def apply(model: torch.nn.Module) -> None:
+def _require_applied(decoder: torch.nn.Module, args: Any = None) -> None:
+    """Refuse a forward, before it begins, of a model in which stock modules were put back."""
+    for name, module, _, swapped in _parts(decoder):
+        if not isinstance(module, swapped):
+            raise RuntimeError(
+                f"{_HERE}: expected {name} to be the {swapped.__name__} that apply made of it, got "
+                f"{type(module).__qualname__}; call apply(model) again after replacing modules, or "
+                "remove(model) before"
+            )
+
+
+def apply(model: Model) -> Model:
     """Make a DeepSeek-V4 model run its hyper-connections on the ops.
 
     The switches are read when this function is called. With ``MHC_OPS_FUSE_POST_PRE=1`` every
@@ -240,11 +325,16 @@ def apply(model: torch.nn.Module) -> None:
     norm) and across layers (the MLP's post, the next attention's pre and its norm); otherwise a
     boundary is ``post``, then ``pre``. The parameters stay those of the stock modules. Call this
     function when the model is on its device. A second call reads the switches and the norm weights
-    again.
+    again, and takes in stock modules that were put back.
 
     Args:
         model: a ``DeepseekV4ForCausalLM`` or ``DeepseekV4Model`` in bf16, its hyper-connections
-            in fp32 (as ``from_pretrained(dtype=torch.bfloat16)`` loads it).
+            in fp32 (as ``from_pretrained(dtype=torch.bfloat16)`` loads it). It may be wrapped by
+            ``torch.compile``, by PEFT, or by ``DataParallel`` or ``DistributedDataParallel``; what
+            they wrap is changed in place. Call this function before ``fully_shard``.
+
+    Returns:
+        The model that was given.
 
     Raises:
         TypeError: the model is another one.
@@ -256,7 +346,7 @@ def apply(model: torch.nn.Module) -> None:
     decoder = _decoder(model)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
-            "mhc_ops.integrations.transformers: expected a model without gradient checkpointing, "
+            f"{_HERE}: expected a model without gradient checkpointing, "
             "got a model that has it enabled; mhc_ops is forward only"
         )
     _check_settings(decoder)
@@ -264,29 +354,42 @@ def apply(model: torch.nn.Module) -> None:
     config.switches()  # a misspelt switch is refused before anything is changed
     for _, module, _, swapped in _parts(decoder):
         module.__class__ = swapped
-        if isinstance(module, MhcRMSNorm):
-            if "norm_weight_cache" in module._buffers:
-                module.refresh_norm_weight_cache()
-            else:
-                module.add_norm_weight_cache()
+    if _require_applied not in decoder._forward_pre_hooks.values():
+        decoder.register_forward_pre_hook(_require_applied)
     wire(decoder)
+    return model
 
 
-def remove(model: torch.nn.Module) -> None:
+def remove(model: Model) -> Model:
     """Undo :func:`apply`: put back the stock forwards, and remove every added attribute.
 
     Args:
-        model: a ``DeepseekV4ForCausalLM`` or ``DeepseekV4Model``. A model that :func:`apply` was
-            never called on is left as it is.
+        model: a ``DeepseekV4ForCausalLM`` or ``DeepseekV4Model``, which may be wrapped as
+            :func:`apply` says. A model that :func:`apply` was never called on is left as it is.
+
+    Returns:
+        The model that was given.
 
     Raises:
         TypeError: the model is another one.
+        ValueError: other code has changed the class of a module since, as ``fully_shard`` does. The
+            model is left untouched.
     """
-    for _, module, stock, swapped in _parts(_decoder(model)):
+    decoder = _decoder(model)
+    parts = list(_parts(decoder))
+    for name, module, _, swapped in parts:
+        if isinstance(module, swapped) and type(module) is not swapped:
+            raise ValueError(
+                f"{_HERE}: expected {name} to be the {swapped.__name__} that apply made of it, got "
+                f"{type(module).__qualname__}; call remove before fully_shard"
+            )
+    for key, hook in list(decoder._forward_pre_hooks.items()):
+        if hook is _require_applied:
+            del decoder._forward_pre_hooks[key]
+    for _, module, stock, swapped in parts:
         if type(module) is not swapped:
             continue
-        if isinstance(module, (HyperConnection, HyperHead)):
-            del module.steps
-        if isinstance(module, FoldedRMSNorm):
-            del module.norm_weight_cache
+        for attribute in ("steps", "_norm_weight_cache", "_trained"):
+            vars(module).pop(attribute, None)
         module.__class__ = stock
+    return model

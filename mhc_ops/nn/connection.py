@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import geometry
 from .._arguments import MIX, mixes
-from .norm import FoldedRMSNorm, norm_arguments
+from .norm import FoldedRMSNorm, run_folded
 from .state import Copies, StreamState, SublayerEntry, expand
 from .wiring import Wired
 
@@ -77,6 +77,47 @@ class HyperConnection(Wired):
             self.hc_post_mult_value, self.sinkhorn_repeat,
         )  # fmt: skip
 
+    def forward(
+        self,
+        streams: Tensor | Copies | StreamState,
+        *,
+        norm_weight: Tensor | None = None,
+        norm_eps: float | None = None,
+    ) -> SublayerEntry:
+        """Run the pre step, after the post step that is pending where there is one.
+
+        :meth:`pre` and :meth:`boundary` call the module, so that its hooks run before ``fn``,
+        ``scale`` and ``base`` are read: those of FSDP2, for one, gather the parameters.
+
+        Args:
+            streams: as the argument of :meth:`pre` or of :meth:`boundary`.
+            norm_weight, norm_eps: the norm to fold in, as in :func:`mhc_ops.pre`.
+
+        Returns:
+            As :meth:`pre` and :meth:`boundary`.
+
+        Raises:
+            RuntimeError: the module is not wired.
+        """
+        steps = self._steps()
+        options = _norm_options(norm_weight, norm_eps)
+        if isinstance(streams, StreamState):
+            if steps.fused_post_pre is not None:
+                residual, post, comb, layer_input = steps.fused_post_pre(
+                    *_pending(streams), *self._arguments(), **options
+                )
+                return SublayerEntry(residual, layer_input, post, comb)
+            streams = streams.materialise(steps.post)
+        elif isinstance(streams, Copies):
+            if steps.expand_pre is not None:
+                residual, post, comb, layer_input = steps.expand_pre(
+                    streams.x, *self._arguments(), **options
+                )
+                return SublayerEntry(residual, layer_input, post, comb)
+            streams = expand(streams.x, self.hc_mult)
+        post, comb, layer_input = steps.pre(streams, *self._arguments(), **options)
+        return SublayerEntry(streams, layer_input, post, comb)
+
     def pre(self, residual: Tensor | Copies, norm: FoldedRMSNorm | None = None) -> SublayerEntry:
         """Run the pre step on plain streams, with the formula of :func:`mhc_ops.pre`::
 
@@ -93,16 +134,7 @@ class HyperConnection(Wired):
         Raises:
             RuntimeError: the module is not wired.
         """
-        steps = self._steps()
-        if isinstance(residual, Copies):
-            if steps.expand_pre is not None:
-                streams, post, comb, layer_input = steps.expand_pre(
-                    residual.x, *self._arguments(), **norm_arguments(norm)
-                )
-                return SublayerEntry(streams, layer_input, post, comb)
-            residual = expand(residual.x, self.hc_mult)
-        post, comb, layer_input = steps.pre(residual, *self._arguments(), **norm_arguments(norm))
-        return SublayerEntry(residual, layer_input, post, comb)
+        return run_folded(norm, self, residual)
 
     def boundary(self, state: StreamState, norm: FoldedRMSNorm | None = None) -> SublayerEntry:
         """Run the post step that is pending, then the pre step of this connection::
@@ -122,18 +154,7 @@ class HyperConnection(Wired):
         Raises:
             RuntimeError: the module is not wired.
         """
-        steps = self._steps()
-        if steps.fused_post_pre is None:
-            return self.pre(state.materialise(steps.post), norm)
-        residual, post, comb, layer_input = steps.fused_post_pre(
-            state.x,
-            state.residual,
-            state.post,
-            state.comb,
-            *self._arguments(),
-            **norm_arguments(norm),
-        )
-        return SublayerEntry(residual, layer_input, post, comb)
+        return run_folded(norm, self, state)
 
 
 class HyperHead(Wired):
@@ -177,10 +198,42 @@ class HyperHead(Wired):
         self.base = torch.nn.Parameter(torch.zeros(hc_mult, device=device, dtype=MIX))
         self.scale = torch.nn.Parameter(torch.ones(1, device=device, dtype=MIX))
 
-    def _arguments(self, norm: FoldedRMSNorm | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of a head that follow the streams, by position and by name."""
-        positional = (self.fn, self.scale, self.base, self.rms_eps, self.hc_eps)
-        return positional, norm_arguments(norm)
+    def forward(
+        self,
+        streams: Tensor | StreamState,
+        keep_streams: bool = False,
+        *,
+        norm_weight: Tensor | None = None,
+        norm_eps: float | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Run the head, after the post step that is pending where there is one.
+
+        :meth:`collapse` and :meth:`materialise_and_collapse` call the module, so that its hooks run
+        before ``fn``, ``scale`` and ``base`` are read.
+
+        Args:
+            streams: as the argument of :meth:`collapse`.
+            keep_streams: whether the plain streams are returned, too.
+            norm_weight, norm_eps: the norm to fold in, as in :func:`mhc_ops.head`.
+
+        Returns:
+            As :meth:`collapse`; with ``keep_streams`` as :meth:`materialise_and_collapse`.
+
+        Raises:
+            RuntimeError: the module is not wired.
+        """
+        steps = self._steps()
+        arguments = (self.fn, self.scale, self.base, self.rms_eps, self.hc_eps)
+        options = _norm_options(norm_weight, norm_eps)
+        if isinstance(streams, StreamState):
+            if keep_streams and steps.post_head_streams is not None:
+                plain, hidden = steps.post_head_streams(*_pending(streams), *arguments, **options)
+                return plain, hidden
+            if not keep_streams and steps.post_head is not None:
+                return steps.post_head(*_pending(streams), *arguments, **options)
+            streams = streams.materialise(steps.post)
+        hidden = steps.head(streams, *arguments, **options)
+        return (streams, hidden) if keep_streams else hidden
 
     def collapse(self, streams: Tensor | StreamState, norm: FoldedRMSNorm | None = None) -> Tensor:
         """Compute the last hidden state, with the formula of :func:`mhc_ops.head`::
@@ -198,16 +251,7 @@ class HyperHead(Wired):
         Raises:
             RuntimeError: the module is not wired.
         """
-        steps = self._steps()
-        arguments, options = self._arguments(norm)
-        if isinstance(streams, StreamState):
-            state = streams
-            if steps.post_head is not None:
-                return steps.post_head(
-                    state.x, state.residual, state.post, state.comb, *arguments, **options
-                )
-            streams = state.materialise(steps.post)
-        return steps.head(streams, *arguments, **options)
+        return run_folded(norm, self, streams)
 
     def materialise_and_collapse(
         self, state: StreamState, norm: FoldedRMSNorm | None = None
@@ -227,15 +271,17 @@ class HyperHead(Wired):
         Raises:
             RuntimeError: the module is not wired.
         """
-        steps = self._steps()
-        arguments, options = self._arguments(norm)
-        if steps.post_head_streams is not None:
-            streams, hidden = steps.post_head_streams(
-                state.x, state.residual, state.post, state.comb, *arguments, **options
-            )
-            return streams, hidden
-        streams = state.materialise(steps.post)
-        return streams, steps.head(streams, *arguments, **options)
+        return run_folded(norm, self, state, True)
+
+
+def _pending(state: StreamState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the first arguments of an op that begins with the post step."""
+    return state.x, state.residual, state.post, state.comb
+
+
+def _norm_options(norm_weight: Tensor | None, norm_eps: float | None) -> dict[str, Any]:
+    """Name the arguments of a norm; none without a norm, which plain functions may not take."""
+    return {} if norm_weight is None else {"norm_weight": norm_weight, "norm_eps": norm_eps}
 
 
 def _normal_parameter(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import config, geometry, ops, reference, support
 from .._arguments import ACTIVATION
+from .norm import refresh_norm_weight_cache
 
 logger = logging.getLogger("mhc_ops")
 
@@ -98,10 +99,11 @@ def wire(model: torch.nn.Module, *, dtype: torch.dtype = ACTIVATION) -> None:
     and the op can serve the device; otherwise a plain function of :mod:`mhc_ops.reference` runs the
     step, and one line in the log says why. Where all three switches are on and the ops can serve
     the device, boundaries are fused, and so are the ends of the model: expand with pre, and post
-    with head.
+    with head. Norm weights that are not in bf16 get their bf16 copy, as
+    :class:`~mhc_ops.nn.FoldedRMSNorm` says.
 
-    Call this function when the model is on its device, and again after moving the model or changing
-    a switch.
+    Call this function when the model is on its device, and again after moving the model, replacing
+    norm weights by other parameters, or changing a switch.
 
     Args:
         model: any module; every :class:`~mhc_ops.nn.HyperConnection` and
@@ -146,3 +148,4 @@ def wire(model: torch.nn.Module, *, dtype: torch.dtype = ACTIVATION) -> None:
     )
     for module in modules:
         module.steps = chosen
+    refresh_norm_weight_cache(model)
