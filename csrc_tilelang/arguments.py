@@ -82,6 +82,7 @@ class Context(NamedTuple):
         rank: the CTA in its cluster.
         first: the first token of the cluster.
         count: the tokens of the cluster.
+        tiles: the tiles of the cluster, in a kernel that loops over tiles.
     """
 
     hidden: int
@@ -91,3 +92,4 @@ class Context(NamedTuple):
     rank: Any = None
     first: Any = None
     count: Any = None
+    tiles: Any = None
