@@ -128,7 +128,7 @@ def small_looping_kernel(kept) -> Callable[[str], Lowered]:
     @functools.cache
     def get(op: str) -> Lowered:
         key = LOOPING_KEYS[op]
-        names = ("_operands", "fused_post_pre", "_persistent", key.kernel)
+        names = ("layout", "steps.project", "steps.tiles", key.kernel)
         with kernels_with(*names, CLUSTER=8, WIDE_TILE_HIDDEN=0):
             return lower_key(key, kept)
 
