@@ -71,6 +71,22 @@ class Collapse(NamedTuple):
     norm_eps: Any
 
 
+class Arguments(NamedTuple):
+    """All that a kernel of the boundary is given, in bundles.
+
+    Attributes:
+        mixing: what makes the mixes.
+        output: the layer input and the norm.
+        early: whether fn may be read before the previous kernel has finished.
+        post: what the post step takes; None in a kernel that has no such step.
+    """
+
+    mixing: Mixing
+    output: Collapse
+    early: Any
+    post: Post | None = None
+
+
 class Context(NamedTuple):
     """Where a thread is, and what its CTA works on.
 

@@ -36,7 +36,7 @@ import tilelang.language as T
 
 from ..geometry import tile_tokens
 from . import device
-from .arguments import Collapse, Context, Mixing, Post
+from .arguments import Arguments, Collapse, Context, Mixing, Post
 from .layout import (
     CLUSTER,
     COMB,
@@ -546,7 +546,7 @@ def fused_post_pre_persistent(hidden: int, *, norm: bool, pdl: bool):
             threads=THREADS,
             cluster_dims=(CLUSTER, 1, 1),
         ) as i_c:
-            given = steps.Arguments(
+            given = Arguments(
                 Mixing(
                     fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
                     hc_post_mult_value, sinkhorn_repeat, post_mix, comb_mix,

@@ -32,7 +32,7 @@ import tilelang.language as T
 
 from ..geometry import tile_tokens
 from . import device
-from .arguments import Collapse, Context, Mixing
+from .arguments import Arguments, Collapse, Context, Mixing
 from .layout import (
     CLUSTER,
     HC_MULT,
@@ -585,7 +585,7 @@ def pre(hidden: int, *, norm: bool, pdl: bool):
             threads=threads(hidden),
             cluster_dims=(CLUSTER, 1, 1),
         ) as i_c:
-            given = steps.Arguments(
+            given = Arguments(
                 Mixing(
                     fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
                     hc_post_mult_value, sinkhorn_repeat, post_mix, comb_mix,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import tilelang.language as T
 
-from ..device import load_async16, mma_bf16, split3
+from ..device import load_async16, mma_bf16, prefetch_l2_bulk, split3
 from ..layout import HC_MULT, MIXES, MMA_COLUMNS, SPLIT_TERMS, SQUARES, halves, slice_size
 
 WARPS = 16  # to which the blocks are dealt out; a warp of a kernel can stand for several of them
@@ -139,6 +139,16 @@ class Terms(NamedTuple):
     t0: Any
     terms_shared: Any = None
     slot: Any = None
+
+    def in_slot(self, slot):
+        """The terms of a slot of shared memory instead."""
+        return self._replace(t0=0, slot=slot)
+
+
+def prefetch_fn(fn, segment, rank, hidden: int):
+    """Start to bring a segment of fn to L2: a CTA's columns of one stream of one row."""
+    column = segment % HC_MULT * hidden + rank * slice_size(hidden)
+    return prefetch_l2_bulk(fn[segment // HC_MULT, column], slice_size(hidden) * 4)
 
 
 @T.macro

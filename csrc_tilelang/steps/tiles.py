@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import tilelang.language as T
 
 from ...geometry import tile_tokens
-from ..arguments import Collapse, Mixing, Post
 from ..device import address, inbox_again, inbox_wait, send, send2, send4
 from ..layout import (
     CLUSTER,
@@ -44,22 +43,6 @@ PROJECTION_THREADS = PROJECTION_WARPS * WARP
 HALVES = WARPS // PROJECTION_WARPS  # A projection warp stands for two of the warps of the layout.
 SETS = 2  # of weights, of a tile's sums in shared memory, and of the tokens of two turns
 SUMS_BYTES = CLUSTER * SUMS_PITCH * 4  # what an owner is sent of a token
-
-
-class Arguments(NamedTuple):
-    """All that a kernel is given, in bundles.
-
-    Attributes:
-        mixing: what makes the mixes.
-        output: the layer input and the norm.
-        early: whether fn may be read before the previous kernel has finished.
-        post: what the post step takes; None in a kernel that has no such step.
-    """
-
-    mixing: Mixing
-    output: Collapse
-    early: Any
-    post: Post | None = None
 
 
 class Memory(NamedTuple):
