@@ -36,6 +36,8 @@ from .layout import (
     first_token,
     slice_size,
 )
+from .steps.collapse import add_squares as add_value_squares
+from .steps.collapse import collapse, norm_factor, normalise, round_values
 from .steps.exchange import (
     Exchange,
     add_slices,
@@ -48,7 +50,7 @@ from .steps.exchange import (
     send_weights,
     wait_for_weights,
 )
-from .steps.mixes import load_scale_and_base, sigmoid, store_comb
+from .steps.mixes import load_scale_and_base, logit, sigmoid, store_comb
 from .steps.post import Comb, Old, mix_stream
 from .steps.project import (
     BLOCK_TERMS,
@@ -237,6 +239,7 @@ def collapse_tokens(streams_shared, exchange, output, value_local, at):
     reps = repetitions(at.hidden)
     weights_local = T.alloc_local((HC_MULT,), "float32")
     streams_local = T.alloc_local((HC_MULT * VECTOR,), "bfloat16")
+    total_local = T.alloc_local((VECTOR,), "float32")
     squares = T.alloc_local((1,), "float32")
     for i in T.unroll(ROUNDS):
         token = i * COLLAPSE_WARPS + at.warp
@@ -250,15 +253,9 @@ def collapse_tokens(streams_shared, exchange, output, value_local, at):
                             streams_local[j * VECTOR + v] = streams_shared[
                                 token, j * size + element(r, at.lane) + v
                             ]
-                    for v in T.unroll(VECTOR):
-                        value = T.alloc_var("float32", init=0.0)
-                        value = weights_local[0] * T.cast(streams_local[v], "float32")
-                        for j in T.unroll(HC_MULT - 1):
-                            value = value + weights_local[j + 1] * T.cast(
-                                streams_local[(j + 1) * VECTOR + v], "float32"
-                            )
-                        squares[0] = squares[0] + value * value
-                        value_local[(i * reps + r) * VECTOR + v] = T.cast(value, "bfloat16")
+                    collapse(streams_local, 0, weights_local, 0, total_local)
+                    add_value_squares(total_local, squares, 0)
+                    round_values(total_local, value_local, (i * reps + r) * VECTOR)
             if output.norm:
                 send_squares(token, squares, exchange, at)
 
@@ -268,24 +265,20 @@ def store_tokens(exchange, output, gain_local, value_local, at):
     """The collapsed tokens, after the RMSNorm if there is one, to memory."""
     size = slice_size(at.hidden)
     reps = repetitions(at.hidden)
+    total_local = T.alloc_local((VECTOR,), "float32")
     factor = T.alloc_local((1,), "float32")
     for i in T.unroll(ROUNDS):
         token = i * COLLAPSE_WARPS + at.warp
         if token < at.count:
             if output.norm:
                 add_squares(token, exchange, factor)
-                factor[0] = T.rsqrt(factor[0] * (1.0 / at.hidden) + output.norm_eps)
+                factor[0] = norm_factor(factor[0], at.hidden, output.norm_eps)
             for r in T.unroll(reps):
                 v0 = (i * reps + r) * VECTOR
                 if element(r, at.lane) < size:
                     if output.norm:
-                        for v in T.unroll(VECTOR):
-                            value_local[v0 + v] = T.cast(
-                                T.cast(value_local[v0 + v], "float32")
-                                * factor[0]
-                                * T.cast(gain_local[r * VECTOR + v], "float32"),
-                                "bfloat16",
-                            )
+                        normalise(value_local, v0, factor[0], gain_local, r * VECTOR, total_local)
+                        round_values(total_local, value_local, v0)
                     for v in T.vectorized(VECTOR):
                         output.out[at.first + token, at.rank * size + element(r, at.lane) + v] = (
                             value_local[v0 + v]
@@ -327,11 +320,10 @@ def make_mixes(exchange, mixing, at):
         if token < at.count:
             load_scale_and_base(mixing, column, scale_local, base_local)
             add_slices(i, column, exchange, total)
-            mix[0] = T.rsqrt(
-                T.shfl_sync(total[0], SQUARES - i * OWNED_LANES) * (1.0 / (HC_MULT * at.hidden))
-                + mixing.rms_eps
-            )
-            logit_local[0] = total[0] * mix[0] * scale_local[0] + base_local[0]
+            logit_local[0] = logit(
+                total[0], T.shfl_sync(total[0], SQUARES - i * OWNED_LANES), HC_MULT * at.hidden,
+                mixing.rms_eps, scale_local[0], base_local[0],
+            )  # fmt: skip
             mix[0] = sigmoid(logit_local[0])
             weight[0] = mix[0] + mixing.hc_pre_eps
             send_weights(token, weight, i * OWNED_LANES, exchange, at.lane)
