@@ -73,7 +73,6 @@ SIGNATURES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
         ("splits",),
     ),
     "post_head": ((*_POST, *_MIXING, "out"), _HEAD_NUMBERS, ("clusters", "unit")),
-    "post_head_persistent": ((*_POST, *_MIXING, "out"), _HEAD_NUMBERS, ("clusters", "unit")),
 }
 CLUSTERED = ("pre", "fused_post_pre", "fused_post_pre_persistent", "expand_pre", "post_head")
 INT_TOKENS = ("pre", "fused_post_pre", "fused_post_pre_persistent")  # The other kernels have int64.
@@ -98,7 +97,6 @@ def compiled(key: routes.Key) -> compiler.Compiled:
     cluster = 16 if key.kernel.startswith(CLUSTERED) else 1
     grid = {
         "post_head": formula.name("clusters") * 16,
-        "post_head_persistent": formula.name("clusters") * 16,
         "projection": formula.name("splits"),
     }.get(key.kernel, formula.name("tokens") * cluster)
     return compiler.Compiled(
