@@ -30,29 +30,30 @@ from ._collapse import sigmoid
 from ._device import DEVICE_SOURCE, HC_MULT, MIXES, MMA_COLUMNS, SQUARES, VECTOR, WARP
 from ._operands import (
     CHUNK,
-    OPERANDS,
-    ROW_TILES,
     SLICE_TREE,
-    STEPS,
     SUMS,
     SUMS_PITCH,
     UNIT_TERMS,
     UNIT_WEIGHTS,
     add_tree,
-    multiply,
     slice_size,
     split_unit,
     store_sums,
 )
 from ._sinkhorn import COMB, sinkhorn, softmax_row
 from ._steps import mix_stream
+from .steps import project
+from .steps.project import BLOCK_COLUMNS as BLOCK  # noqa: F401
+from .steps.project import REGISTER_BLOCKS as REGISTER_UNITS
+from .steps.project import STREAMS_PAD as PAD
+from .steps.project import WARP_TREE, WARPS
+from .steps.project import blocks as units  # noqa: F401
+from .steps.project import only_whole_blocks as only_whole_blocks
+from .steps.project import shared_blocks as shared_units
+from .steps.project import split_shared_block as split_shared_unit
 
-WARPS = 16
 THREADS = WARPS * WARP
 COLLAPSE_WARPS = WARPS - 1  # the last one makes the mixes and runs Sinkhorn instead
-BLOCK = 32  # columns of two mma steps
-REGISTER_UNITS = 2  # of them in registers: 72 of 128
-PAD = 16  # bf16 elements: the rows of 4 tokens on different banks
 TOKEN_TILES = -(-GROUP_TOKENS // MMA_COLUMNS)
 OWNED = -(-GROUP_TOKENS // CLUSTER)  # tokens of a group that a CTA owns at most
 ROUNDS = -(-GROUP_TOKENS // COLLAPSE_WARPS)  # tokens that a warp collapses at most
@@ -60,113 +61,28 @@ WEIGHTS_INBOX = OWNED  # inboxes: sums of an owned token, then weights, then squ
 SQUARES_INBOX = WEIGHTS_INBOX + GROUP_TOKENS
 INBOXES = SQUARES_INBOX + GROUP_TOKENS
 
-# what a kernel loops over at trace time
-WARP_TREE = tuple(WARPS >> i for i in range(1, WARPS.bit_length()))
-
-
-def units(hidden: int) -> int:
-    """Blocks of 32 columns that a CTA projects: unit u is block u // 4 of stream u % 4.
-
-    The last block of a stream has only its first step where the slice is not a multiple of 32.
-    """
-    return HC_MULT * -(-slice_size(hidden) // BLOCK)
-
-
-def shared_units(hidden: int) -> int:
-    """Those of them whose terms are kept in shared memory."""
-    return max(0, units(hidden) - REGISTER_UNITS * WARPS)
-
-
-def only_whole_blocks(hidden: int) -> bool:
-    """Whether no lane has to look for the end of the slice: 0.15 us at one token, H = 4096."""
-    return slice_size(hidden) % BLOCK == 0 and units(hidden) >= REGISTER_UNITS * WARPS
-
 
 @T.macro
 def load_unit(fn, unit, rank, lane, hidden, weights_local, w0):
-    """This lane's weights of a unit: 3 rows, 2 steps, 4 columns; zeros past the slice's end."""
-    for step in T.unroll(STEPS):
-        h = unit // HC_MULT * BLOCK + step * (BLOCK // STEPS) + lane % 4 * CHUNK
-        inside = True if only_whole_blocks(hidden) else h < slice_size(hidden)
-        for n in T.unroll(ROW_TILES):
-            if inside:
-                for v in T.vectorized(CHUNK):
-                    weights_local[w0 + (n * STEPS + step) * CHUNK + v] = fn[
-                        n * MMA_COLUMNS + lane // 4,
-                        unit % HC_MULT * hidden + rank * slice_size(hidden) + h + v,
-                    ]
-            else:
-                for v in T.unroll(CHUNK):
-                    weights_local[w0 + (n * STEPS + step) * CHUNK + v] = 0.0
+    """``project.load_block`` with its old parameters."""
+    project.load_block(fn, project.Block(unit, rank, lane, hidden), weights_local, w0)
 
 
 @T.macro
 def copy_unit(fn, unit, rank, lane, hidden, terms_shared, slot):
-    """:func:`load_unit` to the lanes' places in shared memory, there after ``loads_wait``.
-
-    A warp copies 4 rows of 128 bytes at a time, so a lane copies for others of its warp.
-    """
-    h = unit // HC_MULT * BLOCK + lane % 8 * CHUNK
-    inside = True if only_whole_blocks(hidden) else h < slice_size(hidden)
-    for q in T.unroll(UNIT_WEIGHTS // 4):
-        vector = q // 2 * STEPS + lane % 8 // 4
-        reader = q % 2 * 16 + lane // 8 * 4 + lane % 4
-        if inside:
-            T.call_extern(
-                "handle",
-                "mhc::load_async16",
-                T.access_ptr(terms_shared[slot, vector, reader, 0], "w"),
-                T.access_ptr(
-                    fn[
-                        q * 4 + lane // 8,
-                        unit % HC_MULT * hidden + rank * slice_size(hidden) + h,
-                    ],
-                    "r",
-                ),
-            )
-        else:
-            for v in T.vectorized(4):
-                terms_shared[slot, vector, reader, v] = T.uint32(0)
-
-
-@T.macro
-def split_shared_unit(terms_shared, slot, lane, weights_local, terms_local):
-    """What :func:`copy_unit` has brought to this lane's places, split in place."""
-    for q in T.unroll(UNIT_WEIGHTS // 4):
-        for v in T.vectorized(4):
-            weights_local[q * 4 + v] = T.reinterpret(terms_shared[slot, q, lane, v], "float32")
-    split_unit(weights_local, 0, terms_local, 0)
-    for q in T.unroll(UNIT_TERMS // 4):
-        for v in T.vectorized(4):
-            terms_shared[slot, q, lane, v] = terms_local[q * 4 + v]
+    """``project.copy_block`` with its old parameters."""
+    project.copy_block(fn, project.Block(unit, rank, lane, hidden), terms_shared, slot)
 
 
 @T.macro
 def add_unit(
     streams_shared, token, unit, lane, hidden, terms_local, t0, terms_shared, slot, sums_local
 ):
-    """sums += fn . streams of one unit, for 8 tokens; ``token`` is that of this lane's column.
-
-    The terms are in registers from ``t0`` on, or in ``slot`` of shared memory if that is given.
-    """
-    values_local = T.alloc_local((STEPS * CHUNK,), "bfloat16")
-    words_local = T.view(values_local, (STEPS * 2,), "uint32")
-    fragment = T.alloc_local((4,), "uint32")
-    part = T.alloc_local((len(OPERANDS) * 4,), "float32")
-    for q in T.unroll(len(OPERANDS) * 4):
-        part[q] = 0.0
-    for step in T.unroll(STEPS):
-        h = unit // HC_MULT * BLOCK + step * (BLOCK // STEPS) + lane % 4 * CHUNK
-        inside = True if only_whole_blocks(hidden) else h < slice_size(hidden)
-        if inside:
-            for v in T.vectorized(CHUNK):
-                values_local[step * CHUNK + v] = streams_shared[
-                    token, unit % HC_MULT * slice_size(hidden) + h + v
-                ]
-        else:
-            for v in T.unroll(2):
-                words_local[step * 2 + v] = T.uint32(0)
-    multiply(words_local, lane, terms_local, t0, terms_shared, slot, fragment, part, sums_local)
+    """``project.add_block`` with its old parameters."""
+    project.add_block(
+        streams_shared, token, project.Block(unit, None, lane, hidden),
+        project.Terms(terms_local, t0, terms_shared, slot), sums_local,
+    )  # fmt: skip
 
 
 @T.macro
