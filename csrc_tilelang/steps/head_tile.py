@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import tilelang.language as T
 
-from .._operands import ALL_PAIRS, CHUNK, STEPS
 from ..arguments import named
 from ..device import (
     inbox_open,
@@ -25,6 +24,7 @@ from .collapse import add_squares, collapse, norm_factor, normalise, round_value
 from .columns import QUAD, SUMS_IN_PITCH, TILE, add_slices, column_warps
 from .mixes import logit, sigmoid
 from .post import Comb, Old, mix_stream
+from .project import ALL_PAIRS, CHUNK, STEPS
 
 ROWS = HC_MULT * SPLIT_TERMS  # of A: term 0 of fn's 4 rows, term 1, term 2
 SUMS = ROWS + 1  # The squares come last.
