@@ -26,14 +26,10 @@ from typing import Any, NamedTuple
 import tilelang.language as T
 
 from ..geometry import EXPAND_PRE_GROUP_TOKENS
-from ._collapse import sigmoid as old_sigmoid
-from ._group import apply_gain, collapse_weight
-from ._sinkhorn import sinkhorn, softmax_row
 from .arguments import Collapse, Mixing, named
 from .device import SOURCE, inbox_open, inbox_wait, load_async16, loads_wait, send, send4
 from .layout import (
     CLUSTER,
-    COMB,
     HC_MULT,
     MIXES,
     MMA_COLUMNS,
@@ -42,7 +38,9 @@ from .layout import (
     VECTOR,
     WARP,
     add_tree,
+    halves,
 )
+from .steps.collapse import norm_factor, normalise, round_values
 from .steps.columns import (
     SUMS_IN_PITCH,
     TILE,
@@ -51,6 +49,8 @@ from .steps.columns import (
     columns_of,
     prefetch_rows,
 )
+from .steps.mixes import finish_in_lanes, load_scale_and_base, logit, sigmoid
+from .steps.post import widen
 from .steps.project import (
     BLOCK_TERMS,
     BLOCK_WEIGHTS,
@@ -127,9 +127,7 @@ def load_x(x, columns, x_shared):
     for i in T.serial(T.ceildiv(columns.count, TILE)):
         if columns.inside:
             token = T.min(i * TILE + columns.row, columns.count - 1)
-            load_async16(
-                x_shared[i, columns.tx, 0], x[columns.first + token, columns.first_column]
-            )
+            load_async16(x_shared[i, columns.tx, 0], x[columns.first + token, columns.first_column])
         else:
             for v in T.unroll(VECTOR):
                 x_shared[i, columns.tx, v] = T.cast(0.0, "bfloat16")
@@ -230,37 +228,6 @@ def store_copies(columns, x_shared, residual_out):
                     residual_out[columns.first + token, j, columns.first_column + v] = x_local[v]
 
 
-@T.macro
-def collapse_tiles(columns, x_shared, slots, mixing, constants, output):
-    """v = (sum_j weight_j) * x of all tiles, then the RMSNorm."""
-    x_local = T.alloc_local((VECTOR,), "bfloat16")
-    squares = T.alloc_local((1,), "float32")
-    mix = T.alloc_local((1,), "float32")
-    factor = T.alloc_local((1,), "float32")
-    for i in T.serial(T.ceildiv(columns.count, TILE)):
-        token = T.min(i * TILE + columns.row, columns.count - 1)
-        add_slices(slots.squares_in_shared, token, 0, 1, squares)
-        collapse_weight(
-            slots.sums_in_shared, token, columns.lane % 4, squares, columns.hidden, mixing.rms_eps,
-            constants.scale_local, constants.base_local, mix,
-        )  # fmt: skip
-        mix[0] = mix[0] + mixing.hc_pre_eps
-        mix[0] = mix[0] + T.shfl_xor(mix[0], 1)
-        mix[0] = mix[0] + T.shfl_xor(mix[0], 2)
-        for v in T.vectorized(VECTOR):
-            x_local[v] = x_shared[i, columns.tx, v]
-        for v in T.unroll(VECTOR):
-            x_local[v] = T.cast(mix[0] * T.cast(x_local[v], "float32"), "bfloat16")
-        if output.norm:
-            factor[0] = T.rsqrt(
-                mix[0] * mix[0] * (squares[0] * (1.0 / columns.hidden)) + output.norm_eps
-            )
-            apply_gain(x_local, factor[0], constants.gain_local)
-        if i * TILE + columns.row < columns.count and columns.inside:
-            for v in T.vectorized(VECTOR):
-                output.out[columns.first + token, columns.first_column + v] = x_local[v]
-
-
 class Constants(NamedTuple):
     """What a lane keeps of the constants in registers.
 
@@ -273,6 +240,42 @@ class Constants(NamedTuple):
     gain_local: Any
     scale_local: Any
     base_local: Any
+
+
+@T.macro
+def collapse_tiles(columns, x_shared, slots, mixing, constants, output):
+    """v = (sum_j weight_j) * x of all tiles, then the RMSNorm."""
+    x_local = T.alloc_local((VECTOR,), "bfloat16")
+    total_local = T.alloc_local((VECTOR,), "float32")
+    squares = T.alloc_local((1,), "float32")
+    total = T.alloc_local((1,), "float32")
+    weight = T.alloc_local((1,), "float32")
+    for i in T.serial(T.ceildiv(columns.count, TILE)):
+        token = T.min(i * TILE + columns.row, columns.count - 1)
+        add_slices(slots.squares_in_shared, token, 0, 1, squares)
+        add_slices(slots.sums_in_shared, token, columns.lane % HC_MULT, HC_MULT, total)
+        total[0] = logit(
+            total[0], squares[0], columns.hidden, mixing.rms_eps, constants.scale_local[0],
+            constants.base_local[0],
+        )  # fmt: skip
+        weight[0] = sigmoid(total[0]) + mixing.hc_pre_eps
+        for half in halves(HC_MULT)[::-1]:
+            weight[0] = weight[0] + T.shfl_xor(weight[0], half)
+        for v in T.vectorized(VECTOR):
+            x_local[v] = x_shared[i, columns.tx, v]
+        widen(x_local, 0, VECTOR, total_local)
+        for v in T.unroll(VECTOR):
+            total_local[v] = weight[0] * total_local[v]
+        round_values(total_local, x_local, 0)
+        if output.norm:
+            factor = norm_factor(
+                weight[0] * weight[0] * squares[0], columns.hidden, output.norm_eps
+            )
+            normalise(x_local, 0, factor, constants.gain_local, 0, total_local)
+            round_values(total_local, x_local, 0)
+        if i * TILE + columns.row < columns.count and columns.inside:
+            for v in T.vectorized(VECTOR):
+                output.out[columns.first + token, columns.first_column + v] = x_local[v]
 
 
 @T.macro
@@ -315,51 +318,28 @@ def run_columns(x, columns, slots, mixing, residual_out, output):
 
 @T.macro
 def run_owner(columns, slots, mixing):
-    """The last warp: post weights and combs of the tokens that the CTA owns."""
+    """The last warp: post weights and combs of the tokens that the CTA owns, one mix a lane."""
     slices_local = T.alloc_local((CLUSTER,), "float32")
-    comb_local = T.alloc_local((HC_MULT * HC_MULT,), "float32")
+    logit_local = T.alloc_local((1,), "float32")
     scale_local = T.alloc_local((1,), "float32")
     base_local = T.alloc_local((1,), "float32")
-    logit = T.alloc_local((1,), "float32")
-    mix = T.alloc_local((1,), "float32")
     lane = columns.lane
     T.cluster_wait()
-    scale_local[0] = 0.0
-    base_local[0] = 0.0
-    if lane >= HC_MULT and lane < MIXES:
-        scale_local[0] = mixing.hc_scale[T.if_then_else(lane < COMB, 1, 2)]
-        base_local[0] = mixing.hc_base[lane]
+    load_scale_and_base(mixing, lane, scale_local, base_local)
     for i in T.serial(OWNED):
         token = i * CLUSTER + columns.rank
         if token < columns.count:
-            # m = projection * rsqrt(mean square + rms_eps), one column a lane; scale and base
             inbox_wait(slots.owned_inbox[i])
             for c in T.unroll(CLUSTER):
                 slices_local[c] = 0.0
                 if lane >= HC_MULT and lane < SUMS:
                     slices_local[c] = slots.owned_in_shared[i, c, lane]
             add_tree(slices_local, SLICE_TREE)
-            mix[0] = T.rsqrt(
-                T.shfl_sync(slices_local[0], SQUARES) * (1.0 / columns.hidden) + mixing.rms_eps
-            )
-            logit[0] = slices_local[0] * mix[0] * scale_local[0] + base_local[0]
-            # post' = sigmoid(m) * hc_post_mult_value
-            old_sigmoid(logit[0], mix)
-            if lane >= HC_MULT and lane < COMB:
-                mixing.post_mix[columns.first + token, lane - HC_MULT] = (
-                    mix[0] * mixing.hc_post_mult_value
-                )
-            # comb' = Sinkhorn(softmax_rows(m))
-            softmax_row(logit, mixing.hc_sinkhorn_eps, mix)
-            for q in T.unroll(HC_MULT * HC_MULT):
-                comb_local[q] = T.shfl_sync(mix[0], COMB + q)
-            sinkhorn(comb_local, mixing.hc_sinkhorn_eps, mixing.sinkhorn_repeat)
-            if lane == 0:
-                for i_row in T.unroll(HC_MULT):
-                    for j in T.vectorized(HC_MULT):
-                        mixing.comb_mix[columns.first + token, i_row, j] = comb_local[
-                            i_row * HC_MULT + j
-                        ]
+            logit_local[0] = logit(
+                slices_local[0], T.shfl_sync(slices_local[0], SQUARES), columns.hidden,
+                mixing.rms_eps, scale_local[0], base_local[0],
+            )  # fmt: skip
+            finish_in_lanes(logit_local, mixing, columns.first + token, lane)
 
 
 @T.macro

@@ -164,8 +164,8 @@ def run_round(post, mixing, output, i_c, hidden, first, count, n_tiles):
     loads_commit()
     load_all_mixes(post, columns, tiles)
     loads_commit()
-    # Lanes without a token load nothing (NOTES.md, "Lanes of absent tokens load nothing"). What lies
-    # in their place reaches no other token: but for squares that nobody reads, it is not sent.
+    # Lanes without a token load nothing (NOTES.md, "Lanes of absent tokens load nothing"). What
+    # lies in their place reaches no other token: but for squares that nobody reads, it is not sent.
     for i in T.unroll(ROUND_TILES):
         token = i * TILE + columns.row
         load_tile(i, token, token < count, post, columns, tiles)

@@ -417,18 +417,19 @@ def add_squares_in(i, squares_in_shared, slot, columns, squares):
 def make_weights(i, columns, tiles, slots, weights, mixing, weights_local):
     """The 4 collapse weights of the lane's token of tile ``i``, whose sums have come."""
     squares = T.alloc_local((1,), "float32")
-    mix = T.alloc_local((1,), "float32")
+    total = T.alloc_local((1,), "float32")
+    weight = T.alloc_local((1,), "float32")
     slot = tiles.place(slots.sums_inbox, i)
     token = T.min(columns.row, columns.tokens(i) - 1)
     add_squares_in(i, slots.squares_in_shared, slot, columns, squares)
-    add_slices(slots.sums_in_shared, slot * TILE + token, columns.lane % QUAD, HC_MULT, mix)
-    mix[0] = logit(
-        mix[0], squares[0], HC_MULT * columns.hidden, mixing.rms_eps, weights.scale_local[0],
+    add_slices(slots.sums_in_shared, slot * TILE + token, columns.lane % QUAD, HC_MULT, total)
+    total[0] = logit(
+        total[0], squares[0], HC_MULT * columns.hidden, mixing.rms_eps, weights.scale_local[0],
         weights.base_local[0],
     )  # fmt: skip
-    mix[0] = sigmoid(mix[0]) + mixing.hc_pre_eps
+    weight[0] = sigmoid(total[0]) + mixing.hc_pre_eps
     for j in T.unroll(HC_MULT):
-        weights_local[j] = T.shfl_sync(mix[0], columns.row * QUAD + j)
+        weights_local[j] = T.shfl_sync(weight[0], columns.row * QUAD + j)
 
 
 @T.macro
@@ -491,14 +492,14 @@ def normalise_tile(i, columns, tiles, slots, weights, output):
     new_local = T.alloc_local((VECTOR,), "bfloat16")
     words_local = T.view(new_local, (VECTOR // 2,), "uint32")
     total_local = T.alloc_local((VECTOR,), "float32")
-    factor = T.alloc_local((1,), "float32")
+    squares = T.alloc_local((1,), "float32")
     slot = tiles.place(slots.norm_inbox, i)
-    add_squares_in(i, slots.norm_in_shared, slot, columns, factor)
-    factor[0] = norm_factor(factor[0], columns.hidden, output.norm_eps)
+    add_squares_in(i, slots.norm_in_shared, slot, columns, squares)
+    factor = norm_factor(squares[0], columns.hidden, output.norm_eps)
     if columns.inside and columns.row < columns.tokens(i):
         for v in T.vectorized(VECTOR):
             x_local[v] = tiles.x_shared[tiles.place(tiles.x_shared, i), columns.tx, v]
-        normalise(x_local, 0, factor[0], weights.gain_local, 0, total_local)
+        normalise(x_local, 0, factor, weights.gain_local, 0, total_local)
         round_values(total_local, new_local, 0)
         store16(
             output.out[columns.first_token(i) + columns.row, columns.first_column],
