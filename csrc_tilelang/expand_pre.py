@@ -38,6 +38,8 @@ from .layout import (
     VECTOR,
     WARP,
     add_tree,
+    clusters,
+    first_token,
     halves,
 )
 from .steps.collapse import norm_factor, normalise, round_values
@@ -378,7 +380,7 @@ def expand_pre(hidden: int, *, norm: bool, pdl: bool):
         The TileLang program. ``group_tokens`` are the tokens of a cluster, at most
         EXPAND_PRE_GROUP_TOKENS.
     """
-    tokens = T.dynamic("tokens", "int64")
+    tokens = T.dynamic("tokens", "int32")
 
     @T.prim_func
     def mhc_expand_pre(
@@ -400,16 +402,14 @@ def expand_pre(hidden: int, *, norm: bool, pdl: bool):
         group_tokens: T.int32,
     ):
         with T.Kernel(
-            T.ceildiv(tokens, group_tokens) * CLUSTER,
+            clusters(tokens, group_tokens) * CLUSTER,
             threads=threads(hidden),
             cluster_dims=(CLUSTER, 1, 1),
         ) as i_c:
             T.import_source(SOURCE)
             T.annotate_min_blocks_per_sm(ctas_per_sm(hidden))
-            first = T.alloc_var("int64", init=T.cast(i_c // CLUSTER, "int64") * group_tokens)
-            count = T.alloc_var(
-                "int32", init=T.cast(T.min(T.cast(group_tokens, "int64"), tokens - first), "int32")
-            )
+            first = T.alloc_var("int32", init=first_token(i_c // CLUSTER, group_tokens))
+            count = T.alloc_var("int32", init=T.min(group_tokens, tokens - first))
             mixing = Mixing(
                 fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
                 sinkhorn_repeat, post_mix, comb_mix,

@@ -309,7 +309,7 @@ def post_head(hidden: int, *, norm: bool, streams: bool, loop: bool, pdl: bool):
         The TileLang program. Each of ``clusters`` clusters takes as many units of ``unit`` tokens
         as another, or one more.
     """
-    tokens = T.dynamic("tokens", "int64")
+    tokens = T.dynamic("tokens", "int32")
     ctas_per_sm = post_head_ctas_per_sm(hidden, loop)
     run = run_loop if loop else run_round
 
@@ -338,22 +338,12 @@ def post_head(hidden: int, *, norm: bool, streams: bool, loop: bool, pdl: bool):
             T.annotate_min_blocks_per_sm(ctas_per_sm)
             cluster = i_c // CLUSTER
             # the first clusters have a unit more: they start first, and on SMs of their own
-            units = T.alloc_var("int32", init=T.truncdiv(T.cast(tokens, "int32") + unit - 1, unit))
+            units = T.alloc_var("int32", init=T.truncdiv(tokens + unit - 1, unit))
             share = T.alloc_var("int32", init=T.truncdiv(units, clusters))
             more = T.alloc_var("int32", init=units - share * clusters)
-            first = T.alloc_var(
-                "int64", init=T.cast(cluster * share + T.min(cluster, more), "int64") * unit
-            )
-            count = T.alloc_var(
-                "int32",
-                init=T.cast(
-                    T.min(
-                        T.cast((share + T.if_then_else(cluster < more, 1, 0)) * unit, "int64"),
-                        tokens - first,
-                    ),
-                    "int32",
-                ),
-            )
+            first = T.alloc_var("int32", init=(cluster * share + T.min(cluster, more)) * unit)
+            most = (share + T.if_then_else(cluster < more, 1, 0)) * unit
+            count = T.alloc_var("int32", init=T.min(most, tokens - first))
             n_tiles = T.alloc_var("int32", init=T.ceildiv(count, TILE))
             post = Post(
                 x, residual, post_layer_mix, comb_res_mix, residual_out if streams else None

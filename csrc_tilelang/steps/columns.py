@@ -71,8 +71,7 @@ def columns_of(hidden: int, i_c, first, count) -> Columns:
         count: the number of its tokens, likewise.
     """
     tx = T.get_thread_binding()
-    rank = T.cast(i_c % CLUSTER, "int32")
-    return Columns(hidden, tx, tx % WARP, tx // WARP, rank, first, count)
+    return Columns(hidden, tx, tx % WARP, tx // WARP, i_c % CLUSTER, first, count)
 
 
 @T.macro
