@@ -6,7 +6,24 @@ macro takes it as a parameter first, since an ``if`` that reads a variable is sp
 for each statement (README.md, "Traps").
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx import Buffer
+
+Bundle = TypeVar("Bundle", bound=NamedTuple)
+
+
+def named(bundle: Bundle) -> Bundle:
+    """Give each buffer of a bundle the name of its field, the later one where two share memory.
+
+    What stands where in shared memory goes by the names, which only an assignment in the body of a
+    kernel or macro gives otherwise.
+    """
+    for name, value in zip(bundle._fields, bundle, strict=True):
+        if isinstance(value, Buffer):
+            IRBuilder.name(name, value)
+    return bundle
 
 
 class Post(NamedTuple):

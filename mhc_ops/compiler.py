@@ -26,6 +26,7 @@ from .routes import Key
 TILELANG = "0.1.15"  # whose language the kernels are written in; others compile few of them
 LEAST_PDL_ARCH = 90  # programmatic dependent launch exists from Hopper on
 
+_FLAGS = ("norm", "streams", "loop")  # options that are true or false
 _PACKAGE = Path(__file__).parent
 _SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\(.*?\) (\w+)\((.*?)\) \{')
 _KINDS = {"int": "int32", "int64_t": "int64", "float": "float32"}  # of scalars in CUDA
@@ -111,7 +112,7 @@ def _arch_number(arch: str) -> int:
 def program(key: Key) -> Any:
     """The TileLang program of a key, before any lowering."""
     factory = getattr(importlib.import_module(f"mhc_ops.csrc_tilelang.{key.kernel}"), key.kernel)
-    options = {name: bool(v) if name in ("norm", "streams") else v for name, v in key.options}
+    options = {name: bool(v) if name in _FLAGS else v for name, v in key.options}
     return factory(key.hidden, pdl=_arch_number(key.arch) >= LEAST_PDL_ARCH, **options)
 
 

@@ -20,10 +20,10 @@ GROUP_TOKENS = 19  # the most tokens of a cluster of fused_post_pre: 7 clusters 
 FEW_CLUSTERS = 3  # up to so many clusters of fused_post_pre, two kernels fit side by side
 WIDE_TILE_HIDDEN = 5120  # the largest hidden size whose tiles of 16 tokens fit in shared memory
 EXPAND_PRE_GROUP_TOKENS = 32  # the most tokens of a cluster of expand_pre
-POST_HEAD_GROUP_TOKENS = 32  # the most tokens of a cluster of post_head
+POST_HEAD_GROUP_TOKENS = 32  # the most tokens of a cluster of post_head that takes them at once
 # Up to which hidden size two CTAs of a kernel share an SM.
 POST_HEAD_TWO_CTAS_HIDDEN = 4096
-POST_HEAD_PERSISTENT_TWO_CTAS_HIDDEN = 5120
+POST_HEAD_LOOP_TWO_CTAS_HIDDEN = 5120
 
 # The kernels on a grid.
 POST_PROJECTION_SLICE = 32  # hidden elements of a CTA: 128 CTAs read fn at H = 4096
@@ -36,11 +36,7 @@ def tile_tokens(hidden: int) -> int:
     return 16 if hidden <= WIDE_TILE_HIDDEN else 8
 
 
-def post_head_ctas_per_sm(hidden: int) -> int:
-    """CTAs of ``post_head`` that share an SM."""
-    return 2 if hidden <= POST_HEAD_TWO_CTAS_HIDDEN else 1
-
-
-def post_head_persistent_ctas_per_sm(hidden: int) -> int:
-    """CTAs of ``post_head_persistent`` that share an SM."""
-    return 2 if hidden <= POST_HEAD_PERSISTENT_TWO_CTAS_HIDDEN else 1
+def post_head_ctas_per_sm(hidden: int, loop: bool) -> int:
+    """CTAs of ``post_head`` that share an SM, where a cluster takes its tokens at once or not."""
+    two = POST_HEAD_LOOP_TWO_CTAS_HIDDEN if loop else POST_HEAD_TWO_CTAS_HIDDEN
+    return 2 if hidden <= two else 1
