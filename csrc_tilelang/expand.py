@@ -21,7 +21,7 @@ def expand(hidden: int, *, pdl: bool):
     Returns:
         The TileLang program.
     """
-    tokens = T.dynamic("tokens", "int64")
+    tokens = T.dynamic("tokens", "int32")
     blocks = -(-hidden // (THREADS * VECTOR))
 
     @T.prim_func

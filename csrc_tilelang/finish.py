@@ -28,7 +28,7 @@ def finish(hidden: int, *, norm: bool, pdl: bool):
     Returns:
         The TileLang program, whose ``partials`` are the rows of a projection.
     """
-    tokens = T.dynamic("tokens", "int64")
+    tokens = T.dynamic("tokens", "int32")
     splits = T.dynamic("splits", "int32")
     threads = steps.collapse_threads(hidden)
 

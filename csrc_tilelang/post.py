@@ -34,7 +34,7 @@ def post(hidden: int, *, pdl: bool):
     Returns:
         The TileLang program.
     """
-    tokens = T.dynamic("tokens", "int64")
+    tokens = T.dynamic("tokens", "int32")
     blocks = -(-hidden // (THREADS * VECTOR))
 
     @T.prim_func

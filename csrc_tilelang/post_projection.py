@@ -54,7 +54,7 @@ def post_projection(hidden: int, *, pdl: bool):
         The TileLang program, whose ``tiles`` is the number of token tiles that a CTA takes one
         after another.
     """
-    tokens = T.dynamic("tokens", "int64")
+    tokens = T.dynamic("tokens", "int32")
     slices = hidden // POST_PROJECTION_SLICE
 
     @T.prim_func
@@ -99,7 +99,7 @@ def post_projection(hidden: int, *, pdl: bool):
                 steps.split_weights(weights_local, n, terms_local, n * steps.TILE_TERMS)
 
             for i1_t in T.serial(tiles):
-                t0 = (T.cast(i0_t, "int64") * tiles + i1_t) * MMA_TOKENS
+                t0 = (i0_t * tiles + i1_t) * MMA_TOKENS
                 for half in T.unroll(2):
                     t = T.min(t0 + steps.token_row(lane, half), tokens - 1)
                     load_old(post, t, h, old_of(half, x_local, streams_local))

@@ -48,7 +48,7 @@ def projection(hidden: int, *, rows: int, token_tiles: int, ctas_per_sm: int, pd
     Returns:
         The TileLang program, whose ``blocks_per_split`` is the number of blocks that a split takes.
     """
-    tokens = T.dynamic("tokens", "int64")
+    tokens = T.dynamic("tokens", "int32")
     splits = T.dynamic("splits", "int32")
     columns = HC_MULT * hidden
     column_tiles = steps.column_tiles(rows)
@@ -68,7 +68,7 @@ def projection(hidden: int, *, rows: int, token_tiles: int, ctas_per_sm: int, pd
             lane = tx % WARP
             warp = tx // WARP
             row = lane // 4
-            t0 = T.cast(i0_t, "int64") * cta_tokens
+            t0 = i0_t * cta_tokens
             first = split * blocks_per_split + warp
             last = T.min((split + 1) * blocks_per_split, columns // PROJECTION_BLOCK)
 
