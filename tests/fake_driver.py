@@ -76,7 +76,7 @@ SIGNATURES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
     "post_head_persistent": ((*_POST, *_MIXING, "out"), _HEAD_NUMBERS, ("clusters", "unit")),
 }
 CLUSTERED = ("pre", "fused_post_pre", "fused_post_pre_persistent", "expand_pre", "post_head")
-INT_TOKENS = ("pre", "fused_post_pre", "fused_post_pre_persistent")  # The other kernels have int64.
+LONG_TOKENS = ("expand_pre", "post_head", "post_head_persistent")  # These count tokens in 64 bits.
 
 
 def signature(key: routes.Key) -> tuple[tuple[str, str], ...]:
@@ -88,7 +88,7 @@ def signature(key: routes.Key) -> tuple[tuple[str, str], ...]:
     if options.get("norm"):
         pointers, floats = (*pointers, "norm_weight"), (*floats, "norm_eps")
     numbers = dict.fromkeys(floats, "float32") | dict.fromkeys(integers, "int32")
-    numbers["tokens"] = "int32" if key.kernel in INT_TOKENS else "int64"
+    numbers["tokens"] = "int64" if key.kernel in LONG_TOKENS else "int32"
     return (*((name, "pointer") for name in sorted(pointers)), *sorted(numbers.items()))
 
 
