@@ -86,7 +86,7 @@ def signature(key: routes.Key) -> tuple[tuple[str, str], ...]:
     if options.get("norm"):
         pointers, floats = (*pointers, "norm_weight"), (*floats, "norm_eps")
     numbers = dict.fromkeys(floats, "float32") | dict.fromkeys(integers, "int32")
-    numbers["tokens"] = "int32" if key.kernel.startswith(CLUSTERED) else "int64"
+    numbers["tokens"] = "int32"
     return (*((name, "pointer") for name in sorted(pointers)), *sorted(numbers.items()))
 
 

@@ -60,19 +60,15 @@ def ceildiv(a, b):
     return -(-a // b)
 
 
-def test_sizes_are_those_of_the_kernels():
+def test_sizes_fit_the_kernels():
     pytest.importorskip("tilelang", reason="needs TileLang, whose language the kernels are in")
-    from mhc_ops.csrc_tilelang import _device, post_projection, projection
+    from mhc_ops.csrc_tilelang import layout
 
-    assert geometry.HC_MULT == _device.HC_MULT
-    assert geometry.MIXES == _device.MIXES
-    assert geometry.PARTIAL_WIDTH == _device.PARTIAL_WIDTH
-    assert geometry.MMA_TOKENS == _device.MMA_TOKENS
-    assert geometry.HIDDEN_MULTIPLE == _device.WARP * _device.VECTOR
-    assert geometry.POST_PROJECTION_SLICE == post_projection.SLICE
-    assert geometry.PROJECTION_BLOCK == projection.BLOCK
-    assert geometry.PROJECTION_WARPS == projection.WARPS
-    assert geometry.POST_HEAD_GROUP_TOKENS % _device.MMA_COLUMNS == 0
+    lane_quad = 4 * layout.VECTOR  # The columns that one load of a fragment covers.
+    assert geometry.HIDDEN_MULTIPLE == layout.WARP * layout.VECTOR
+    assert geometry.POST_PROJECTION_SLICE == geometry.PROJECTION_BLOCK == lane_quad
+    assert layout.SQUARES < geometry.PARTIAL_WIDTH
+    assert geometry.POST_HEAD_GROUP_TOKENS % geometry.MMA_COLUMNS == 0
 
 
 # ------------------------------------------------------------------------------------ rows and keys
