@@ -33,6 +33,7 @@ from ..layout import (
     slice_size,
     tokens_of_tile,
 )
+from .collapse import add_squares, collapse, round_values
 from .mixes import scale_of, sigmoid
 from .post import widen
 from .project import STREAMS_PAD, SUMS, SUMS_PITCH, WARP_TREE, WARPS
@@ -321,7 +322,6 @@ def collapse_tile(i, buffer, output, collapsed, memory, at):
     row0 = at.warp * collapsed.tokens
     weights_local = T.alloc_local((collapsed.tokens * HC_MULT,), "float32")
     streams_local = T.alloc_local((HC_MULT * VECTOR,), "bfloat16")
-    wide_local = T.alloc_local((VECTOR,), "float32")
     total_local = T.alloc_local((VECTOR,), "float32")
     squares_local = T.alloc_local((collapsed.tokens,), "float32")
     inbox_wait(memory.weights_inbox[i % SETS], i // SETS % 2)
@@ -341,21 +341,9 @@ def collapse_tile(i, buffer, output, collapsed, memory, at):
                         streams_local[j * VECTOR + v] = memory.streams_shared[
                             buffer * tile + row0 + k, j * size + element(r, at.lane) + v
                         ]
-                widen(streams_local, 0, VECTOR, wide_local)
-                for v in T.unroll(VECTOR):
-                    total_local[v] = weights_local[k * HC_MULT] * wide_local[v]
-                for j in T.unroll(HC_MULT - 1):
-                    widen(streams_local, (j + 1) * VECTOR, VECTOR, wide_local)
-                    for v in T.unroll(VECTOR):
-                        total_local[v] = (
-                            total_local[v] + weights_local[k * HC_MULT + j + 1] * wide_local[v]
-                        )
-                for v in T.unroll(VECTOR):
-                    squares_local[k] = squares_local[k] + total_local[v] * total_local[v]
-                for v in T.vectorized(VECTOR):
-                    collapsed.value_local[(k * reps + r) * VECTOR + v] = T.cast(
-                        total_local[v], "bfloat16"
-                    )
+                collapse(streams_local, 0, weights_local, k * HC_MULT, total_local)
+                add_squares(total_local, squares_local, k)
+                round_values(total_local, collapsed.value_local, (k * reps + r) * VECTOR)
                 if not output.norm and i * tile + row0 + k < at.count:
                     for v in T.vectorized(VECTOR):
                         output.out[
