@@ -34,9 +34,8 @@ from ..layout import (
     slice_size,
     tokens_of_tile,
 )
-from .collapse import add_squares, collapse, round_values
+from .collapse import add_squares, collapse, norm_factor, normalise, round_values
 from .mixes import scale_of, sigmoid
-from .post import widen
 from .project import STREAMS_PAD, SUMS, SUMS_PITCH, WARP_TREE, WARPS
 from .sinkhorn import sinkhorn, softmax_rows
 
@@ -408,7 +407,6 @@ def normalise_tile(i, output, collapsed, memory, at):
     factors_local = T.alloc_local((collapsed.tokens,), "float32")
     gain_local = T.alloc_local((VECTOR,), "bfloat16")
     out_local = T.alloc_local((VECTOR,), "bfloat16")
-    wide_local = T.alloc_local((VECTOR,), "float32")
     total_local = T.alloc_local((VECTOR,), "float32")
     inbox_wait(memory.squares_inbox[i % sets], i // sets % 2)
     # Each half of a warp that has two tokens adds up one of them.
@@ -423,7 +421,7 @@ def normalise_tile(i, output, collapsed, memory, at):
         )
     for half in SLICE_TREE:
         factor[0] = factor[0] + T.shfl_xor(factor[0], half)
-    factor[0] = T.rsqrt(factor[0] * (1.0 / at.hidden) + output.norm_eps)
+    factor[0] = norm_factor(factor[0], at.hidden, output.norm_eps)
     for k in T.unroll(collapsed.tokens):
         factors_local[k] = T.shfl_sync(factor[0], k * CLUSTER)
     for r in T.unroll(reps):
@@ -431,12 +429,9 @@ def normalise_tile(i, output, collapsed, memory, at):
             for v in T.vectorized(VECTOR):
                 gain_local[v] = memory.gain_shared[element(r, at.lane) + v]
             for k in T.unroll(collapsed.tokens):
-                widen(collapsed.value_local, (k * reps + r) * VECTOR, VECTOR, wide_local)
-                widen(gain_local, 0, VECTOR, total_local)
-                for v in T.unroll(VECTOR):
-                    total_local[v] = wide_local[v] * factors_local[k] * total_local[v]
-                for v in T.vectorized(VECTOR):
-                    out_local[v] = T.cast(total_local[v], "bfloat16")
+                v0 = (k * reps + r) * VECTOR
+                normalise(collapsed.value_local, v0, factors_local[k], gain_local, 0, total_local)
+                round_values(total_local, out_local, 0)
                 if i * tile + row0 + k < at.count:
                     for v in T.vectorized(VECTOR):
                         output.out[
