@@ -35,7 +35,7 @@ from ..layout import (
     tokens_of_tile,
 )
 from .collapse import add_squares, collapse, norm_factor, normalise, round_values
-from .mixes import scale_of, sigmoid
+from .mixes import logit, scale_of, sigmoid, store_comb
 from .project import STREAMS_PAD, SUMS, SUMS_PITCH, WARP_TREE, WARPS
 from .sinkhorn import sinkhorn, softmax_rows
 
@@ -269,12 +269,11 @@ def make_weights(i, own, mixing, logit_local, memory, at):
     if at.lane == 0:
         inbox_again(memory.sums_inbox[owned], SUMS_BYTES)
     add_tree(slices_local, SLICE_TREE)
-    mix[0] = T.rsqrt(
-        T.shfl_sync(slices_local[0], SQUARES) * (1.0 / (HC_MULT * at.hidden)) + mixing.rms_eps
-    )
-    logit_local[0] = slices_local[0] * mix[0] * scale[0] + base[0]
-    mix[0] = sigmoid(logit_local[0])
-    mix[0] = mix[0] + mixing.hc_pre_eps
+    logit_local[0] = logit(
+        slices_local[0], T.shfl_sync(slices_local[0], SQUARES), HC_MULT * at.hidden,
+        mixing.rms_eps, scale[0], base[0],
+    )  # fmt: skip
+    mix[0] = sigmoid(logit_local[0]) + mixing.hc_pre_eps
     for j in T.unroll(HC_MULT):
         pre_local[j] = T.shfl_sync(mix[0], j)
     if at.lane < CLUSTER:
@@ -303,7 +302,6 @@ def finish_mixes(count, threads, mixing, at):
     """
     post_local = T.alloc_local((HC_MULT,), "float32")
     comb_local = T.alloc_local((HC_MULT * HC_MULT,), "float32")
-    mix = T.alloc_local((1,), "float32")
     for k in T.serial(T.ceildiv(count, threads * CLUSTER)):
         t = (k * threads + at.tx) * CLUSTER + at.rank
         if at.tx < threads and t < count:
@@ -313,15 +311,12 @@ def finish_mixes(count, threads, mixing, at):
                 for j in T.vectorized(HC_MULT):
                     comb_local[r * HC_MULT + j] = mixing.comb_mix[at.first + t, r, j]
             for j in T.unroll(HC_MULT):
-                mix[0] = sigmoid(post_local[j])
-                post_local[j] = mix[0] * mixing.hc_post_mult_value
+                post_local[j] = sigmoid(post_local[j]) * mixing.hc_post_mult_value
             for j in T.vectorized(HC_MULT):
                 mixing.post_mix[at.first + t, j] = post_local[j]
             softmax_rows(comb_local, mixing.hc_sinkhorn_eps)
             sinkhorn(comb_local, mixing.hc_sinkhorn_eps, mixing.sinkhorn_repeat)
-            for r in T.unroll(HC_MULT):
-                for j in T.vectorized(HC_MULT):
-                    mixing.comb_mix[at.first + t, r, j] = comb_local[r * HC_MULT + j]
+            store_comb(comb_local, mixing, at.first + t)
 
 
 @T.macro
