@@ -39,7 +39,6 @@ from . import device
 from .arguments import Arguments, Collapse, Context, Mixing, Post
 from .layout import (
     CLUSTER,
-    COMB,
     HC_MULT,
     MIXES,
     MMA_COLUMNS,
@@ -49,7 +48,7 @@ from .layout import (
     slice_size,
 )
 from .steps import tiles as steps
-from .steps.mixes import sigmoid
+from .steps.mixes import finish_in_lanes
 from .steps.post import Comb, Old, mix_stream
 from .steps.project import (
     BLOCK_TERMS,
@@ -69,7 +68,6 @@ from .steps.project import (
     split_shared_block,
     store_sums,
 )
-from .steps.sinkhorn import sinkhorn, softmax_row
 from .steps.tiles import HALVES, PROJECTION_WARPS, SETS
 
 THREADS = WARPS * WARP
@@ -371,22 +369,9 @@ def loop_of_projection_warps(given, terms, logit_local, memory, loads, at):
 @T.macro
 def finish_last_tile(before, mixing, logit_local, at):
     """Post weights and comb of the token of the last tile that this CTA owns, in lanes."""
-    mix = T.alloc_local((1,), "float32")
-    comb_local = T.alloc_local((HC_MULT * HC_MULT,), "float32")
     own = steps.owned_token(at.tiles - 1, at.rank, at.hidden)
     if own >= 0 and own < at.count - before:
-        t = at.first + before + own
-        mix[0] = sigmoid(logit_local[0])
-        if at.lane >= HC_MULT and at.lane < COMB:
-            mixing.post_mix[t, at.lane - HC_MULT] = mix[0] * mixing.hc_post_mult_value
-        softmax_row(logit_local, mixing.hc_sinkhorn_eps, mix)
-        for q in T.unroll(HC_MULT * HC_MULT):
-            comb_local[q] = T.shfl_sync(mix[0], COMB + q)
-        sinkhorn(comb_local, mixing.hc_sinkhorn_eps, mixing.sinkhorn_repeat)
-        if at.lane == 0:
-            for r in T.unroll(HC_MULT):
-                for j in T.vectorized(HC_MULT):
-                    mixing.comb_mix[t, r, j] = comb_local[r * HC_MULT + j]
+        finish_in_lanes(logit_local, mixing, at.first + before + own, at.lane)
 
 
 @T.macro

@@ -33,9 +33,8 @@ from ..layout import (
     slice_size,
     tokens_of_tile,
 )
-from .collapse import add_squares, collapse, round_values
-from .mixes import scale_of, sigmoid
-from .post import widen
+from .collapse import add_squares, collapse, norm_factor, normalise, round_values
+from .mixes import logit, scale_of, sigmoid, store_comb
 from .project import STREAMS_PAD, SUMS, SUMS_PITCH, WARP_TREE, WARPS
 from .sinkhorn import sinkhorn, softmax_rows
 
@@ -253,12 +252,11 @@ def make_weights(i, own, mixing, logit_local, memory, at):
     if at.lane == 0:
         inbox_again(memory.sums_inbox[owned], SUMS_BYTES)
     add_tree(slices_local, SLICE_TREE)
-    mix[0] = T.rsqrt(
-        T.shfl_sync(slices_local[0], SQUARES) * (1.0 / (HC_MULT * at.hidden)) + mixing.rms_eps
-    )
-    logit_local[0] = slices_local[0] * mix[0] * scale[0] + base[0]
-    mix[0] = sigmoid(logit_local[0])
-    mix[0] = mix[0] + mixing.hc_pre_eps
+    logit_local[0] = logit(
+        slices_local[0], T.shfl_sync(slices_local[0], SQUARES), HC_MULT * at.hidden,
+        mixing.rms_eps, scale[0], base[0],
+    )  # fmt: skip
+    mix[0] = sigmoid(logit_local[0]) + mixing.hc_pre_eps
     for j in T.unroll(HC_MULT):
         pre_local[j] = T.shfl_sync(mix[0], j)
     if at.lane < CLUSTER:
@@ -287,7 +285,6 @@ def finish_mixes(count, threads, mixing, at):
     """
     post_local = T.alloc_local((HC_MULT,), "float32")
     comb_local = T.alloc_local((HC_MULT * HC_MULT,), "float32")
-    mix = T.alloc_local((1,), "float32")
     for k in T.serial(T.ceildiv(count, threads * CLUSTER)):
         t = (k * threads + at.tx) * CLUSTER + at.rank
         if at.tx < threads and t < count:
@@ -297,15 +294,12 @@ def finish_mixes(count, threads, mixing, at):
                 for j in T.vectorized(HC_MULT):
                     comb_local[r * HC_MULT + j] = mixing.comb_mix[at.first + t, r, j]
             for j in T.unroll(HC_MULT):
-                mix[0] = sigmoid(post_local[j])
-                post_local[j] = mix[0] * mixing.hc_post_mult_value
+                post_local[j] = sigmoid(post_local[j]) * mixing.hc_post_mult_value
             for j in T.vectorized(HC_MULT):
                 mixing.post_mix[at.first + t, j] = post_local[j]
             softmax_rows(comb_local, mixing.hc_sinkhorn_eps)
             sinkhorn(comb_local, mixing.hc_sinkhorn_eps, mixing.sinkhorn_repeat)
-            for r in T.unroll(HC_MULT):
-                for j in T.vectorized(HC_MULT):
-                    mixing.comb_mix[at.first + t, r, j] = comb_local[r * HC_MULT + j]
+            store_comb(comb_local, mixing, at.first + t)
 
 
 @T.macro
@@ -391,7 +385,6 @@ def normalise_tile(i, output, collapsed, memory, at):
     factors_local = T.alloc_local((collapsed.tokens,), "float32")
     gain_local = T.alloc_local((VECTOR,), "bfloat16")
     out_local = T.alloc_local((VECTOR,), "bfloat16")
-    wide_local = T.alloc_local((VECTOR,), "float32")
     total_local = T.alloc_local((VECTOR,), "float32")
     inbox_wait(memory.squares_inbox[i % sets], i // sets % 2)
     # Each half of a warp that has two tokens adds up one of them.
@@ -406,7 +399,7 @@ def normalise_tile(i, output, collapsed, memory, at):
         )
     for half in SLICE_TREE:
         factor[0] = factor[0] + T.shfl_xor(factor[0], half)
-    factor[0] = T.rsqrt(factor[0] * (1.0 / at.hidden) + output.norm_eps)
+    factor[0] = norm_factor(factor[0], at.hidden, output.norm_eps)
     for k in T.unroll(collapsed.tokens):
         factors_local[k] = T.shfl_sync(factor[0], k * CLUSTER)
     for r in T.unroll(reps):
@@ -414,12 +407,9 @@ def normalise_tile(i, output, collapsed, memory, at):
             for v in T.vectorized(VECTOR):
                 gain_local[v] = memory.gain_shared[element(r, at.lane) + v]
             for k in T.unroll(collapsed.tokens):
-                widen(collapsed.value_local, (k * reps + r) * VECTOR, VECTOR, wide_local)
-                widen(gain_local, 0, VECTOR, total_local)
-                for v in T.unroll(VECTOR):
-                    total_local[v] = wide_local[v] * factors_local[k] * total_local[v]
-                for v in T.vectorized(VECTOR):
-                    out_local[v] = T.cast(total_local[v], "bfloat16")
+                v0 = (k * reps + r) * VECTOR
+                normalise(collapsed.value_local, v0, factors_local[k], gain_local, 0, total_local)
+                round_values(total_local, out_local, 0)
                 if i * tile + row0 + k < at.count:
                     for v in T.vectorized(VECTOR):
                         output.out[
