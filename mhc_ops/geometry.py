@@ -37,10 +37,10 @@ def tile_tokens(hidden: int) -> int:
 
 
 def post_head_ctas_per_sm(hidden: int) -> int:
-    """Return how many CTAs of ``post_head`` share an SM."""
+    """CTAs of ``post_head`` that share an SM."""
     return 2 if hidden <= POST_HEAD_TWO_CTAS_HIDDEN else 1
 
 
 def post_head_persistent_ctas_per_sm(hidden: int) -> int:
-    """Return how many CTAs of ``post_head_persistent`` share an SM."""
+    """CTAs of ``post_head_persistent`` that share an SM."""
     return 2 if hidden <= POST_HEAD_PERSISTENT_TWO_CTAS_HIDDEN else 1
