@@ -25,6 +25,8 @@ ARCHS = os.environ.get("MHC_OPS_AOT_ARCHS")
 HIDDEN = os.environ.get("MHC_OPS_AOT_HIDDEN")
 TORCH = os.environ.get("MHC_OPS_AOT_TORCH")
 
+KERNELS = "mhc_ops.csrc_tilelang"
+
 # CONTRIBUTING.md gives the reason for each dependency and range. A wheel that carries kernels needs
 # torch alone, so it can be installed beside an engine that pins another TileLang.
 DEPENDENCIES = ["torch>=2.11,<2.15", *(() if ARCHS else ("tilelang==0.1.15",))]
@@ -79,10 +81,18 @@ class WheelWithKernels(bdist_wheel):
 
 
 setup(
-    packages=[*find_packages(include=["mhc_ops", "mhc_ops.*"]), "mhc_ops.csrc_tilelang"],
+    packages=[
+        *find_packages(include=["mhc_ops", "mhc_ops.*"]),
+        KERNELS,
+        *(f"{KERNELS}.{name}" for name in find_packages("csrc_tilelang")),
+    ],
     install_requires=DEPENDENCIES,
-    package_dir={"mhc_ops.csrc_tilelang": "csrc_tilelang"},
-    package_data={"mhc_ops": ["py.typed"], "mhc_ops.native": ["*.cpp", "*.h", "*.c"]},
+    package_dir={KERNELS: "csrc_tilelang"},
+    package_data={
+        "mhc_ops": ["py.typed"],
+        "mhc_ops.native": ["*.cpp", "*.h", "*.c"],
+        KERNELS: ["*.cuh", "README.md"],
+    },
     cmdclass={
         "build_py": BuildWithKernels,
         "bdist_wheel": WheelWithKernels,

@@ -3,9 +3,13 @@
 Restructuring a kernel must not change what it does nor how fast it is, and the CUDA that TileLang
 generates proves both without a GPU. Every kernel of the hidden sizes and architectures below is
 lowered at both revisions. Two sources are the same if their tokens are, apart from comments, line
-breaks, and the names of what the source itself declares: parameters, variables, the kernel and its
-device functions. Renamed parameters may stand in another order, since TileLang sorts a signature by
-name; the launcher reads the order from the manifest.
+breaks, device functions that the kernel does not call, and the names of what the source itself
+declares: parameters, variables, the kernel and its device functions. Renamed parameters may stand
+in another order, since TileLang sorts a signature by name; the launcher reads the order from the
+manifest.
+
+With ``--machine-code`` nvcc compiles the sources that differ. A kernel whose machine code is the
+same is named, and counts as the same.
 
 The exit status is 1 if a kernel differs or is there at one revision alone.
 """
@@ -20,8 +24,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+import machine_code
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "build" / "same-cuda"
@@ -60,6 +67,11 @@ _NAME = re.compile(r"[A-Za-z_]\w*")
 _SIGNATURE = re.compile(r"__global__[^;{]*?(\w+)\s*\(([^()]*)\)\s*[;{]")
 _NO_TYPES = {"return", "else", "case", "goto", "throw", "delete", "sizeof", "typename", "operator"}
 _AFTER_A_DECLARED_NAME = set(",)=;[({:")
+
+
+_DEVICE_FUNCTION = re.compile(
+    r"(?:template\s*<[^>]*>\s*)?__device__[^{};()]*?(\w+)\s*\([^{};]*?\)\s*(?=\{)", re.DOTALL
+)
 
 
 class Source(NamedTuple):
@@ -102,6 +114,40 @@ _POINTED_AT = {
 }  # fmt: skip
 
 
+def _end_of_body(text: str, start: int) -> int:
+    """Find the end of the braces that open at ``start``; braces in strings do not count."""
+    depth = 0
+    for token in _TOKEN.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if not depth:
+            return token.end()
+    return len(text)
+
+
+def called(text: str) -> str:
+    """Take out of a source comments, and the device functions that nothing in the source calls."""
+    bare = _COMMENT.sub(lambda match: match[1] or " ", text)
+    bodies = {}
+    rest = ""
+    end = 0
+    for match in _DEVICE_FUNCTION.finditer(bare):
+        rest += bare[end : match.start()]
+        end = _end_of_body(bare, match.end())
+        bodies[match[1]] = (match.start(), end)
+    rest += bare[end:]
+    needed: set[str] = set()
+    new = set(_NAME.findall(rest)) & bodies.keys()
+    while new:
+        needed |= new
+        inside = {name for n in new for name in _NAME.findall(bare[slice(*bodies[n])])}
+        new = (inside & bodies.keys()) - needed
+    for name in reversed(bodies):
+        if name not in needed:
+            start, end = bodies[name]
+            bare = bare[:start] + bare[end:]
+    return bare
+
+
 def parse(text: str) -> Source:
     """Take a CUDA source apart.
 
@@ -113,7 +159,7 @@ def parse(text: str) -> Source:
     """
     parameters: dict[str, str] = {}
     kernels = set()
-    bare = _COMMENT.sub(lambda match: match[1] or " ", text)
+    bare = called(text)
     for kernel, listed in _SIGNATURE.findall(bare):
         kernels.add(kernel)
         for parameter in filter(None, map(str.strip, listed.split(","))):
@@ -163,14 +209,10 @@ def difference(base: str, new: str, lines: int = 12) -> list[str] | None:
     """
     if renamed(parse(base), parse(new)) is not None:
         return None
+    both = [[line.rstrip() for line in called(t).splitlines() if line.strip()] for t in (base, new)]
     changed = [
-        line.rstrip()
-        for line in difflib.unified_diff(
-            _COMMENT.sub(lambda m: m[1] or "", base).splitlines(),
-            _COMMENT.sub(lambda m: m[1] or "", new).splitlines(),
-            n=0,
-            lineterm="",
-        )
+        line
+        for line in difflib.unified_diff(*both, n=0, lineterm="")
         if not line.startswith(("---", "+++"))
     ]
     rest = len(changed) - lines
@@ -233,21 +275,35 @@ def sources_at(revision: str, archs: Sequence[str], hidden: Sequence[int]) -> di
     return found
 
 
-def compare(base: dict[str, str], new: dict[str, str]) -> list[str]:
+def compare(base: dict[str, str], new: dict[str, str]) -> dict[str, list[str]]:
     """Compare all kernels of two revisions.
 
     Returns:
-        What to print of each that differs; nothing if all are the same.
+        Name of a kernel to what to print of the kernel, for each that differs.
     """
-    said = []
+    said = {}
     for name in sorted(base.keys() | new.keys()):
         if name not in new or name not in base:
-            said.append(f"{name}: only {'at the base' if name in base else 'now'}")
+            said[name] = [f"{name}: only {'at the base' if name in base else 'now'}"]
             continue
         lines = difference(base[name], new[name])
         if lines is not None:
-            said += [f"{name}: differs", *(f"    {line}" for line in lines)]
+            said[name] = [f"{name}: differs", *(f"    {line}" for line in lines)]
     return said
+
+
+def compare_code(
+    names: Sequence[str], base: dict[str, str], new: dict[str, str]
+) -> dict[str, str | None]:
+    """Compare the machine code of these kernels, side by side.
+
+    Returns:
+        Name of a kernel to what ``machine_code.compare`` says.
+    """
+    archs = [name.split("-")[1] for name in names]  # store.file_name makes these names.
+    pairs = [[sources[name] for name in names] for sources in (base, new)]
+    with ProcessPoolExecutor() as pool:
+        return dict(zip(names, pool.map(machine_code.compare, archs, *pairs), strict=True))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -258,11 +314,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--hidden", nargs="+", type=int, default=list(HIDDEN), help="default: %(default)s"
     )
+    parser.add_argument(
+        "--machine-code", action="store_true",
+        help="compile what differs in CUDA, and compare the machine code",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     base = sources_at(arguments.base, arguments.arch, arguments.hidden)
     new = _lower(ROOT, arguments.arch, arguments.hidden)
     said = compare(base, new)
-    print("\n".join(said) if said else f"{len(new)} kernels have the same CUDA")
+    same = len(new) - len(said.keys() & new.keys())
+    if arguments.machine_code:
+        both = [name for name in said if name in base and name in new]
+        for name, differs in compare_code(both, base, new).items():
+            if differs is None:
+                print(f"{name}: same machine code")
+                del said[name]
+            else:
+                said[name][0] += f": {differs}"
+    for lines in said.values():
+        print("\n".join(lines))
+    print(f"{same} of {len(new)} kernels have the same CUDA")
     return 1 if said else 0
 
 

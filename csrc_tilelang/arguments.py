@@ -6,7 +6,24 @@ macro takes it as a parameter first, since an ``if`` that reads a variable is sp
 for each statement (README.md, "Traps").
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx import Buffer
+
+Bundle = TypeVar("Bundle", bound=NamedTuple)
+
+
+def named(bundle: Bundle) -> Bundle:
+    """Give each buffer of a bundle the name of its field, the later one where two share memory.
+
+    What stands where in shared memory goes by the names, which only an assignment in the body of a
+    kernel or macro gives otherwise.
+    """
+    for name, value in zip(bundle._fields, bundle, strict=True):
+        if isinstance(value, Buffer):
+            IRBuilder.name(name, value)
+    return bundle
 
 
 class Post(NamedTuple):
@@ -71,6 +88,22 @@ class Collapse(NamedTuple):
     norm_eps: Any
 
 
+class Arguments(NamedTuple):
+    """All that a kernel of the boundary is given, in bundles.
+
+    Attributes:
+        mixing: what makes the mixes.
+        output: the layer input and the norm.
+        early: whether fn may be read before the previous kernel has finished.
+        post: what the post step takes; None in a kernel that has no such step.
+    """
+
+    mixing: Mixing
+    output: Collapse
+    early: Any
+    post: Post | None = None
+
+
 class Context(NamedTuple):
     """Where a thread is, and what its CTA works on.
 
@@ -82,6 +115,7 @@ class Context(NamedTuple):
         rank: the CTA in its cluster.
         first: the first token of the cluster.
         count: the tokens of the cluster.
+        tiles: the tiles of the cluster, in a kernel that loops over tiles.
     """
 
     hidden: int
@@ -91,3 +125,4 @@ class Context(NamedTuple):
     rank: Any = None
     first: Any = None
     count: Any = None
+    tiles: Any = None

@@ -1,7 +1,8 @@
 """Name every device function once: ``device.cuh`` has the PTX, this file the calls from a kernel.
 
 A kernel takes the PTX in with ``T.import_source(SOURCE)``. A place in memory is an element of a
-buffer, as in ``send(slots_shared[0, rank], inboxes[0], owner, value)``, and stands for its address.
+buffer, as in ``send(slots_shared[0, rank], inboxes[0], owner, value)``, and stands for its address;
+or it is an address that :func:`address` has made of an element.
 """
 
 from pathlib import Path
@@ -12,16 +13,26 @@ import tilelang.language as T
 SOURCE = (Path(__file__).parent / "device.cuh").read_text()
 
 
+def _pointer(place, access):
+    is_address = str(getattr(place, "dtype", "")) == "handle"
+    return place if is_address else T.access_ptr(place, access)
+
+
 def _read(place):
-    return T.access_ptr(place, "r")
+    return _pointer(place, "r")
 
 
 def _written(place):
-    return T.access_ptr(place, "w")
+    return _pointer(place, "w")
 
 
 def _call(name, *arguments):
     return T.call_extern("handle", f"mhc::{name}", *arguments)
+
+
+def address(place):
+    """Return the address of a place, for a name that stands for the place in several calls."""
+    return T.access_ptr(place, "rw")
 
 
 # Arithmetic

@@ -1,12 +1,12 @@
 """expand: the residual streams that a model starts from, copies of its embedding.
 
-Algorithm: pure streaming, as ``post``. A thread owns 8 hidden elements of one token: it reads 16
-bytes of x and writes them to each of the 4 streams.
+Algorithm: pure streaming, as ``post``. A thread owns 8 hidden elements of one token: the thread
+reads 16 bytes of x and writes these to each of the 4 streams.
 """
 
 import tilelang.language as T
 
-from ._device import HC_MULT, VECTOR
+from .layout import HC_MULT, VECTOR
 
 THREADS = 128
 
@@ -19,9 +19,9 @@ def expand(hidden: int, *, pdl: bool):
         pdl: take part in programmatic dependent launch (sm_90 and later).
 
     Returns:
-        The TileLang program: (x [n, H] bf16, residual_out [n, 4, H] bf16).
+        The TileLang program.
     """
-    tokens = T.dynamic("tokens", "int64")
+    tokens = T.dynamic("tokens", "int32")
     blocks = -(-hidden // (THREADS * VECTOR))
 
     @T.prim_func
@@ -29,8 +29,8 @@ def expand(hidden: int, *, pdl: bool):
         x: T.Tensor((tokens, hidden), "bfloat16"),
         residual_out: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
     ):
-        # tokens in x: the y dimension of a grid ends at 65535
-        with T.Kernel(tokens, blocks, threads=THREADS) as (i_t, i0_h):
+        # The tokens are in x, because the y dimension of a grid ends at 65535.
+        with T.Kernel(tokens, blocks, threads=THREADS) as (t, i0_h):
             x_local = T.alloc_local((VECTOR,), "bfloat16")
             h = (i0_h * THREADS + T.get_thread_binding()) * VECTOR
 
@@ -39,9 +39,9 @@ def expand(hidden: int, *, pdl: bool):
                 T.pdl_trigger()
             if h < hidden:
                 for v in T.vectorized(VECTOR):
-                    x_local[v] = x[i_t, h + v]
+                    x_local[v] = x[t, h + v]
                 for j in T.unroll(HC_MULT):
                     for v in T.vectorized(VECTOR):
-                        residual_out[i_t, j, h + v] = x_local[v]
+                        residual_out[t, j, h + v] = x_local[v]
 
     return mhc_expand

@@ -12,45 +12,9 @@ import tilelang.language as T
 
 from .arguments import Collapse, Mixing
 from .device import SOURCE
-from .layout import HC_MULT, MIXES, PARTIAL_WIDTH, SQUARES, WARP
+from .layout import HC_MULT, MIXES, PARTIAL_WIDTH, WARP
 from .steps import token as steps
-from .steps.mixes import finish_in_lanes, load_scale_and_base, logit, sigmoid
-
-
-@T.macro
-def finish_token(residual, partials, splits, mixing, output, token, pdl):
-    """One CTA and its token."""
-    T.import_source(SOURCE)
-    T.annotate_min_blocks_per_sm(steps.ctas_per_sm(token.hidden))
-    threads = steps.collapse_threads(token.hidden)
-    lane = token.tx % WARP
-    scale_local = T.alloc_local((1,), "float32")
-    base_local = T.alloc_local((1,), "float32")
-    total = T.alloc_local((1,), "float32")
-    mix = T.alloc_local((1,), "float32")
-    sums_shared = T.alloc_shared((threads // WARP + 1, PARTIAL_WIDTH), "float32")
-    norm_shared = T.alloc_shared((threads // WARP,), "float32")
-
-    if pdl:
-        T.pdl_sync()
-        T.pdl_trigger()
-    if token.tx < threads:
-        steps.load_streams(residual, token)
-        if output.norm:
-            steps.load_gain(output.norm_weight, token)
-    # They are loaded ahead of the barrier, behind which they would cost a trip to L2.
-    load_scale_and_base(mixing, lane, scale_local, base_local)
-
-    steps.add_partials(partials, splits, MIXES, token, sums_shared, total)
-    total[0] = logit(
-        total[0], T.shfl_sync(total[0], SQUARES), HC_MULT * token.hidden, mixing.rms_eps,
-        scale_local[0], base_local[0],
-    )  # fmt: skip
-    if token.tx < threads:
-        mix[0] = sigmoid(total[0]) + mixing.hc_pre_eps
-        steps.finish_values(token, mix, output, norm_shared)
-    else:
-        finish_in_lanes(total, mixing, token.t, lane)
+from .steps.mixes import finish_in_lanes
 
 
 def finish(hidden: int, *, norm: bool, pdl: bool):
@@ -64,8 +28,9 @@ def finish(hidden: int, *, norm: bool, pdl: bool):
     Returns:
         The TileLang program, whose ``partials`` are the rows of a projection.
     """
-    tokens = T.dynamic("tokens", "int64")
+    tokens = T.dynamic("tokens", "int32")
     splits = T.dynamic("splits", "int32")
+    threads = steps.collapse_threads(hidden)
 
     @T.prim_func
     def mhc_finish(
@@ -84,15 +49,29 @@ def finish(hidden: int, *, norm: bool, pdl: bool):
         sinkhorn_repeat: T.int32,
         norm_eps: T.float32,
     ):
-        with T.Kernel(tokens, threads=steps.collapse_threads(hidden) + WARP) as t:
+        with T.Kernel(tokens, threads=threads + WARP) as t:
+            T.import_source(SOURCE)
+            T.annotate_min_blocks_per_sm(steps.ctas_per_sm(hidden))
             tx = T.get_thread_binding()
             mixing = Mixing(
                 None, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
                 sinkhorn_repeat, post_mix, comb_mix,
             )  # fmt: skip
             output = Collapse(layer_input, norm, norm_weight, norm_eps)
-            finish_token(
-                residual, partials, splits, mixing, output, steps.token_of_cta(t, hidden, tx), pdl
-            )
+            token = steps.token_of_cta(t, hidden, tx)
+            logit_local = T.alloc_local((1,), "float32")
+            sums_shared = T.alloc_shared((threads // WARP + 1, PARTIAL_WIDTH), "float32")
+            norm_shared = T.alloc_shared((threads // WARP,), "float32")
+
+            if pdl:
+                T.pdl_sync()
+                T.pdl_trigger()
+            if tx < threads:
+                steps.load_token(residual, output, token)
+            steps.logits(partials, mixing, token, sums_shared, logit_local)
+            if tx < threads:
+                steps.finish_values(token, logit_local, mixing, output, norm_shared)
+            else:
+                finish_in_lanes(logit_local, mixing, t, tx % WARP)
 
     return mhc_finish

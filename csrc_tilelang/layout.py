@@ -12,6 +12,9 @@ from ..geometry import MIXES as MIXES
 from ..geometry import MMA_COLUMNS as MMA_COLUMNS
 from ..geometry import MMA_TOKENS as MMA_TOKENS
 from ..geometry import PARTIAL_WIDTH as PARTIAL_WIDTH
+from ..geometry import POST_PROJECTION_SLICE as POST_PROJECTION_SLICE
+from ..geometry import PROJECTION_BLOCK as PROJECTION_BLOCK
+from ..geometry import PROJECTION_WARPS as PROJECTION_WARPS
 
 WARP = 32
 VECTOR = 8  # bf16 elements in 16 bytes

@@ -26,84 +26,77 @@ was sent to it has come.
 The arithmetic and its order are those of ``fused_post_pre``: after ``post``, its bits.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tilelang.language as T
 
-from ..geometry import CLUSTER, tile_tokens
-from ._device import DEVICE_SOURCE, HC_MULT, MIXES, MMA_COLUMNS, VECTOR, WARP
-from ._operands import (
+from ..geometry import tile_tokens
+from . import device
+from .arguments import Arguments, Collapse, Context, Mixing
+from .layout import (
+    CLUSTER,
+    HC_MULT,
+    MIXES,
+    MMA_COLUMNS,
+    VECTOR,
+    WARP,
+    clusters,
+    slice_size,
+    tokens_of_tile,
+)
+from .steps import tiles as steps
+from .steps.project import (
     ALL_OPERANDS,
-    ALL_PAIRS,
     ALL_STEPS,
+    BLOCK_TERMS,
+    BLOCK_WEIGHTS,
     CHUNK,
     OPERANDS,
+    REGISTER_BLOCKS,
     STEPS,
+    STREAMS_PAD,
     SUMS_PITCH,
-    UNIT_TERMS,
-    UNIT_WEIGHTS,
-    add_parts,
-    slice_size,
-    split_unit,
-    store_sums,
-    term,
-)
-from ._persistent import (
-    HALVES,
-    PROJECTION_THREADS,
-    PROJECTION_WARPS,
-    clusters,
-    collapse_tile,
-    finish_mixes,
-    first_token,
-    leave_logits,
-    load_constants,
-    make_weights,
-    most_tokens,
-    normalise_tile,
-    send_sums,
-    squares_bytes,
-    tokens_here,
-    weights_bytes,
-)
-from .fused_post_pre import (
-    BLOCK,
-    PAD,
-    REGISTER_UNITS,
+    TOKEN_SUMS,
     WARPS,
-    copy_unit,
-    load_unit,
-    only_whole_blocks,
-    split_shared_unit,
-    units,
+    Block,
+    Terms,
+    add_parts,
+    blocks,
+    copy_block,
+    load_block,
+    load_columns,
+    load_operand,
+    split_block,
+    split_shared_block,
+    store_sums,
 )
+from .steps.tiles import HALVES, PROJECTION_THREADS, PROJECTION_WARPS, SETS
 
 WARP_TOKENS = 2  # of a tile, of a token warp
 PROJECTION_REGISTERS = 200
 LAUNCH_REGISTERS = {384: 168, 512: 128}  # a thread, by threads of a CTA: 64 K in all
 TOKEN_BARRIER = 1  # named barrier of the token warps; 0 is the whole CTA's
-REGISTERED = REGISTER_UNITS * WARPS  # units that fused_post_pre has in registers
-MOST_SHARES = 5  # in registers: 180 of them, with a fragment or more in shared memory
-# Fragments of the last share in registers that are in shared memory after all, by shares. With none
-# the compiler spills as many, to where L1 misses: 8192 tokens took 190 us for 165 at H = 4096.
+MOST_OCTETS = 5  # in registers: 180 of them, with a fragment or more in shared memory
+# Fragments of the last octet in registers that are in shared memory after all, by octets. Otherwise
+# the compiler spills as many, to where L1 misses (NOTES.md, "16 tokens projected at once").
 SHARED_FRAGMENTS = {4: 3, 5: 5}
 SHARED_BYTES = 227 * 1024  # of an SM of sm_90
 MOST_BUFFERS = 6
-# loaded before the first is projected, each when the one before has come; with two at once and the
-# others later 2048 tokens at H = 4096 took 46.2 us for 44.8, with all five 512 took 19.3 for 18.1
+# These tiles are loaded before the first is projected, each when the one before has come (NOTES.md,
+# "First tiles in turn").
 EARLY_TILES = 4
 SQUARES_SETS = 3
 
 
-class Share(NamedTuple):
-    """8 units of a CTA, a unit of each projection warp: ``first`` to ``first + 7``.
+class Octet(NamedTuple):
+    """8 blocks of a CTA, a block of each projection warp: ``first`` to ``first + 7``.
 
     Attributes:
-        first: the first unit; warp p of fused_post_pre has the units p, p + 16 and so on.
-        half: which of the two warps of fused_post_pre's that a projection warp stands for.
-        whole: whether the CTA has all 8 units.
+        first: the first block; the layout deals out the blocks w, w + 16 and so on to warp w.
+        half: which of two warps of the layout a projection warp stands for.
+        whole: whether the CTA has all 8 blocks.
         in_registers: where fn's terms are kept; in shared memory otherwise.
-        place: among the shares that are kept there.
+        place: among the octets that are kept there.
     """
 
     first: int
@@ -112,19 +105,31 @@ class Share(NamedTuple):
     in_registers: bool
     place: int
 
+    def block(self, at):
+        """The block of this warp."""
+        return Block(self.first + at.warp, at.rank, at.lane, at.hidden)
 
-def shares(hidden: int) -> tuple[Share, ...]:
-    """The shares of a CTA, in the order in which a projection warp takes its units."""
-    n = units(hidden)
+    def slot(self, at):
+        """The slot of this warp in shared memory."""
+        return self.place * PROJECTION_WARPS + at.warp
+
+    def has_block(self, at):
+        """Whether the CTA has the block of this warp."""
+        return self.whole or self.first + at.warp < blocks(at.hidden)
+
+
+def octets(hidden: int) -> tuple[Octet, ...]:
+    """Return the octets of a CTA, in the order in which a projection warp takes its blocks."""
+    n = blocks(hidden)
     firsts = sorted(
         range(0, n, PROJECTION_WARPS), key=lambda first: (first // PROJECTION_WARPS % HALVES, first)
     )
-    kept = [first for first in firsts if first < REGISTERED]
-    kept += [f for f in firsts if f >= REGISTERED and f + PROJECTION_WARPS <= n]
-    kept = kept[:MOST_SHARES]
+    kept = [first for first in firsts if first < REGISTER_BLOCKS * WARPS]
+    kept += [f for f in firsts if f >= REGISTER_BLOCKS * WARPS and f + PROJECTION_WARPS <= n]
+    kept = kept[:MOST_OCTETS]
     others = [first for first in firsts if first not in kept]
     return tuple(
-        Share(
+        Octet(
             first=first,
             half=first // PROJECTION_WARPS % HALVES,
             whole=first + PROJECTION_WARPS <= n,
@@ -135,481 +140,409 @@ def shares(hidden: int) -> tuple[Share, ...]:
     )
 
 
-def register_shares(hidden: int) -> tuple[Share, ...]:
-    """Those in registers, by place."""
-    return tuple(sorted((s for s in shares(hidden) if s.in_registers), key=lambda s: s.place))
+def register_octets(hidden: int) -> tuple[Octet, ...]:
+    """Return the octets in registers, by place."""
+    return tuple(sorted((o for o in octets(hidden) if o.in_registers), key=lambda o: o.place))
 
 
-def shared_shares(hidden: int) -> tuple[Share, ...]:
-    """Those in shared memory."""
-    return tuple(s for s in shares(hidden) if not s.in_registers)
+def shared_octets(hidden: int) -> tuple[Octet, ...]:
+    """Return the octets in shared memory."""
+    return tuple(o for o in octets(hidden) if not o.in_registers)
 
 
-def half_shares(hidden: int, half: int) -> tuple[Share, ...]:
-    """Those of one half."""
-    return tuple(s for s in shares(hidden) if s.half == half)
+def half_octets(hidden: int, half: int) -> tuple[Octet, ...]:
+    """Return the octets of one half."""
+    return tuple(o for o in octets(hidden) if o.half == half)
 
 
-def load_batches(hidden: int) -> tuple[tuple[tuple[int, Share], ...], ...]:
-    """The shares in registers two at a time, with their place in the batch."""
-    kept = register_shares(hidden)
+def load_batches(hidden: int) -> tuple[tuple[tuple[int, Octet], ...], ...]:
+    """Return the octets in registers two at a time, with their place in the batch."""
+    kept = register_octets(hidden)
     return tuple(tuple(enumerate(kept[i : i + 2])) for i in range(0, len(kept), 2))
 
 
-def shared_fragments(hidden: int, share: Share) -> int:
-    """Fragments of a share in registers that are in shared memory after all."""
-    n = len(register_shares(hidden))
-    return SHARED_FRAGMENTS.get(n, 0) if share.place == n - 1 else 0
+def shared_fragments(hidden: int, octet: Octet) -> int:
+    """Return how many fragments of an octet in registers are in shared memory after all."""
+    n = len(register_octets(hidden))
+    return SHARED_FRAGMENTS.get(n, 0) if octet.place == n - 1 else 0
 
 
 def most_fragments(hidden: int) -> int:
-    """Of a projection warp, what there has to be room for."""
-    return max(1, shared_fragments(hidden, register_shares(hidden)[-1]))
+    """Return for how many fragments of a projection warp there has to be room."""
+    return max(1, shared_fragments(hidden, register_octets(hidden)[-1]))
 
 
 def slots(hidden: int) -> int:
-    """Units in shared memory that there has to be room for."""
-    return max(1, len(shared_shares(hidden)) * PROJECTION_WARPS)
-
-
-def token_warps(hidden: int) -> int:
-    """Warps that own tokens."""
-    return tile_tokens(hidden) // WARP_TOKENS
+    """Return for how many blocks in shared memory there has to be room."""
+    return max(1, len(shared_octets(hidden)) * PROJECTION_WARPS)
 
 
 def token_threads(hidden: int) -> int:
-    """Their threads."""
-    return token_warps(hidden) * WARP
+    """Return the threads of the warps that own tokens."""
+    return tile_tokens(hidden) // WARP_TOKENS * WARP
 
 
 def threads(hidden: int) -> int:
-    """Threads of a CTA."""
+    """Return the threads of a CTA."""
     return PROJECTION_THREADS + token_threads(hidden)
 
 
 def token_registers(hidden: int) -> int:
-    """What the projection warps leave to a thread of the token warps."""
+    """Return what the projection warps leave to a thread of the token warps."""
     n = threads(hidden)
     left = LAUNCH_REGISTERS[n] * n - PROJECTION_REGISTERS * PROJECTION_THREADS
     return left // token_threads(hidden)
 
 
 def buffers(hidden: int) -> int:
-    """Tiles of streams that fit in shared memory beside the rest."""
+    """Return how many tiles of streams fit in shared memory beside the rest."""
     tile = tile_tokens(hidden)
-    rest = slots(hidden) * UNIT_TERMS * WARP * 4
+    rest = slots(hidden) * BLOCK_TERMS * WARP * 4
     rest += PROJECTION_WARPS * most_fragments(hidden) * WARP * 16
     rest += 2 * tile * PROJECTION_WARPS * SUMS_PITCH * 4
     rest += 2 * CLUSTER * SUMS_PITCH * 4 + SQUARES_SETS * CLUSTER * tile * 4
     rest += 2 * tile * HC_MULT * 4 + slice_size(hidden) * 2 + 1024
-    row = (HC_MULT * slice_size(hidden) + PAD) * 2
+    row = (HC_MULT * slice_size(hidden) + STREAMS_PAD) * 2
     return min(MOST_BUFFERS, (SHARED_BYTES - rest) // (tile * row))
 
 
 def early_tiles(hidden: int) -> int:
-    """Tiles that are loaded before the first is projected."""
+    """Return how many tiles are loaded before the first is projected."""
     return min(EARLY_TILES, buffers(hidden))
 
 
 def load_bytes(i, hidden, count):
-    """Bytes of the streams of tile ``i``."""
-    return tokens_here(i, tile_tokens(hidden), count) * (HC_MULT * slice_size(hidden) * 2)
+    """Return the bytes of the streams of tile ``i``."""
+    return tokens_of_tile(i, tile_tokens(hidden), count) * (HC_MULT * slice_size(hidden) * 2)
+
+
+class Fn(NamedTuple):
+    """fn's terms of a projection warp.
+
+    Attributes:
+        terms_local: those of the octets in registers, by place.
+        terms_shared: those of the octets in shared memory, by slot.
+        fragments_shared: the fragments that are in shared memory after all, by warp.
+    """
+
+    terms_local: Any
+    terms_shared: Any
+    fragments_shared: Any
+
+    def terms(self, octet, at):
+        """The terms of this warp's block of an octet."""
+        if octet.in_registers:
+            return Terms(self.terms_local, octet.place * BLOCK_TERMS)
+        return Terms(None, None, self.terms_shared, octet.slot(at))
+
+
+class Gates(NamedTuple):
+    """How warps of the CTA tell each other how far they are.
+
+    Attributes:
+        loads_inbox: the streams of a tile have come, by buffer.
+        projected: the projection warps' sums of a tile are there, by the tile's parity.
+        added: their place is free again.
+        mixed: all logits are where the post weights and combs go.
+    """
+
+    loads_inbox: Any
+    projected: Any
+    added: Any
+    mixed: Any
 
 
 @T.macro
-def load_terms(fn, rank, warp, lane, hidden, terms_local, terms_shared, fragments_shared):
-    """fn, split, as in fused_post_pre."""
-    split_terms_local = T.alloc_local((UNIT_TERMS,), "uint32")
-    weights_local = T.alloc_local((2 * UNIT_WEIGHTS,), "float32")
-    shared_weights_local = T.alloc_local((UNIT_WEIGHTS,), "float32")
-    for share in shared_shares(hidden):
-        if share.whole or share.first + warp < units(hidden):
-            copy_unit(
-                fn, share.first + warp, rank, lane, hidden, terms_shared,
-                share.place * PROJECTION_WARPS + warp,
-            )  # fmt: skip
-    for batch in load_batches(hidden):
-        for k, share in batch:
-            load_unit(fn, share.first + warp, rank, lane, hidden, weights_local, k * UNIT_WEIGHTS)
-        for k, share in batch:
-            split_unit(weights_local, k * UNIT_WEIGHTS, terms_local, share.place * UNIT_TERMS)
-            for fragment in T.unroll(shared_fragments(hidden, share)):
+def gates_of_cta(hidden):
+    """Room in shared memory, as the fields of a Gates."""
+    loads_inbox = T.alloc_shared((buffers(hidden),), "uint64")
+    projected = T.alloc_shared((2,), "uint64")
+    added = T.alloc_shared((2,), "uint64")
+    mixed = T.alloc_shared((1,), "uint64")
+    return loads_inbox, projected, added, mixed
+
+
+@T.macro
+def open_inboxes(memory, gates, at):
+    """Open inboxes and gates, before anyone can send: the cluster barrier lies between."""
+    for q in T.unroll(steps.owned_sets(at.hidden)):
+        device.inbox_open(memory.sums_inbox[q], steps.SUMS_BYTES)
+    for q in T.unroll(SQUARES_SETS):
+        device.inbox_open(
+            memory.squares_inbox[q], steps.squares_bytes(q, WARP_TOKENS, at.hidden, at.count)
+        )
+    for q in T.unroll(buffers(at.hidden)):
+        device.inbox_open(gates.loads_inbox[q], load_bytes(q, at.hidden, at.count))
+    for q in T.unroll(SETS):
+        device.inbox_open(memory.weights_inbox[q], steps.weights_bytes(q, at.hidden, at.count))
+        device.gate_open(gates.projected[q], PROJECTION_THREADS)
+        device.gate_open(gates.added[q], token_threads(at.hidden))
+    device.gate_open(gates.mixed[0], token_threads(at.hidden))
+
+
+@T.macro
+def split_fn(fn, terms, at):
+    """fn's terms; this warp has a block of each octet."""
+    split_terms_local = T.alloc_local((BLOCK_TERMS,), "uint32")
+    weights_local = T.alloc_local((2 * BLOCK_WEIGHTS,), "float32")
+    shared_weights_local = T.alloc_local((BLOCK_WEIGHTS,), "float32")
+    for octet in shared_octets(at.hidden):
+        if octet.has_block(at):
+            copy_block(fn, octet.block(at), terms.terms_shared, octet.slot(at))
+    for batch in load_batches(at.hidden):
+        for k, octet in batch:
+            load_block(fn, octet.block(at), weights_local, k * BLOCK_WEIGHTS)
+        for k, octet in batch:
+            t0 = octet.place * BLOCK_TERMS
+            split_block(weights_local, k * BLOCK_WEIGHTS, terms.terms_local, t0)
+            for fragment in T.unroll(shared_fragments(at.hidden, octet)):
                 for q in T.vectorized(4):
-                    fragments_shared[warp, fragment, lane, q] = terms_local[
-                        share.place * UNIT_TERMS + fragment * 4 + q
+                    terms.fragments_shared[at.warp, fragment, at.lane, q] = terms.terms_local[
+                        t0 + fragment * 4 + q
                     ]
-    if len(shared_shares(hidden)) > 0:
-        T.call_extern("handle", "mhc::loads_wait")
+    if len(shared_octets(at.hidden)) > 0:
+        device.loads_wait()
         T.sync_warp()
-        for share in shared_shares(hidden):
-            if share.whole or share.first + warp < units(hidden):
-                split_shared_unit(
-                    terms_shared, share.place * PROJECTION_WARPS + warp, lane,
-                    shared_weights_local, split_terms_local,
+        for octet in shared_octets(at.hidden):
+            if octet.has_block(at):
+                split_shared_block(
+                    terms.terms_shared, octet.slot(at), at.lane, shared_weights_local,
+                    split_terms_local,
                 )  # fmt: skip
 
 
 @T.macro
-def add_unit_to_all(
-    streams_shared, row, share, warp, lane, hidden, terms_local, terms_shared, fragments_shared,
-    sums_local, sets,
-):  # fmt: skip
-    """sums += fn . streams of a warp's unit of a share, for ``sets`` times 8 tokens at once.
+def add_block_to_all(streams_shared, row, octet, terms, sums_local, sets, at):
+    """sums += fn . streams of this warp's block of an octet, for ``sets`` times 8 tokens at once.
 
-    As ``add_unit`` of fused_post_pre for each of them; ``row`` is the first set's for this lane.
+    Each of them as by ``add_block``; ``row`` is the first set's for this lane.
     """
     values_local = T.alloc_local((sets * STEPS * CHUNK,), "bfloat16")
     words_local = T.view(values_local, (sets * STEPS * 2,), "uint32")
     fragment = T.alloc_local((4,), "uint32")
     part = T.alloc_local((sets * len(OPERANDS) * 4,), "float32")
-    unit = share.first + warp
-    t0 = share.place * UNIT_TERMS
-    slot = share.place * PROJECTION_WARPS + warp
     for q in T.unroll(sets * len(OPERANDS) * 4):
         part[q] = 0.0
     for n in T.unroll(sets):
-        for step in T.unroll(STEPS):
-            h = unit // HC_MULT * BLOCK + step * (BLOCK // STEPS) + lane % 4 * CHUNK
-            inside = True if only_whole_blocks(hidden) else h < slice_size(hidden)
-            if inside:
-                for v in T.vectorized(CHUNK):
-                    values_local[(n * STEPS + step) * CHUNK + v] = streams_shared[
-                        row + n * MMA_COLUMNS, unit % HC_MULT * slice_size(hidden) + h + v
-                    ]
-            else:
-                for v in T.unroll(2):
-                    words_local[(n * STEPS + step) * 2 + v] = T.uint32(0)
+        load_columns(
+            streams_shared, row + n * MMA_COLUMNS, octet.block(at), values_local, n * STEPS * CHUNK
+        )
     for operand in ALL_OPERANDS:
         for step in ALL_STEPS:
             for n in T.unroll(sets):
-                if not share.in_registers and operand < 4:
+                words = (n * STEPS + step) * 2
+                place = operand * STEPS + step
+                if octet.in_registers and place < shared_fragments(at.hidden, octet):
                     for q in T.vectorized(4):
-                        fragment[q] = terms_shared[slot, operand * STEPS + step, lane, q]
-                elif share.in_registers and operand * STEPS + step < shared_fragments(
-                    hidden, share
-                ):
-                    for q in T.vectorized(4):
-                        fragment[q] = fragments_shared[warp, operand * STEPS + step, lane, q]
+                        fragment[q] = terms.fragments_shared[at.warp, place, at.lane, q]
                 else:
-                    for pair in ALL_PAIRS:
-                        if share.in_registers:
-                            fragment[pair * 2] = terms_local[t0 + term(operand, 0, step, pair)]
-                        else:
-                            fragment[pair * 2] = terms_shared[
-                                slot, 4 * STEPS, lane, step * 2 + pair
-                            ]
-                        if operand < 4:
-                            fragment[pair * 2 + 1] = terms_local[t0 + term(operand, 1, step, pair)]
-                        else:
-                            fragment[pair * 2 + 1] = words_local[(n * STEPS + step) * 2 + pair]
-                T.call_extern(
-                    "handle",
-                    "mhc::mma_bf16",
-                    T.access_ptr(part[(n * len(OPERANDS) + operand) * 4], "rw"),
-                    T.access_ptr(fragment[0], "r"),
-                    words_local[(n * STEPS + step) * 2],
-                    words_local[(n * STEPS + step) * 2 + 1],
-                )
+                    load_operand(
+                        terms.terms(octet, at), at.lane, (operand, step), words_local, words,
+                        fragment,
+                    )  # fmt: skip
+                device.mma_bf16(
+                    part[(n * len(OPERANDS) + operand) * 4], fragment[0],
+                    words_local[words], words_local[words + 1],
+                )  # fmt: skip
     for n in T.unroll(sets):
-        add_parts(part, n * len(OPERANDS) * 4, sums_local, n * 8)
+        add_parts(part, n * len(OPERANDS) * 4, sums_local, n * TOKEN_SUMS)
 
 
 @T.macro
-def project_tile(
-    streams_shared, row0, warp, lane, hidden, terms_local, terms_shared, fragments_shared, set0,
-    sums_shared,
-):  # fmt: skip
-    """Projection and sum of squares of the tile from row ``row0`` on, absent tokens and all."""
-    sets = tile_tokens(hidden) // MMA_COLUMNS
-    half_local = T.alloc_local((sets * 8,), "float32")
-    sums_local = T.alloc_local((sets * 8,), "float32")
-    one_local = T.alloc_local((8,), "float32")
+def project_tile(i, terms, memory, at):
+    """Projection and sum of squares of tile ``i``, absent tokens and all."""
+    sets = steps.mma_tiles(at.hidden)
+    row0 = i % buffers(at.hidden) * tile_tokens(at.hidden)
+    half_local = T.alloc_local((sets * TOKEN_SUMS,), "float32")
+    sums_local = T.alloc_local((sets * TOKEN_SUMS,), "float32")
+    one_local = T.alloc_local((TOKEN_SUMS,), "float32")
     for half in (0, 1):
-        for q in T.unroll(sets * 8):
+        for q in T.unroll(sets * TOKEN_SUMS):
             half_local[q] = 0.0
-        for share in half_shares(hidden, half):
-            if share.whole or share.in_registers or share.first + warp < units(hidden):
-                add_unit_to_all(
-                    streams_shared, row0 + lane // 4, share, warp, lane, hidden, terms_local,
-                    terms_shared, fragments_shared, half_local, sets,
-                )  # fmt: skip
-        for q in T.unroll(sets * 8):
+        for octet in half_octets(at.hidden, half):
+            if octet.in_registers or octet.has_block(at):
+                add_block_to_all(
+                    memory.streams_shared, row0 + at.lane // 4, octet, terms, half_local, sets, at
+                )
+        for q in T.unroll(sets * TOKEN_SUMS):
             sums_local[q] = half_local[q] if half == 0 else sums_local[q] + half_local[q]
     for n in T.unroll(sets):
-        for q in T.unroll(8):
-            one_local[q] = sums_local[n * 8 + q]
-        store_sums(one_local, lane, warp, set0 + n, sums_shared)
+        for q in T.unroll(TOKEN_SUMS):
+            one_local[q] = sums_local[n * TOKEN_SUMS + q]
+        store_sums(one_local, at.lane, at.warp, i % SETS * sets + n, memory.sums_shared)
 
 
 @T.macro
-def load_rows(residual, first, count, i, buffer, rank, me, hidden, streams_shared, inbox):
+def load_tokens(i, buffer, residual, memory, gates, at):
     """A token warp's tokens of tile ``i``."""
-    tile = tile_tokens(hidden)
-    size = slice_size(hidden)
+    tile = tile_tokens(at.hidden)
+    size = slice_size(at.hidden)
+    row0 = at.warp * WARP_TOKENS
+    inbox = device.address(gates.loads_inbox[buffer])
     for k in T.unroll(WARP_TOKENS):
-        if i * tile + me * WARP_TOKENS + k < count:
-            T.call_extern(
-                "handle",
-                "mhc::load_bulk4",
-                T.access_ptr(streams_shared[buffer * tile + me * WARP_TOKENS + k, 0], "w"),
-                size * 2,
-                T.access_ptr(
-                    residual[first + i * tile + me * WARP_TOKENS + k, 0, rank * size], "r"
-                ),
-                hidden * 2,
-                size * 2,
-                inbox,
-            )
+        if i * tile + row0 + k < at.count:
+            device.load_bulk4(
+                memory.streams_shared[buffer * tile + row0 + k, 0], size * 2,
+                residual[at.first + i * tile + row0 + k, 0, at.rank * size], at.hidden * 2,
+                size * 2, inbox,
+            )  # fmt: skip
 
 
 @T.macro
-def run_roles(
-    residual, fn, hc_scale, hc_base, gain, post_mix, comb_mix, layer_input, rms_eps, hc_pre_eps,
-    hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_eps, early, first, count, tiles,
-    warp, i_c, hidden, norm,
-):  # fmt: skip
+def load_first_tiles(residual, memory, gates, at):
+    """The second tile and some more, each when the one before has come."""
+    for i in T.unroll(early_tiles(at.hidden) - 1):
+        if (i + 1) * tile_tokens(at.hidden) < at.count:
+            device.inbox_wait(gates.loads_inbox[i], 0)
+            load_tokens(i + 1, i + 1, residual, memory, gates, at)
+
+
+@T.macro
+def load_again(i, residual, memory, gates, at):
+    """Another tile in the place of tile ``i``, once all of the warp have read tile ``i``."""
+    bufs = buffers(at.hidden)
+    T.sync_warp()
+    if i + bufs < at.tiles:
+        if at.warp == 0:
+            device.inbox_wait(gates.loads_inbox[i % bufs], i // bufs % 2)
+            if at.lane == 0:
+                device.inbox_again(
+                    gates.loads_inbox[i % bufs], load_bytes(i + bufs, at.hidden, at.count)
+                )
+        device.bulk_fence()
+        load_tokens(i + bufs, i % bufs, residual, memory, gates, at)
+
+
+@T.macro
+def run_projection_warps(given, memory, gates, at):
+    """The role of a projection warp."""
+    terms_local = T.alloc_local((len(register_octets(at.hidden)) * BLOCK_TERMS,), "uint32")
+    terms_shared = T.alloc_shared((slots(at.hidden), BLOCK_TERMS // 4, WARP, 4), "uint32")
+    fragments_shared = T.alloc_shared(
+        (PROJECTION_WARPS, most_fragments(at.hidden), WARP, 4), "uint32"
+    )
+    terms = Fn(terms_local, terms_shared, fragments_shared)
+    bufs = buffers(at.hidden)
+    T.set_max_nreg(PROJECTION_REGISTERS, 1)
+    if given.early == 0:
+        T.pdl_sync()
+    T.pdl_trigger()
+    split_fn(given.mixing.fn, terms, at)
+    T.cluster_wait()
+    T.pdl_sync()
+    for i in T.serial(at.tiles):
+        # The streams have to be there, and the place of the sums to be free.
+        device.inbox_wait(gates.loads_inbox[i % bufs], i // bufs % 2)
+        if i >= 2:
+            device.gate_wait(gates.added[i % 2], (i // 2 - 1) % 2)
+        project_tile(i, terms, memory, at)
+        device.gate_pass(gates.projected[i % 2])
+    device.gate_wait(gates.mixed[0], 0)
+    steps.finish_mixes(at.count, PROJECTION_THREADS, given.mixing, at)
+
+
+@T.macro
+def send_tile(i, memory, gates, at):
+    """The sums of a token warp's tokens of tile ``i`` to their owners, 4 of a token a lane."""
+    sent = at.warp * WARP_TOKENS + at.lane // 8
+    device.gate_wait(gates.projected[i % 2], i // 2 % 2)
+    if (
+        at.lane // 8 < WARP_TOKENS
+        and at.lane % 8 < SUMS_PITCH // 4
+        and i * tile_tokens(at.hidden) + sent < at.count
+    ):
+        steps.send_sums(i, sent, memory, at)
+    device.gate_pass(gates.added[i % 2])
+
+
+@T.macro
+def make_weights_in_turn(i, mixing, logit_local, memory, gates, at):
+    """The collapse weights of a token of tile ``i`` that this CTA owns, by the warps in turn."""
+    tile = tile_tokens(at.hidden)
+    own = steps.owned_token(i, at.rank, at.hidden)
+    if (
+        i % (tile // WARP_TOKENS) == at.warp
+        and own >= 0
+        and own < tile
+        and i * tile + own < at.count
+    ):
+        steps.make_weights(i, own, mixing, logit_local, memory, at)
+        steps.leave_logits(at.first + i * tile + own, logit_local, mixing, at.lane)
+    if i == at.tiles - 1:
+        device.gate_pass(gates.mixed[0])
+
+
+@T.macro
+def loop_of_token_warps(residual, given, memory, gates, at):
+    """Send a tile's sums, normalise the tile before the last, collapse the last, and load."""
+    tile = tile_tokens(at.hidden)
+    bufs = buffers(at.hidden)
+    row0 = at.warp * WARP_TOKENS
+    value_local = T.alloc_local((WARP_TOKENS * steps.repetitions(at.hidden) * VECTOR,), "bfloat16")
+    collapsed = steps.Collapsed(value_local, WARP_TOKENS)
+    logit_local = T.alloc_local((1,), "float32")
+    for i in T.serial(at.tiles + 2):
+        if i == at.tiles - 1:
+            # A warp that has no tokens in the last tile sends nothing for which others would wait:
+            # the weights of that tile could come before such a warp has seen those of the tile
+            # before in the same inbox, and the warp would wait for ever.
+            T.sync_threads(TOKEN_BARRIER, token_threads(at.hidden))
+        if i < at.tiles:
+            send_tile(i, memory, gates, at)
+        if i == 0:
+            for q in T.unroll(bufs - early_tiles(at.hidden)):
+                late = early_tiles(at.hidden) + q
+                load_tokens(late, late, residual, memory, gates, at)
+        if given.output.norm and i >= 2 and (i - 2) * tile + row0 < at.count:
+            steps.normalise_tile(i - 2, given.output, collapsed, memory, at)
+        if i < at.tiles:
+            make_weights_in_turn(i, given.mixing, logit_local, memory, gates, at)
+        if i >= 1 and (i - 1) * tile + row0 < at.count:
+            steps.collapse_tile(i - 1, (i - 1) % bufs, given.output, collapsed, memory, at)
+            load_again(i - 1, residual, memory, gates, at)
+
+
+@T.macro
+def run_token_warps(residual, given, memory, gates, at):
+    """The role of a token warp."""
+    T.set_max_nreg(token_registers(at.hidden), 0)
+    if given.early == 0:
+        T.pdl_sync()
+    T.pdl_trigger()
+    T.cluster_wait()
+    T.pdl_sync()
+    load_tokens(0, 0, residual, memory, gates, at)
+    steps.load_constants(given.mixing, given.output, memory, at)
+    load_first_tiles(residual, memory, gates, at)
+    # Past the barrier no warp waits here any more, so no place is loaded again meanwhile.
+    T.sync_threads(TOKEN_BARRIER, token_threads(at.hidden))
+    loop_of_token_warps(residual, given, memory, gates, at)
+
+
+@T.macro
+def run_roles(residual, given, hidden, i_c, first, count, tiles, warp):
     """One CTA of a cluster with ``count`` tokens from ``first`` on."""
-    T.import_source(DEVICE_SOURCE)
+    T.import_source(device.SOURCE)
     size = slice_size(hidden)
-    tile = tile_tokens(hidden)
-    per = WARP_TOKENS
-    bufs = buffers(hidden)
-    reps = -(-size // (WARP * VECTOR))
-    every = CLUSTER // tile  # a CTA owns one token in every so many tiles
-    owned = 2 // every  # sets of what an owner is sent
-    mma_tiles = tile // MMA_COLUMNS
     rank = i_c % CLUSTER
     tx = T.get_thread_binding()
     lane = tx % WARP
-
-    streams_shared = T.alloc_shared((bufs * tile, HC_MULT * size + PAD), "bfloat16")
-    terms_shared = T.alloc_shared((slots(hidden), UNIT_TERMS // 4, WARP, 4), "uint32")
-    fragments_shared = T.alloc_shared((PROJECTION_WARPS, most_fragments(hidden), WARP, 4), "uint32")
-    sums_shared = T.alloc_shared(
-        (2 * mma_tiles, PROJECTION_WARPS, MMA_COLUMNS, SUMS_PITCH), "float32"
-    )
-    slices_shared = T.alloc_shared((owned, CLUSTER, SUMS_PITCH), "float32")
-    squares_shared = T.alloc_shared((SQUARES_SETS, CLUSTER, tile), "float32")
-    weights_shared = T.alloc_shared((2, tile, HC_MULT), "float32")
-    gain_shared = T.alloc_shared((size,), "bfloat16")
-    hc_shared = T.alloc_shared((3 + MIXES,), "float32")
-    sums_inbox = T.alloc_shared((owned,), "uint64")
-    squares_inbox = T.alloc_shared((SQUARES_SETS,), "uint64")
-    weights_inbox = T.alloc_shared((2,), "uint64")
-    loads_inbox = T.alloc_shared((bufs,), "uint64")
-    projected = T.alloc_shared((2,), "uint64")
-    added = T.alloc_shared((2,), "uint64")
-    mixed = T.alloc_shared((1,), "uint64")
-
-    terms_local = T.alloc_local((len(register_shares(hidden)) * UNIT_TERMS,), "uint32")
-    value_local = T.alloc_local((per * reps * VECTOR,), "bfloat16")
-    logit = T.alloc_local((1,), "float32")
-
-    # the inboxes are open before anyone can send: the cluster barrier lies between
+    memory = steps.Memory(*steps.memory_of_cta(hidden, buffers(hidden), SQUARES_SETS))
+    gates = Gates(*gates_of_cta(hidden))
+    at = Context(hidden, tx, lane, warp, rank, first, count, tiles)
     if tx == 0:
-        for q in T.unroll(owned):
-            T.call_extern(
-                "handle",
-                "mhc::inbox_open",
-                T.access_ptr(sums_inbox[q], "w"),
-                CLUSTER * SUMS_PITCH * 4,
-            )
-        for q in T.unroll(SQUARES_SETS):
-            T.call_extern(
-                "handle",
-                "mhc::inbox_open",
-                T.access_ptr(squares_inbox[q], "w"),
-                squares_bytes(q, per, hidden, count),
-            )
-        for q in T.unroll(bufs):
-            T.call_extern(
-                "handle",
-                "mhc::inbox_open",
-                T.access_ptr(loads_inbox[q], "w"),
-                load_bytes(q, hidden, count),
-            )
-        for q in T.unroll(2):
-            T.call_extern(
-                "handle",
-                "mhc::inbox_open",
-                T.access_ptr(weights_inbox[q], "w"),
-                weights_bytes(q, hidden, count),
-            )
-            T.call_extern(
-                "handle", "mhc::gate_open", T.access_ptr(projected[q], "w"), PROJECTION_THREADS
-            )
-            T.call_extern(
-                "handle", "mhc::gate_open", T.access_ptr(added[q], "w"), token_threads(hidden)
-            )
-        T.call_extern(
-            "handle", "mhc::gate_open", T.access_ptr(mixed[0], "w"), token_threads(hidden)
-        )
-    # what the barrier must order are the inboxes, and opening one has a fence of its own: relaxed,
-    # 64 and 128 tokens at H = 7168 take 10.0 and 13.3 us, otherwise 10.2 and 14.0
-    T.call_extern("handle", "tl::cluster_arrive_relaxed")
+        open_inboxes(memory, gates, at)
+    # The arrival is relaxed: what the barrier must order are the inboxes, and opening one has a
+    # fence of its own (NOTES.md, "What pre in one pass reached at first").
+    device.cluster_arrive_relaxed()
     if tx < MIXES * HC_MULT and i_c < CLUSTER:
-        T.call_extern(
-            "handle",
-            "mhc::prefetch_l2_bulk",
-            T.access_ptr(fn[tx // HC_MULT, tx % HC_MULT * hidden + rank * size], "r"),
-            size * 4,
+        device.prefetch_l2_bulk(
+            given.mixing.fn[tx // HC_MULT, tx % HC_MULT * hidden + rank * size], size * 4
         )
-
     if warp < PROJECTION_WARPS:
-        T.set_max_nreg(PROJECTION_REGISTERS, 1)
-        if early == 0:
-            T.pdl_sync()
-        T.pdl_trigger()
-        load_terms(fn, rank, warp, lane, hidden, terms_local, terms_shared, fragments_shared)
-        T.cluster_wait()
-        T.pdl_sync()
-        for i in T.serial(tiles):
-            # the streams are there, and the place of the sums is free
-            T.call_extern(
-                "handle",
-                "mhc::inbox_wait",
-                T.access_ptr(loads_inbox[i % bufs], "r"),
-                i // bufs % 2,
-            )
-            if i >= 2:
-                T.call_extern(
-                    "handle", "mhc::gate_wait", T.access_ptr(added[i % 2], "r"), (i // 2 - 1) % 2
-                )
-            project_tile(
-                streams_shared, i % bufs * tile, warp, lane, hidden, terms_local, terms_shared,
-                fragments_shared, i % 2 * mma_tiles, sums_shared,
-            )  # fmt: skip
-            T.call_extern("handle", "mhc::gate_pass", T.access_ptr(projected[i % 2], "w"))
-        T.call_extern("handle", "mhc::gate_wait", T.access_ptr(mixed[0], "r"), 0)
-        finish_mixes(
-            first, count, rank, tx, PROJECTION_THREADS, post_mix, comb_mix, hc_sinkhorn_eps,
-            hc_post_mult_value, sinkhorn_repeat,
-        )  # fmt: skip
+        run_projection_warps(given, memory, gates, at)
     else:
-        T.set_max_nreg(token_registers(hidden), 0)
-        me = warp - PROJECTION_WARPS
-        row0 = me * per
-        if early == 0:
-            T.pdl_sync()
-        T.pdl_trigger()
-        T.cluster_wait()
-        T.pdl_sync()
-        load_rows(
-            residual, first, count, 0, 0, rank, me, hidden, streams_shared,
-            T.access_ptr(loads_inbox[0], "w"),
-        )  # fmt: skip
-        load_constants(
-            hc_scale, hc_base, gain, rank, me, lane, hidden, norm, hc_shared, gain_shared
-        )
-        # Past the barrier no warp waits here any more, so no place is loaded again meanwhile
-        for i in T.unroll(early_tiles(hidden) - 1):
-            if (i + 1) * tile < count:
-                T.call_extern("handle", "mhc::inbox_wait", T.access_ptr(loads_inbox[i], "r"), 0)
-                load_rows(
-                    residual, first, count, i + 1, i + 1, rank, me, hidden, streams_shared,
-                    T.access_ptr(loads_inbox[i + 1], "w"),
-                )  # fmt: skip
-        T.sync_threads(TOKEN_BARRIER, token_threads(hidden))
-        for i in T.serial(tiles + 2):
-            if i == tiles - 1:
-                # Some warps may have no tokens in the last tile and send nothing that the others
-                # would wait for. Without this, its weights came while such a warp had still to look
-                # at those of the tile in the same inbox before, and it waited for ever
-                T.sync_threads(TOKEN_BARRIER, token_threads(hidden))
-            if i < tiles:
-                # the warps' sums added up and sent to the owners, 4 of a token a lane
-                T.call_extern(
-                    "handle", "mhc::gate_wait", T.access_ptr(projected[i % 2], "r"), i // 2 % 2
-                )
-                sent = row0 + lane // 8
-                if lane // 8 < per and lane % 8 < SUMS_PITCH // 4 and i * tile + sent < count:
-                    send_sums(
-                        sums_shared, i % 2 * mma_tiles, sent, lane % 8 * 4,
-                        T.access_ptr(slices_shared[i // every % owned, rank, lane % 8 * 4], "w"),
-                        T.access_ptr(sums_inbox[i // every % owned], "w"),
-                        i % every * tile + sent,
-                    )  # fmt: skip
-                T.call_extern("handle", "mhc::gate_pass", T.access_ptr(added[i % 2], "w"))
-            if i == 0:
-                for q in T.unroll(bufs - early_tiles(hidden)):
-                    late = early_tiles(hidden) + q
-                    load_rows(
-                        residual, first, count, late, late, rank, me, hidden, streams_shared,
-                        T.access_ptr(loads_inbox[late], "w"),
-                    )  # fmt: skip
-            if norm and i >= 2 and (i - 2) * tile + row0 < count:
-                normalise_tile(
-                    i - 2, i - 2 + SQUARES_SETS < tiles, squares_shared, squares_inbox,
-                    value_local, gain_shared, layer_input, norm_eps, first, count, rank, me, per,
-                    lane, hidden,
-                )  # fmt: skip
-            if i < tiles:
-                own = rank - i % every * tile
-                if (
-                    i % token_warps(hidden) == me
-                    and own >= 0
-                    and own < tile
-                    and i * tile + own < count
-                ):
-                    make_weights(
-                        i, own, slices_shared, sums_inbox, hc_shared, weights_shared,
-                        weights_inbox, rms_eps, hc_pre_eps, lane, hidden, logit,
-                    )  # fmt: skip
-                    leave_logits(first + i * tile + own, logit, lane, post_mix, comb_mix)
-                if i == tiles - 1:
-                    T.call_extern("handle", "mhc::gate_pass", T.access_ptr(mixed[0], "w"))
-            if i >= 1 and (i - 1) * tile + row0 < count:
-                collapse_tile(
-                    i - 1, (i - 1) % bufs, i + 1 < tiles, weights_shared, weights_inbox,
-                    streams_shared, squares_shared, squares_inbox, value_local, layer_input, first,
-                    count, rank, me, per, lane, hidden, norm,
-                )  # fmt: skip
-                # another tile in its place, once all of the warp have read it
-                T.sync_warp()
-                if i - 1 + bufs < tiles:
-                    if me == 0:
-                        T.call_extern(
-                            "handle",
-                            "mhc::inbox_wait",
-                            T.access_ptr(loads_inbox[(i - 1) % bufs], "r"),
-                            (i - 1) // bufs % 2,
-                        )
-                        if lane == 0:
-                            T.call_extern(
-                                "handle",
-                                "mhc::inbox_again",
-                                T.access_ptr(loads_inbox[(i - 1) % bufs], "w"),
-                                load_bytes(i - 1 + bufs, hidden, count),
-                            )
-                    T.call_extern("handle", "mhc::bulk_fence")
-                    load_rows(
-                        residual, first, count, i - 1 + bufs, (i - 1) % bufs, rank, me, hidden,
-                        streams_shared, T.access_ptr(loads_inbox[(i - 1) % bufs], "w"),
-                    )  # fmt: skip
-
-
-@T.macro
-def collapse_streams(
-    residual, fn, hc_scale, hc_base, gain, post_mix, comb_mix, layer_input, rms_eps, hc_pre_eps,
-    hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_eps, group_tokens, larger_groups,
-    early, tokens, i_c, hidden, norm,
-):  # fmt: skip
-    """One CTA; ``gain`` and ``norm_eps`` are read when ``norm`` is true."""
-    most = most_tokens(i_c // CLUSTER, group_tokens, larger_groups, hidden)
-    first = T.alloc_var(
-        "int32", init=first_token(i_c // CLUSTER, group_tokens, larger_groups, hidden)
-    )
-    count = T.alloc_var("int32", init=T.min(most, tokens - first))
-    # not those of count: a minimum is made in a register of every lane, for which there is no room
-    tiles = T.alloc_var("int32", init=T.ceildiv(most, tile_tokens(hidden)))
-    warp = T.alloc_var("int32", init=T.shfl_sync(T.get_thread_binding() // WARP, 0))
-    # handed on, they are variables no more: TileLang splits an if that asks for a variable into one
-    # for each statement, and what the statements hand on then stays in registers around the loop
-    run_roles(
-        residual, fn, hc_scale, hc_base, gain, post_mix, comb_mix, layer_input, rms_eps,
-        hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, norm_eps, early, first,
-        count, tiles, warp, i_c, hidden, norm,
-    )  # fmt: skip
+        run_token_warps(residual, given, memory, gates, at._replace(warp=warp - PROJECTION_WARPS))
 
 
 def pre(hidden: int, *, norm: bool, pdl: bool):
@@ -617,19 +550,15 @@ def pre(hidden: int, *, norm: bool, pdl: bool):
 
     Args:
         hidden: H, a multiple of 256 up to 7168.
-        norm: whether the RMSNorm follows; adds the arguments norm_weight and norm_eps.
+        norm: whether the RMSNorm follows; without it norm_weight and norm_eps are not read.
         pdl: must be true: clusters and programmatic dependent launch come together (sm_90).
 
     Returns:
-        The TileLang program: (residual [n, 4, H] bf16, fn [24, 4 * H] fp32, hc_scale [3] fp32,
-        hc_base [24] fp32, norm_weight [H] bf16 if norm, post_mix [n, 4, 1] fp32, comb_mix [n, 4, 4]
-        fp32, layer_input [n, H] bf16, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value
-        fp32, sinkhorn_repeat int32, norm_eps fp32 if norm, group_tokens int32: tokens of a cluster,
-        up to a tile or whole tiles; larger_groups int32: the first clusters, which have a tile
-        more; early int32: whether fn may be read before the previous kernel has finished).
+        The TileLang program. ``group_tokens`` are the tokens of a cluster, up to a tile or whole
+        tiles; the first ``larger_groups`` clusters have a tile more; ``early`` says whether fn may
+        be read before the previous kernel has finished.
     """
     tokens = T.dynamic("tokens", "int32")
-    n_threads = threads(hidden)
 
     @T.prim_func
     def mhc_pre(
@@ -637,37 +566,8 @@ def pre(hidden: int, *, norm: bool, pdl: bool):
         fn: T.Tensor((MIXES, HC_MULT * hidden), "float32"),
         hc_scale: T.Tensor((3,), "float32"),
         hc_base: T.Tensor((MIXES,), "float32"),
-        post_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
-        comb_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
-        layer_input: T.Tensor((tokens, hidden), "bfloat16"),
-        rms_eps: T.float32,
-        hc_pre_eps: T.float32,
-        hc_sinkhorn_eps: T.float32,
-        hc_post_mult_value: T.float32,
-        sinkhorn_repeat: T.int32,
-        group_tokens: T.int32,
-        larger_groups: T.int32,
-        early: T.int32,
-    ):
-        with T.Kernel(
-            clusters(tokens, group_tokens, larger_groups, hidden) * CLUSTER,
-            threads=n_threads,
-            cluster_dims=(CLUSTER, 1, 1),
-        ) as i_c:
-            collapse_streams(
-                residual, fn, hc_scale, hc_base, None, post_mix, comb_mix, layer_input, rms_eps,
-                hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, None,
-                group_tokens, larger_groups, early, tokens, i_c, hidden, False,
-            )  # fmt: skip
-
-    @T.prim_func
-    def mhc_pre_norm(
-        residual: T.Tensor((tokens, HC_MULT, hidden), "bfloat16"),
-        fn: T.Tensor((MIXES, HC_MULT * hidden), "float32"),
-        hc_scale: T.Tensor((3,), "float32"),
-        hc_base: T.Tensor((MIXES,), "float32"),
         norm_weight: T.Tensor((hidden,), "bfloat16"),
-        post_mix: T.Tensor((tokens, HC_MULT, 1), "float32"),
+        post_mix: T.Tensor((tokens, HC_MULT), "float32"),
         comb_mix: T.Tensor((tokens, HC_MULT, HC_MULT), "float32"),
         layer_input: T.Tensor((tokens, hidden), "bfloat16"),
         rms_eps: T.float32,
@@ -681,14 +581,21 @@ def pre(hidden: int, *, norm: bool, pdl: bool):
         early: T.int32,
     ):
         with T.Kernel(
-            clusters(tokens, group_tokens, larger_groups, hidden) * CLUSTER,
-            threads=n_threads,
+            clusters(tokens, group_tokens, larger_groups, tile_tokens(hidden)) * CLUSTER,
+            threads=threads(hidden),
             cluster_dims=(CLUSTER, 1, 1),
         ) as i_c:
-            collapse_streams(
-                residual, fn, hc_scale, hc_base, norm_weight, post_mix, comb_mix, layer_input,
-                rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat,
-                norm_eps, group_tokens, larger_groups, early, tokens, i_c, hidden, True,
+            given = Arguments(
+                Mixing(
+                    fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
+                    hc_post_mult_value, sinkhorn_repeat, post_mix, comb_mix,
+                ),
+                Collapse(layer_input, norm, norm_weight, norm_eps),
+                early,
             )  # fmt: skip
+            first, count, tiles, warp = steps.tiles_of_cluster(
+                i_c // CLUSTER, tokens, group_tokens, larger_groups, hidden
+            )
+            run_roles(residual, given, hidden, i_c, first, count, tiles, warp)
 
-    return mhc_pre_norm if norm else mhc_pre
+    return mhc_pre

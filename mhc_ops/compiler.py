@@ -1,7 +1,18 @@
-"""From a kernel's key to its cubin: the one module that talks to TileLang and nvcc.
+"""Compile a kernel: the one module that talks to TileLang and nvcc.
 
-Importing TileLang takes seconds, so that happens at the first compile. Nothing here is needed to
-run a kernel: what a launch has to know of it stands in :class:`Compiled`.
+A kernel is named by a :class:`~mhc_ops.routes.Key`. Three steps lead from the key to machine code:
+
+1. :func:`program` calls the kernel's factory in ``csrc_tilelang``, which returns a program in
+   TileLang's language, made for one hidden size and one set of options.
+2. :func:`lower` has TileLang turn the program into CUDA source, and reads off what a launch has to
+   know: the parameters, the grid as a formula of the scalars, threads, shared memory. The tests run
+   that source on a CPU, and ``benchmarks/same_cuda.py`` compares it between revisions.
+3. :func:`machine_code` has nvcc turn the source into a cubin for one architecture.
+
+:func:`compile_kernel` does all three and puts reason and advice into one error where a step fails.
+The result, :class:`Compiled`, holds all that running the kernel needs: neither TileLang nor nvcc is
+needed where a kernel was compiled before. Importing TileLang takes seconds, so TileLang is imported
+at the first compile and not with this module.
 """
 
 from __future__ import annotations
@@ -23,22 +34,24 @@ from .formula import Formula, apply, constant, evaluate
 from .formula import name as size_of
 from .routes import Key
 
-TILELANG = "0.1.15"  # whose language the kernels are written in; others compile few of them
-LEAST_PDL_ARCH = 90  # programmatic dependent launch exists from Hopper on
+TILELANG = "0.1.15"  # Other versions compile few of the kernels.
+LEAST_PDL_ARCH = 90  # Programmatic dependent launch exists from Hopper on.
 
+_FLAGS = ("norm", "streams", "loop")  # options that are true or false
 _PACKAGE = Path(__file__).parent
 _SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\(.*?\) (\w+)\((.*?)\) \{')
-_KINDS = {"int": "int32", "int64_t": "int64", "float": "float32"}  # of scalars in CUDA
+# The kinds of scalars, by their type in CUDA.
+_KINDS = {"int": "int32", "int64_t": "int64", "float": "float32"}
 _INFIX = {"Add": "+", "Sub": "-", "Mul": "*", "FloorDiv": "//", "FloorMod": "%"}
 _INFIX |= {"Min": "min", "Max": "max"}
 
 
 class Argument(NamedTuple):
-    """An argument of a TileLang program, in the order of the program.
+    """Describe an argument of a TileLang program.
 
     Attributes:
-        name: its name there and in the CUDA source.
-        dtype: TileLang's name of its type.
+        name: the argument's name in the program and in the CUDA source.
+        dtype: TileLang's name of the type.
         shape: numbers and names of sizes; None for a scalar.
     """
 
@@ -48,19 +61,20 @@ class Argument(NamedTuple):
 
 
 class Lowered(NamedTuple):
-    """A program as nvcc and the launch need it.
+    """Hold a program as nvcc and the launch need it.
 
     Attributes:
         source: the CUDA source.
-        symbol: the kernel's name in it.
-        parameters: in the order of its CUDA signature: name and kind, which is ``pointer``,
-            ``int32``, ``int64`` or ``float32``.
-        arguments: in the order of the program.
+        symbol: the kernel's name in the source.
+        parameters: name and kind of each parameter, in the order of the CUDA signature; the kind is
+            ``pointer``, ``int32``, ``int64`` or ``float32``. Arguments that the kernel does not use
+            are no parameters.
+        arguments: the arguments, in the order of the program.
         grid: CTAs along x, y and z, as formulas of the scalars.
         block: threads along x, y and z.
         cluster: CTAs of a cluster, along x.
         shared: bytes of dynamic shared memory.
-        pdl: whether it is launched with programmatic stream serialisation.
+        pdl: whether the kernel is launched with programmatic stream serialisation.
     """
 
     source: str
@@ -75,11 +89,11 @@ class Lowered(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """A kernel that can be loaded and launched: its cubin, and what its manifest says.
+    """Hold a kernel that can be loaded and launched: its cubin, and what its manifest says.
 
     Attributes:
         cubin: machine code for one architecture.
-        symbol: the kernel's name in it.
+        symbol: the kernel's name in the cubin.
         parameters, grid, block, cluster, shared, pdl: as in :class:`Lowered`, with one number of
             threads and a grid of two dimensions.
         compiled_with: versions of TileLang and nvcc, a record that decides nothing.
@@ -96,12 +110,23 @@ class Compiled(NamedTuple):
     compiled_with: Mapping[str, str]
 
 
-def sources() -> list[Path]:
-    """The files that decide what a kernel is: factories, sizes, and how they are compiled."""
+def sources() -> dict[str, Path]:
+    """List the files that decide what a kernel is.
+
+    Returns:
+        Name in the package to file: kernels, their steps and device functions, sizes, and this
+        module.
+    """
     package = importlib.util.find_spec("mhc_ops.csrc_tilelang")
     folders = package.submodule_search_locations if package else None
-    factories = [path for folder in folders or () for path in Path(folder).glob("*.py")]
-    return [*sorted(factories), _PACKAGE / "geometry.py", Path(__file__)]
+    found = {
+        path.relative_to(folder).as_posix(): path
+        for folder in map(Path, folders or ())
+        for pattern in ("**/*.py", "**/*.cuh")
+        for path in folder.glob(pattern)
+    }
+    kernels = {f"csrc_tilelang/{name}": found[name] for name in sorted(found)}
+    return kernels | {"geometry.py": _PACKAGE / "geometry.py", "compiler.py": Path(__file__)}
 
 
 def _arch_number(arch: str) -> int:
@@ -109,30 +134,30 @@ def _arch_number(arch: str) -> int:
 
 
 def program(key: Key) -> Any:
-    """The TileLang program of a key, before any lowering."""
+    """Make the TileLang program of a key."""
     factory = getattr(importlib.import_module(f"mhc_ops.csrc_tilelang.{key.kernel}"), key.kernel)
-    options = {name: bool(v) if name in ("norm", "streams") else v for name, v in key.options}
+    options = {name: bool(v) if name in _FLAGS else v for name, v in key.options}
     return factory(key.hidden, pdl=_arch_number(key.arch) >= LEAST_PDL_ARCH, **options)
 
 
 def pass_configs() -> dict[Any, bool]:
-    """What TileLang's compiler is told about every kernel."""
+    """Return what TileLang's compiler is told about every kernel."""
     import tilelang
 
     flags = tilelang.PassConfigKey
     return {
-        # barriers are written out in the kernels: the pass knows nothing of their named ones
+        # Barriers are written out in the kernels: the pass knows nothing of named barriers.
         flags.TL_DISABLE_THREAD_STORAGE_SYNC: True,
-        # without that pass nothing orders two buffers that share memory: finish and head would
-        # write the norm's sums over partial sums that a slower warp still reads
+        # Without that pass nothing orders two buffers that share memory: finish and head would
+        # write the norm's sums over partial sums that a slower warp still reads.
         flags.TL_DISABLE_SHARED_MEMORY_REUSE: True,
-        # the kernels guard their own bounds; the pass doubles the address arithmetic
+        # The kernels guard their own bounds; the pass doubles the address arithmetic.
         flags.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
     }
 
 
 def _formula(expression: Any) -> Formula:
-    """An extent of TileLang's as a formula."""
+    """Turn an extent of TileLang's into a formula."""
     if isinstance(expression, int):
         return constant(expression)
     kind = type(expression).__name__
@@ -148,7 +173,7 @@ def _formula(expression: Any) -> Formula:
 
 
 def _kind(declaration: str) -> tuple[str, str]:
-    """A parameter of the CUDA signature as (name, kind)."""
+    """Return name and kind of a parameter of the CUDA signature."""
     *words, last = declaration.replace("__restrict__", " ").split()
     pointer = "*" in declaration
     return last.lstrip("*"), "pointer" if pointer else _KINDS[words[-1]]
@@ -184,10 +209,13 @@ def lower(program: Any, arch: str) -> Lowered:
 
     Args:
         program: a TileLang prim_func of one kernel.
-        arch: such as ``sm_90a``.
+        arch: architecture, such as ``sm_90a``.
+
+    Returns:
+        The source, and what a launch has to know.
 
     Raises:
-        ValueError: it is no program that the launcher can launch.
+        ValueError: the launcher cannot launch such a program.
     """
     import tilelang
 
@@ -213,7 +241,7 @@ def lower(program: Any, arch: str) -> Lowered:
         block=(block[0], block[1], block[2]),
         cluster=cluster,
         shared=int(function.attrs.get("dyn_shared_memory_buf", 0)),
-        # TileLang sets the attribute for every cluster launch, too
+        # TileLang sets the attribute for every launch in clusters, too.
         pdl=cluster > 1 or "cudaGridDependencySynchronize()" in artifact.kernel_source,
     )
 
@@ -236,16 +264,28 @@ def _nvcc_version() -> str:
     return found[1] if found else "unknown"
 
 
-def _compile(key: Key) -> Compiled:
+def machine_code(source: str, arch: str) -> bytes:
+    """Compile CUDA source that :func:`lower` made, unless TileLang's cache has its cubin.
+
+    Args:
+        source: the CUDA source.
+        arch: architecture, such as ``sm_90a``.
+
+    Returns:
+        The cubin.
+    """
     from tilelang.cuda.backend import tilelang_callback_cuda_compile
 
+    with _target(arch) as target:
+        return bytes(tilelang_callback_cuda_compile(source, target, pass_configs()))
+
+
+def _compile(key: Key) -> Compiled:
     lowered = lower(program(key), key.arch)
     if lowered.block[1:] != (1, 1) or str(lowered.grid[2]) != "1":
         raise ValueError(f"expected blocks along x and a grid of two dimensions of {key}")
-    with _target(key.arch) as target:
-        cubin = tilelang_callback_cuda_compile(lowered.source, target, pass_configs())
     return Compiled(
-        bytes(cubin),
+        machine_code(lowered.source, key.arch),
         lowered.symbol,
         lowered.parameters,
         lowered.grid[:2],
@@ -258,12 +298,12 @@ def _compile(key: Key) -> Compiled:
 
 
 def describe(key: Key) -> str:
-    """A kernel in words, for messages."""
+    """Describe a kernel in words, for messages."""
     return f"kernel {key.kernel} for hidden size {key.hidden} on {key.arch}"
 
 
 def build_commands(key: Key) -> str:
-    """What a user types to have a kernel built ahead and used."""
+    """Return what a user types to have a kernel built ahead and used."""
     return (
         f"python -m mhc_ops build --arch {key.arch} --hidden {key.hidden} -o DIR, "
         "then MHC_OPS_KERNELS=DIR"
@@ -271,7 +311,7 @@ def build_commands(key: Key) -> str:
 
 
 def _advice(error: BaseException) -> str:
-    """What helps against a failed compile, by what went wrong first."""
+    """Say what helps against a failed compile, by what went wrong first."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -316,11 +356,11 @@ def compile_kernel(key: Key) -> Compiled:
         The cubin, and what a launch has to know of it.
 
     Raises:
-        RuntimeError: it cannot be compiled, with the reason and what to do.
+        RuntimeError: the kernel cannot be compiled; the text says why, and what to do.
     """
     _require_tilelang(key)
     try:
-        import tilelang  # noqa: F401  (makes its cache folder)
+        import tilelang  # noqa: F401  (The import makes TileLang's cache folder.)
     except OSError as error:
         raise _failure(key, f"{type(error).__name__}: {error}", _advice(error)) from error
     try:

@@ -259,25 +259,21 @@ def _in_clusters(hidden: int) -> dict[str, Rows]:
         The clusters share the tokens evenly: in units of one token while each cluster has at most
         a tile of them, in whole tiles beyond.
         """
-        options = (("streams", int(streams)),)
 
-        def launch(kernel: str, clusters: Value, unit: int) -> tuple[Launch]:
+        def launch(clusters: Value, unit: int, loop: bool = False) -> tuple[Launch]:
             scalars = {"clusters": constant(clusters), "unit": constant(unit)}
-            return (Launch(kernel, scalars, options, HEAD_NAMES),)
+            options = (("streams", int(streams)), ("loop", int(loop)))
+            return (Launch("post_head", scalars, options, HEAD_NAMES),)
 
-        all_at_once = CLUSTERS * geometry.post_head_ctas_per_sm(hidden)
-        in_turn = CLUSTERS * geometry.post_head_persistent_ctas_per_sm(hidden)
+        all_at_once = CLUSTERS * geometry.post_head_ctas_per_sm(hidden, loop=False)
+        in_turn = CLUSTERS * geometry.post_head_ctas_per_sm(hidden, loop=True)
         least = minimum(CLUSTERS, ceildiv(TOKENS, POST_HEAD_LEAST_GROUP))
-        rows = [
-            Row(CLUSTERS * columns, launch("post_head", least, 1)),
-            Row(CLUSTERS * POST_HEAD_ONE_CTA_TOKENS, launch("post_head", CLUSTERS, columns)),
-            Row(
-                all_at_once * geometry.POST_HEAD_GROUP_TOKENS,
-                launch("post_head", all_at_once, columns),
-            ),
-            Row(None, launch("post_head_persistent", in_turn, columns)),
-        ]
-        return tuple(rows)
+        return (
+            Row(CLUSTERS * columns, launch(least, 1)),
+            Row(CLUSTERS * POST_HEAD_ONE_CTA_TOKENS, launch(CLUSTERS, columns)),
+            Row(all_at_once * geometry.POST_HEAD_GROUP_TOKENS, launch(all_at_once, columns)),
+            Row(None, launch(in_turn, columns, loop=True)),
+        )
 
     return {
         "post": (Row(None, (_POST,)),),
@@ -370,7 +366,9 @@ def path(op: str, hidden: int, arch: str, tokens: int) -> str:
     """Name the kernels that serve a call, such as ``projection1+head``; none serve no tokens."""
     if tokens == 0:
         return ""
-    launches = row(op, hidden, arch, tokens).launches
-    return "+".join(
-        launch.kernel + str(dict(launch.options).get("token_tiles", "")) for launch in launches
-    )
+
+    def named(launch: Launch) -> str:
+        options = dict(launch.options)
+        return f"{launch.kernel}{'_loop' * options.get('loop', 0)}{options.get('token_tiles', '')}"
+
+    return "+".join(map(named, row(op, hidden, arch, tokens).launches))

@@ -61,8 +61,8 @@ def digest(facts: Mapping[str, str]) -> str:
 def kernels_built_with() -> dict[str, str]:
     """Return what a kernel must have been built with: these sources, by any compilers."""
     sources = hashlib.sha256()
-    for path in compiler.sources():
-        sources.update(f"{path.name}\0{path.read_text()}\0".encode())
+    for name, path in compiler.sources().items():
+        sources.update(f"{name}\0{path.read_text()}\0".encode())
     return {"sources": sources.hexdigest()[:16]}
 
 

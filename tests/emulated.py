@@ -31,7 +31,7 @@ MAX_TOKENS = 300  # Only post_head has a bound of the table beyond this number.
 HIDDEN = 1280  # A collapse takes several warps, the last of them partly idle.
 CASES = tuple((op, norm) for op in OUTPUTS for norm in (False, True) if not (op == "post" and norm))
 TOKENWISE = ("x", "residual", "post_layer_mix", "comb_res_mix")
-ENDS = ("expand_pre", "post_head", "post_head_persistent")
+ENDS = ("expand_pre", "post_head")
 # These kernels run in clusters.
 IN_CLUSTERS = ("fused_post_pre", "fused_post_pre_persistent", "pre", *ENDS)
 

@@ -73,10 +73,8 @@ SIGNATURES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
         ("splits",),
     ),
     "post_head": ((*_POST, *_MIXING, "out"), _HEAD_NUMBERS, ("clusters", "unit")),
-    "post_head_persistent": ((*_POST, *_MIXING, "out"), _HEAD_NUMBERS, ("clusters", "unit")),
 }
 CLUSTERED = ("pre", "fused_post_pre", "fused_post_pre_persistent", "expand_pre", "post_head")
-INT_TOKENS = ("pre", "fused_post_pre", "fused_post_pre_persistent")  # The other kernels have int64.
 
 
 def signature(key: routes.Key) -> tuple[tuple[str, str], ...]:
@@ -88,7 +86,7 @@ def signature(key: routes.Key) -> tuple[tuple[str, str], ...]:
     if options.get("norm"):
         pointers, floats = (*pointers, "norm_weight"), (*floats, "norm_eps")
     numbers = dict.fromkeys(floats, "float32") | dict.fromkeys(integers, "int32")
-    numbers["tokens"] = "int32" if key.kernel in INT_TOKENS else "int64"
+    numbers["tokens"] = "int32"
     return (*((name, "pointer") for name in sorted(pointers)), *sorted(numbers.items()))
 
 
@@ -98,7 +96,6 @@ def compiled(key: routes.Key) -> compiler.Compiled:
     cluster = 16 if key.kernel.startswith(CLUSTERED) else 1
     grid = {
         "post_head": formula.name("clusters") * 16,
-        "post_head_persistent": formula.name("clusters") * 16,
         "projection": formula.name("splits"),
     }.get(key.kernel, formula.name("tokens") * cluster)
     return compiler.Compiled(

@@ -185,19 +185,19 @@ def test_pre_after_post_is_the_boundary(device, hidden):
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-def test_the_persistent_kernel_of_post_head(device, norm):
+def test_the_loop_of_post_head(device, norm):
     """Loop over tiles, with the bits of the kernel that serves few tokens."""
     # There are 5 tiles in one cluster, the last one short.
     tokens = geometry.POST_HEAD_GROUP_TOKENS + 5
     inputs = make_inputs("post_head_streams", tokens, HIDDEN, norm=norm, seed=3)
     few = {name: value[:19] if name in TOKENWISE else value for name, value in inputs.items()}
-    with other_routes(
-        CLUSTERS=1, POST_HEAD_TWO_CTAS_HIDDEN=0, POST_HEAD_PERSISTENT_TWO_CTAS_HIDDEN=0
-    ):
+    with other_routes(CLUSTERS=1, POST_HEAD_TWO_CTAS_HIDDEN=0, POST_HEAD_LOOP_TWO_CTAS_HIDDEN=0):
         many = device.run("post_head_streams", inputs)
         assert_matches_oracle("post_head_streams", inputs, tuple(many.values()))
         expected = device.run("post_head_streams", few)
-    assert {key.kernel for key in device.launched} == {"post_head", "post_head_persistent"}
+    assert device.launched == {
+        key_of("post_head", HIDDEN, norm=norm, streams=1, loop=loop) for loop in (0, 1)
+    }
     assert_equal(expected, {name: value[:19] for name, value in many.items()})
 
 

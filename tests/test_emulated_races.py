@@ -28,6 +28,7 @@ from emulation import EmulationError, Kernel, missing
 from mhc_ops import geometry, routes
 from mhc_ops.compiler import Lowered
 from mhc_ops.routes import Key
+from mhc_ops.store import file_name
 from mhc_ops.testing import make_inputs
 from other_routes import other_routes
 
@@ -76,11 +77,11 @@ def kernels_with(*names: str, **constants: int) -> Iterator[list[ModuleType]]:
 def small_clusters():
     """Make kernels with clusters of 2; ThreadSanitizer can run two such clusters side by side."""
     with kernels_with(
-        "_operands", "fused_post_pre", "_group", "_post_head", *ENDS,
-        CLUSTER=2, GROUP_TOKENS=4, EXPAND_PRE_GROUP_TOKENS=16,
+        "layout", "steps.project", "steps.columns", "steps.head_tile", "_operands",
+        "fused_post_pre", *ENDS, CLUSTER=2, GROUP_TOKENS=4, EXPAND_PRE_GROUP_TOKENS=16,
     ) as modules, pytest.MonkeyPatch.context() as patch:  # fmt: skip
         # Three clusters are many already: they arrive at their barrier relaxed.
-        patch.setattr(modules[1], "FEW_CLUSTERS", 2)
+        patch.setattr(modules[5], "FEW_CLUSTERS", 2)
         yield
 
 
@@ -91,12 +92,12 @@ RACING_KEYS = [
     # There are 2 groups, the first of two tiles.
     ("expand_pre", 19, key_of("expand_pre", 256, norm=True)),
     # There are 2 groups of 3 and 2 tiles, the last tile partly empty.
-    ("post_head_streams", 35, key_of("post_head", 256, norm=True, streams=1)),
+    ("post_head_streams", 35, key_of("post_head", 256, norm=True, streams=1, loop=0)),
     # There are 2 groups of 9 and 8 tiles: every buffer and inbox is used again.
-    ("post_head_streams", 131, key_of("post_head_persistent", 256, norm=True, streams=1)),
+    ("post_head_streams", 131, key_of("post_head", 256, norm=True, streams=1, loop=1)),
 ]
 per_racing_key = pytest.mark.parametrize(
-    ("op", "tokens", "key"), RACING_KEYS, ids=[f"{k.kernel}-{k.hidden}" for _, _, k in RACING_KEYS]
+    ("op", "tokens", "key"), RACING_KEYS, ids=[file_name(key) for _, _, key in RACING_KEYS]
 )
 
 
@@ -128,7 +129,7 @@ def small_looping_kernel(kept) -> Callable[[str], Lowered]:
     @functools.cache
     def get(op: str) -> Lowered:
         key = LOOPING_KEYS[op]
-        names = ("_operands", "fused_post_pre", "_persistent", key.kernel)
+        names = ("layout", "steps.project", "steps.tiles", key.kernel)
         with kernels_with(*names, CLUSTER=8, WIDE_TILE_HIDDEN=0):
             return lower_key(key, kept)
 
@@ -174,21 +175,21 @@ def test_mixes_of_token_warps_are_waited_for(monkeypatch, kept, small_looping_ke
 WAIT = re.compile(
     r"^ *(__syncthreads\(\)|tl::__sync_thread_partial.*|mhc::inbox_wait\(.*\));\n", re.M
 )
-WAITS = {"fused_post_pre": 6, "expand_pre": 3, "post_head": 5, "post_head_persistent": 4}
+WAITING_KEYS = [("fused_post_pre", 11, key_of("fused_post_pre", 256, norm=True)), *RACING_KEYS[2:]]
+WAITS = (6, 3, 5, 4)
 
 
 @pytest.mark.parametrize(
-    ("op", "tokens", "key"),
-    [
-        ("fused_post_pre", 11, key_of("fused_post_pre", 256, norm=True)),
-        *RACING_KEYS[2:],
-    ],
-    ids=WAITS,
+    ("op", "tokens", "key", "waits"),
+    [(*case, waits) for case, waits in zip(WAITING_KEYS, WAITS, strict=True)],
+    ids=[file_name(key) for _, _, key in WAITING_KEYS],
 )
-def test_each_wait_of_a_cluster_is_needed(monkeypatch, kept, small_clusters, op, tokens, key):
+def test_each_wait_of_a_cluster_is_needed(
+    monkeypatch, kept, small_clusters, op, tokens, key, waits
+):
     lowered = lower_key(key, kept)
-    assert len(WAIT.findall(lowered.source)) == WAITS[key.kernel]
-    for wait in range(WAITS[key.kernel]):
+    assert len(WAIT.findall(lowered.source)) == waits
+    for wait in range(waits):
         broken = without(lowered, WAIT, wait)
         device = Device(
             monkeypatch,

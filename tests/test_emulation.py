@@ -21,24 +21,27 @@ from emulated import ARCH, key_of
 from emulation import EmulationError, Kernel, missing
 from mhc_ops import compiler
 from mhc_ops.compiler import Argument, Lowered
-from mhc_ops.csrc_tilelang._device import DEVICE_SOURCE
+from mhc_ops.csrc_tilelang import device
 from mhc_ops.formula import constant
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 DEVICE_FUNCTION = re.compile(
-    r"((?:template <[^>]*>\n)?__device__ __forceinline__ [^{};]*?\))\s*\{", re.S
+    r"((?:template <[^>]*>\n)?__device__ __forceinline__ [^{};]*?(\w+)\([^{};]*?\))\s*\{", re.S
 )
+HELPERS = {"shared_address", "in_cta"}  # Only other device functions call these.
 
 
-def test_every_device_function_has_a_twin():
+def test_every_device_function_has_a_twin_and_a_wrapper():
     twins = (Path(__file__).parent / "emulation/include/mhc_device.h").read_text()
-    functions = DEVICE_FUNCTION.findall(DEVICE_SOURCE)
-    assert functions
-    assert sorted(functions) == sorted(DEVICE_FUNCTION.findall(twins))
+    functions = {name: text for text, name in DEVICE_FUNCTION.findall(device.SOURCE)}
     # The pattern overlooks nothing.
-    assert DEVICE_SOURCE.count("__device__") == len(functions)
+    assert device.SOURCE.count("__device__") == len(functions)
+    called = {name: text for name, text in functions.items() if name not in HELPERS}
+    assert called == {name: text for text, name in DEVICE_FUNCTION.findall(twins)}
+    # The wrapper of loads_wait calls loads_wait_but where it is told how many groups may be left.
+    assert called.keys() - {"loads_wait_but"} <= vars(device).keys()
 
 
 def test_source_is_the_one_that_ships(monkeypatch, lowered):

@@ -20,6 +20,18 @@ def test_any_batch_gives_the_bits_of_single_tokens(hidden):
         assert_equal(call(OP, single), {name: v[token : token + 1] for name, v in batch.items()})
 
 
+@pytest.mark.gpu
+def test_more_elements_than_32_bits_count():
+    """Run 80,000 tokens at H = 7168, 2.3e9 elements of streams; compare some with a run alone."""
+    if torch.cuda.mem_get_info()[0] < 8 << 30:
+        pytest.skip("needs 8 GB of free memory")
+    inputs = make_inputs(OP, 16, 7168, device="cuda", norm=True)
+    few = call(OP, inputs)
+    many = call(OP, inputs | {"x": inputs["x"].repeat(5000, 1)})
+    for first in (0, 40_000, 79_984):
+        assert_equal({name: value[first : first + 16] for name, value in many.items()}, few)
+
+
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 def test_is_expand_then_pre(device, norm):
     """Match the copies bit for bit, and all outputs on the CPU, where the same functions run."""

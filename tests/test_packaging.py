@@ -117,10 +117,12 @@ def test_wheel_holds_every_source_file(wheel):
             want.add(f"mhc_ops/native/{path.name}")
     assert {"mhc_ops/native/host.cpp", "mhc_ops/native/plan.h", "mhc_ops/native/launcher.c"} <= want
     for package, folder in (("mhc_ops", "mhc_ops"), ("mhc_ops/csrc_tilelang", "csrc_tilelang")):
-        for path in (ROOT / folder).rglob("*.py"):
-            want.add(f"{package}/{path.relative_to(ROOT / folder).as_posix()}")
+        for kind in ("*.py", "*.cuh", "README.md"):
+            for path in (ROOT / folder).rglob(kind):
+                want.add(f"{package}/{path.relative_to(ROOT / folder).as_posix()}")
     assert held == want
-    assert "mhc_ops/csrc_tilelang/post.py" in held
+    kernels = {"post.py", "device.cuh", "steps/post.py"}
+    assert {f"mhc_ops/csrc_tilelang/{name}" for name in kernels} <= held
 
 
 def test_wheel_from_the_sdist_is_the_same(source, wheel, tmp_path):
@@ -268,8 +270,9 @@ def test_kernel_sources_are_files(environment, tmp_path):
     find = "import importlib.util; print(importlib.util.find_spec('mhc_ops.csrc_tilelang').origin)"
     found = Path(python(interpreter, "-c", find, cwd=tmp_path).strip())
     assert found.resolve() == (site / "mhc_ops" / "csrc_tilelang" / "__init__.py").resolve()
-    for kernel in (ROOT / "csrc_tilelang").glob("*.py"):
-        assert (found.parent / kernel.name).read_text() == kernel.read_text()
+    for kernel in (ROOT / "csrc_tilelang").rglob("*.py"):
+        packaged = found.parent / kernel.relative_to(ROOT / "csrc_tilelang")
+        assert packaged.read_text() == kernel.read_text()
 
 
 @pytest.mark.parametrize("name", ["host.cpp", "launcher.c"])

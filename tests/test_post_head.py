@@ -35,6 +35,22 @@ def test_any_batch_gives_the_bits_of_single_tokens(hidden, tokens):
         assert_equal(call(OP, single), {name: v[token : token + 1] for name, v in batch.items()})
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+def test_more_elements_than_32_bits_count(op):
+    """Run 80,000 tokens at H = 7168, 2.3e9 elements; compare some tokens with a run alone."""
+    if torch.cuda.mem_get_info()[0] < 14 << 30:
+        pytest.skip("needs 14 GB of free memory")
+    inputs = make_inputs(op, 16, 7168, device="cuda", norm=True)
+    few = call(op, inputs)
+    repeated = {
+        name: inputs[name].repeat(5000, *(1,) * (inputs[name].dim() - 1)) for name in POST_ARGUMENTS
+    }
+    many = call(op, inputs | repeated)
+    for first in (0, 40_000, 79_984):
+        assert_equal({name: value[first : first + 16] for name, value in many.items()}, few)
+
+
 def test_the_streams_are_returned_as_well(device):
     inputs = make_inputs(OP, 5, 256, device=device, norm=True)
     out = mhc_ops.post_head_streams(**inputs)

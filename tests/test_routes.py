@@ -60,19 +60,15 @@ def ceildiv(a, b):
     return -(-a // b)
 
 
-def test_sizes_are_those_of_the_kernels():
+def test_sizes_fit_the_kernels():
     pytest.importorskip("tilelang", reason="needs TileLang, whose language the kernels are in")
-    from mhc_ops.csrc_tilelang import _device, post_projection, projection
+    from mhc_ops.csrc_tilelang import layout
 
-    assert geometry.HC_MULT == _device.HC_MULT
-    assert geometry.MIXES == _device.MIXES
-    assert geometry.PARTIAL_WIDTH == _device.PARTIAL_WIDTH
-    assert geometry.MMA_TOKENS == _device.MMA_TOKENS
-    assert geometry.HIDDEN_MULTIPLE == _device.WARP * _device.VECTOR
-    assert geometry.POST_PROJECTION_SLICE == post_projection.SLICE
-    assert geometry.PROJECTION_BLOCK == projection.BLOCK
-    assert geometry.PROJECTION_WARPS == projection.WARPS
-    assert geometry.POST_HEAD_GROUP_TOKENS % _device.MMA_COLUMNS == 0
+    lane_quad = 4 * layout.VECTOR  # The columns that one load of a fragment covers.
+    assert geometry.HIDDEN_MULTIPLE == layout.WARP * layout.VECTOR
+    assert geometry.POST_PROJECTION_SLICE == geometry.PROJECTION_BLOCK == lane_quad
+    assert layout.SQUARES < geometry.PARTIAL_WIDTH
+    assert geometry.POST_HEAD_GROUP_TOKENS % geometry.MMA_COLUMNS == 0
 
 
 # ------------------------------------------------------------------------------------ rows and keys
@@ -130,7 +126,7 @@ def test_no_key_depends_on_the_token_count(hidden, arch):
     assert len(keys) <= 24
     for key in keys:
         options = dict(key.options)
-        assert options.keys() <= {"norm", "streams", "rows", "token_tiles", "ctas_per_sm"}
+        assert options.keys() <= {"norm", "streams", "loop", "rows", "token_tiles", "ctas_per_sm"}
         assert options.get("norm", 0) in (0, 1)
         assert all(type(value) is int for value in options.values())
         assert (key.arch, key.hidden) == (arch, hidden)
@@ -156,6 +152,8 @@ def test_paths():
     assert routes.path("fused_post_pre", 4096, ARCH, 129) == "fused_post_pre_persistent"
     assert routes.path("head", 4096, ARCH, 32) == "projection1+head"
     assert routes.path("head", 4096, ARCH, 33) == "projection2+head"
+    assert routes.path("post_head", 4096, ARCH, 448) == "post_head"
+    assert routes.path("post_head", 4096, ARCH, 449) == "post_head_loop"
     assert routes.path("fused_post_pre", 4096, OTHER_ARCH, 96) == "post_projection+finish"
     assert routes.path("fused_post_pre", 4096, OTHER_ARCH, 97) == "post+projection2+finish"
     assert routes.path("expand_pre", 4096, OTHER_ARCH, 1) == "expand+projection1+finish"
@@ -182,8 +180,9 @@ def test_all_sizes_in_clusters_run_the_same_kernels(tokens, hidden):
         want = kernels_of(row_of(op, 4096, ARCH, tokens))
         bound = routes.CLUSTERS * geometry.POST_HEAD_GROUP_TOKENS
         if op.startswith("post_head") and bound < tokens <= 2 * bound:
-            two = geometry.post_head_ctas_per_sm(hidden) == 2
-            want = (("post_head" if two else "post_head_persistent", want[0][1]),)
+            at_once = geometry.post_head_ctas_per_sm(hidden, loop=False) == 2
+            streams, _ = want[0][1]
+            want = (("post_head", (streams, ("loop", int(not at_once)))),)
         assert kernels_of(row_of(op, hidden, ARCH, tokens)) == want
 
 
@@ -301,15 +300,13 @@ def test_groups_of_expand_pre_are_whole_tiles(hidden):
 @pytest.mark.parametrize("hidden", [256, 4096, 5120, 7168])
 @pytest.mark.parametrize("op", ["post_head", "post_head_streams"])
 def test_clusters_of_post_head_run_at_once(op, hidden):
-    ctas = {
-        "post_head": geometry.post_head_ctas_per_sm(hidden),
-        "post_head_persistent": geometry.post_head_persistent_ctas_per_sm(hidden),
-    }
     for tokens in EVERY_COUNT:
         (launch,) = row_of(op, hidden, ARCH, tokens).launches
         numbers = scalars(launch, tokens)
         clusters, unit = numbers["clusters"], numbers["unit"]
-        assert 1 <= clusters <= routes.CLUSTERS * ctas[launch.kernel]
+        loop = bool(dict(launch.options)["loop"])
+        ctas_per_sm = geometry.post_head_ctas_per_sm(hidden, loop)
+        assert 1 <= clusters <= routes.CLUSTERS * ctas_per_sm
         assert unit in (1, geometry.MMA_COLUMNS)
         units = ceildiv(tokens, unit)
         assert clusters <= units  # Each cluster has some.
@@ -317,7 +314,7 @@ def test_clusters_of_post_head_run_at_once(op, hidden):
         share, more = divmod(units, clusters)
         counts = [(share + (cluster < more)) * unit for cluster in range(clusters)]
         assert sum(counts) - unit < tokens <= sum(counts)
-        if launch.kernel == "post_head":
+        if not loop:
             assert max(counts) <= geometry.POST_HEAD_GROUP_TOKENS
         if unit == 1:
             assert max(counts) <= geometry.MMA_COLUMNS

@@ -1,8 +1,13 @@
 """Test the gate of restructurings: what counts as the same CUDA, and what does not."""
 
+import re
+import shutil
+
 import pytest
 
+import machine_code
 import same_cuda
+from mhc_ops import compiler
 from same_cuda import compare, difference
 
 KERNEL = """
@@ -28,6 +33,9 @@ SAME = {
     .replace("i < n; ++i", "j < n; ++j")
     .replace("[i]", "[j]"),
     "a device function": lambda text: text.replace("twice", "doubled"),
+    "a device function that nobody calls": lambda text: (
+        "template <int n>\n__device__ int more(int v) { if (n) { return twice(v); } return n; }"
+    ) + text,
     "the kernel": lambda text: text.replace(" k(", " kernel("),
     # TileLang sorts the signature by name.
     "a parameter that moves": lambda text: text.replace(
@@ -35,7 +43,10 @@ SAME = {
     ).replace("a[i]", "z[i]"),
 }  # fmt: skip
 OTHER = {
-    "a number": lambda text: text.replace("2.0f", "3.0f"),
+    "a number of a device function": lambda text: text.replace("2.0f", "3.0f"),
+    "a number of a device function's device function": lambda text: (
+        "__device__ float two() { return 2; }" + text.replace("2.0f", "two()")
+    ),
     "an intrinsic": lambda text: text.replace("__expf", "__logf"),
     "an operator": lambda text: text.replace(") + __", ") - __"),
     "a bound": lambda text: text.replace("i < n", "i <= n"),
@@ -76,7 +87,7 @@ def test_a_long_difference_is_cut():
 
 def test_kernels_of_one_revision_alone():
     said = compare({"a": KERNEL, "b": KERNEL}, {"a": KERNEL, "c": KERNEL})
-    assert said == ["b: only at the base", "c: only now"]
+    assert said == {"b": ["b: only at the base"], "c": ["c: only now"]}
 
 
 @pytest.mark.slow
@@ -84,7 +95,64 @@ def test_kernels_of_one_revision_alone():
 def test_the_head_against_itself(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(same_cuda, "KEPT", tmp_path)
     assert same_cuda.main(["HEAD", "--arch", "sm_80", "--hidden", "256"]) == 0
-    assert capsys.readouterr().out == "11 kernels have the same CUDA\n"
+    assert capsys.readouterr().out == "11 of 11 kernels have the same CUDA\n"
+
+
+# This kernel stores what it computes, so that nvcc leaves the loop in.
+STORING = (
+    KERNEL.replace("#include <tl_templates/cuda/gemm.h>\n", "")
+    .replace("const float* b", "float* b")
+    .replace(KERNEL[KERNEL.index("  asm") : -3], "  b[0] = local[n];")
+)
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+CODE = {
+    # The name of the kernel and the lines of the source are in the cubin.
+    "names and lines": (lambda text: text.replace(" k(", " kernel(").replace("{", "{\n"), True),
+    "an equal loop": (lambda text: text.replace("int i = 0; i < n", "int i = 0; n > i"), True),
+    "a constant": (lambda text: text.replace("2.0f", "3.0f"), False),
+    "launch bounds": (lambda text: text.replace("(128, 1)", "(256, 1)"), False),
+}
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("change", CODE)
+def test_machine_code(change):
+    apply, same = CODE[change]
+    said = machine_code.compare("sm_90a", STORING, apply(STORING))
+    assert (said is None) == same
+    if not same:
+        assert re.fullmatch(
+            r"\d+ instructions, \d+ registers, 16 bytes of stack; now \d+ instructions, .*", said
+        )
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_machine_code_of_a_kernel_that_keeps_an_array():
+    cubin = compiler.machine_code(STORING.replace("local[4]", "local[400]"), "sm_90a")
+    assert machine_code.describe(cubin).endswith(" 1600 bytes of stack")
+
+
+def test_the_same_machine_code_counts_as_the_same(monkeypatch, capsys):
+    sources = {"post-sm_80-256": KERNEL, "pre-sm_80-256": KERNEL, "head-sm_80-256": KERNEL}
+    changed = sources | {
+        name: KERNEL.replace("2.0f", "3.0f") for name in ("post-sm_80-256", "head-sm_80-256")
+    }
+    monkeypatch.setattr(same_cuda, "sources_at", lambda *_: sources)
+    monkeypatch.setattr(same_cuda, "_lower", lambda *_: changed)
+    code = {"post-sm_80-256": None, "head-sm_80-256": "7 instructions; now 8 instructions"}
+    monkeypatch.setattr(
+        same_cuda, "compare_code", lambda names, base, new: {name: code[name] for name in names}
+    )
+    assert same_cuda.main(["base", "--machine-code"]) == 1
+    first, second, *_, last = capsys.readouterr().out.splitlines()
+    assert first == "post-sm_80-256: same machine code"
+    assert second == "head-sm_80-256: differs: 7 instructions; now 8 instructions"
+    assert last == "1 of 3 kernels have the same CUDA"
+    code["head-sm_80-256"] = None
+    assert same_cuda.main(["base", "--machine-code"]) == 0
+    assert same_cuda.main(["base"]) == 1
 
 
 def test_an_unknown_revision():

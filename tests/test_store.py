@@ -158,7 +158,7 @@ def test_a_kernel_is_what_was_compiled(kernels, reasons):
     assert kernel == compiler.compile_kernel(KEY)
     assert kernel.cubin.startswith(b"\x7fELF")
     assert (kernel.symbol, kernel.block, kernel.cluster) == ("mhc_post_kernel", 128, 1)
-    assert kernel.parameters[-2:] == (("x", "pointer"), ("tokens", "int64"))
+    assert kernel.parameters[-2:] == (("x", "pointer"), ("tokens", "int32"))
     assert kernel.compiled_with["tilelang"] == compiler.TILELANG
     assert not reasons()
 
@@ -204,15 +204,23 @@ def test_a_manifest_that_is_not_one_of_a_kernel(kernels, reasons, tmp_path, fact
     assert f"{NAME}.cubin is not used: its manifest is not one of a kernel: " in message
 
 
-def test_every_source_of_a_kernel_counts(monkeypatch, tmp_path):
+def test_every_source_of_a_kernel_counts(monkeypatch, tmp_path, subtests):
     sources = compiler.sources()
-    names = {path.name for path in sources}
-    assert {path.name for path in (ROOT / "csrc_tilelang").glob("*.py")} <= names
-    assert {"geometry.py", "compiler.py"} <= names
-    copy = tmp_path / sources[-1].name
-    copy.write_text(sources[-1].read_text() + "\n")
-    monkeypatch.setattr(compiler, "sources", lambda: [*sources[:-1], copy])
-    assert store.kernels_built_with.__wrapped__() != store.kernels_built_with()
+    folder = ROOT / "csrc_tilelang"
+    files = {path for kind in ("*.py", "*.cuh") for path in folder.rglob(kind)}
+    assert {"post.py", "device.cuh", "steps/post.py"} <= {
+        path.relative_to(folder).as_posix() for path in files
+    }
+    assert sources.keys() == {"geometry.py", "compiler.py"} | {
+        path.relative_to(ROOT).as_posix() for path in files
+    }
+    before = store.kernels_built_with.__wrapped__()
+    changed = tmp_path / "changed"
+    for name, path in sources.items():
+        changed.write_text(path.read_text() + "\n")
+        with subtests.test(name), monkeypatch.context() as patch:
+            patch.setattr(compiler, "sources", lambda n=name: sources | {n: changed})
+            assert store.kernels_built_with.__wrapped__() != before
 
 
 FIRST_CALL = """

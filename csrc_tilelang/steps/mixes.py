@@ -9,7 +9,7 @@ comb' = Sinkhorn(softmax_rows(m * scale[2] + base))
 import tilelang.language as T
 
 from ..device import rcp
-from ..layout import COMB, HC_MULT, MIXES
+from ..layout import COMB, HC_MULT
 from .sinkhorn import sinkhorn, softmax_row
 
 
@@ -33,7 +33,7 @@ def load_scale_and_base(mixing, column, scale_local, base_local):
     """The scale and the base of mix ``column``; zeros past the mixes."""
     scale_local[0] = 0.0
     base_local[0] = 0.0
-    if column < MIXES:
+    if column < mixing.hc_base.shape[0]:
         scale_local[0] = mixing.hc_scale[scale_of(column)]
         base_local[0] = mixing.hc_base[column]
 

@@ -34,6 +34,16 @@ class Old(NamedTuple):
     s0: Any = 0
 
 
+@T.macro
+def load_old(post, t, h, old):
+    """What a thread holds of token ``t``, from hidden element ``h`` on."""
+    for v in T.vectorized(old.width):
+        old.x_local[old.x0 + v] = post.x[t, h + v]
+    for i in T.unroll(HC_MULT):
+        for v in T.vectorized(old.width):
+            old.streams_local[old.s0 + i * old.width + v] = post.residual[t, i, h + v]
+
+
 class Comb(NamedTuple):
     """The column of a comb that belongs to one new stream: entry i at ``first + i * stride``."""
 

@@ -10,6 +10,7 @@ import tilelang.language as T
 
 from ..layout import HC_MULT, SQUARES, VECTOR, WARP
 from . import collapse as steps
+from .mixes import load_scale_and_base, logit, sigmoid
 
 REPETITIONS = 2  # 16-byte vectors a thread and stream
 MAX_COLLAPSE_THREADS = 256
@@ -69,8 +70,8 @@ def token_of_cta(t, hidden: int, tx) -> Token:
 
 
 @T.macro
-def load_streams(residual, token):
-    """This thread's elements of the 4 streams."""
+def load_token(residual, output, token):
+    """This thread's elements of the 4 streams, and of the norm's weight if there is a norm."""
     for r in T.unroll(repetitions(token.hidden)):
         if token.element(r) < token.hidden:
             for i in T.unroll(HC_MULT):
@@ -78,25 +79,22 @@ def load_streams(residual, token):
                     token.streams_local[(r * HC_MULT + i) * VECTOR + v] = residual[
                         token.t, i, token.element(r) + v
                     ]
+    if output.norm:
+        for r in T.unroll(repetitions(token.hidden)):
+            if token.element(r) < token.hidden:
+                for v in T.vectorized(VECTOR):
+                    token.gain_local[r * VECTOR + v] = output.norm_weight[token.element(r) + v]
 
 
 @T.macro
-def load_gain(norm_weight, token):
-    """This thread's elements of the norm's weight."""
-    for r in T.unroll(repetitions(token.hidden)):
-        if token.element(r) < token.hidden:
-            for v in T.vectorized(VECTOR):
-                token.gain_local[r * VECTOR + v] = norm_weight[token.element(r) + v]
-
-
-@T.macro
-def add_partials(partials, splits, rows, token, sums_shared, total):
+def add_partials(partials, rows, token, sums_shared, total):
     """total[0] of lane c = sum of column c over the partial rows of the token, in every warp.
 
     Columns below ``rows`` are projections; the others but the squares' are not read.
     """
     lane = token.tx % WARP
     warp = token.tx // WARP
+    splits = partials.shape[0]
     warps = sums_shared.shape[0]
     rows_local = T.alloc_local((ROWS_AT_ONCE,), "float32")
     total[0] = 0.0
@@ -115,12 +113,26 @@ def add_partials(partials, splits, rows, token, sums_shared, total):
 
 
 @T.macro
-def collapse(token, mix, squares):
+def logits(partials, mixing, token, sums_shared, logit_local):
+    """logit_local[0] of lane c = logit c of the token, in every warp; with a barrier of the CTA."""
+    scale_local = T.alloc_local((1,), "float32")
+    base_local = T.alloc_local((1,), "float32")
+    # They are loaded ahead of the barrier, behind which they would cost a trip to L2.
+    load_scale_and_base(mixing, token.tx % WARP, scale_local, base_local)
+    add_partials(partials, mixing.hc_base.shape[0], token, sums_shared, logit_local)
+    logit_local[0] = logit(
+        logit_local[0], T.shfl_sync(logit_local[0], SQUARES), HC_MULT * token.hidden,
+        mixing.rms_eps, scale_local[0], base_local[0],
+    )  # fmt: skip
+
+
+@T.macro
+def collapse(token, weight_local, squares):
     """v of this thread, rounded, and the sum of its squares; lane j has the weight of stream j."""
     weights_local = T.alloc_local((HC_MULT,), "float32")
     total_local = T.alloc_local((VECTOR,), "float32")
     for j in T.unroll(HC_MULT):
-        weights_local[j] = T.shfl_sync(mix[0], j)
+        weights_local[j] = T.shfl_sync(weight_local[0], j)
     squares[0] = 0.0
     for r in T.unroll(repetitions(token.hidden)):
         if token.element(r) < token.hidden:
@@ -150,10 +162,12 @@ def normalise(token, norm_eps, squares, norm_shared):
 
 
 @T.macro
-def finish_values(token, mix, output, norm_shared):
+def finish_values(token, logit_local, mixing, output, norm_shared):
     """The collapse of the token, its RMSNorm if there is one, and the result to memory."""
+    weight_local = T.alloc_local((1,), "float32")
     squares = T.alloc_local((1,), "float32")
-    collapse(token, mix, squares)
+    weight_local[0] = sigmoid(logit_local[0]) + mixing.hc_pre_eps
+    collapse(token, weight_local, squares)
     if output.norm:
         normalise(token, output.norm_eps, squares, norm_shared)
     for r in T.unroll(repetitions(token.hidden)):

@@ -1,4 +1,4 @@
-// This header has twins of the device functions in csrc_tilelang/_device.py, which are PTX. A test
+// This header has twins of the device functions in csrc_tilelang/device.cuh, which are PTX. A test
 // checks that names and arguments are the same.
 #pragma once
 
