@@ -100,9 +100,14 @@ def test_large_hidden(device, hidden, op, norm):
 
 
 @pytest.mark.parametrize("tokens", [3, 17, 70])
-@pytest.mark.parametrize("sms", [1, 132], ids=["tiles_in_turn", "tiles_side_by_side"])
-def test_partial_token_tiles(device, tokens, sms):
-    device.sms = sms
+@pytest.mark.parametrize(
+    ("arch", "sms"),
+    [(ARCH, 4), ("sm_80", 1), ("sm_80", 132)],
+    ids=["clusters", "tiles_in_turn", "tiles_side_by_side"],
+)
+def test_partial_token_tiles(device, tokens, arch, sms):
+    """Run short last tiles; multiprocessors decide about the launches of sm_80 alone."""
+    device.arch, device.sms = arch, sms
     for op, norm in CASES:
         device.check(op, make_inputs(op, tokens, HIDDEN, norm=norm, seed=sms))
 
