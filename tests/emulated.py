@@ -6,11 +6,12 @@ oracle is host code and kernels together.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import pickle
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +64,48 @@ def _lowered_by() -> tuple[str, ...]:
     return (importlib.metadata.version("tilelang"), sys.version, *texts)
 
 
-def lower_key(key: Key, kept: Kept) -> Lowered:
-    """Lower the kernel of a key as it ships, or return what was kept of the same program."""
+# TileLang asks z3 whatever its own simplifier does not prove, which is half of the time that
+# lowering takes. z3 without a solver of arithmetic proves less, and nothing that is false.
+PROVER = ("smt.arith.solver", "0")
+
+
+@contextlib.contextmanager
+def _quick_prover() -> Iterator[None]:
+    import z3  # TileLang brings the package.
+
+    name, value = PROVER
+    before = z3.get_param(name)
+    z3.set_param(name, value)
+    try:
+        yield
+    finally:
+        z3.set_param(name, before)
+
+
+def lower_key(key: Key, kept: Kept, *, as_shipped: bool = False) -> Lowered:
+    """Lower the kernel of a key, or return what was kept of the same program.
+
+    Args:
+        key: which kernel.
+        kept: where it is kept.
+        as_shipped: lower it with all that z3 can prove. What z3 proves changes no kernel, and
+            ``test_cubin.py`` compares the sources of both ways.
+
+    Returns:
+        The kernel.
+    """
     from tilelang import tvm
 
     program = compiler.program(key)
 
     def lower(output: Path) -> None:
-        output.write_bytes(pickle.dumps(compiler.lower(program, key.arch)))
+        with contextlib.nullcontext() if as_shipped else _quick_prover():
+            output.write_bytes(pickle.dumps(compiler.lower(program, key.arch)))
 
     # The text is the whole program, so also what a test has changed in its factory or sizes.
     text = tvm.ir.save_json(program)
-    file = kept.get(key.kernel, ".lowered", (*_lowered_by(), key.arch, text), lower)
+    prover = "as shipped" if as_shipped else "=".join(PROVER)
+    file = kept.get(key.kernel, ".lowered", (*_lowered_by(), prover, key.arch, text), lower)
     return pickle.loads(file.read_bytes())
 
 

@@ -60,6 +60,7 @@ def assert_same_bits(got, want):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_one_graph_for_every_token_count(device, recipe, fresh_dynamo):
     """Follow the documented recipe: mark the tokens of every input that has tokens as unbacked."""

@@ -92,6 +92,7 @@ def test_a_saved_layer_takes_and_returns_its_state(monkeypatch, tmp_path):
         assert_same(loaded(state), layer(state))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs g++")
 def test_a_package_of_aotinductor_gives_the_same_bits(monkeypatch, tmp_path):
     stack = make_stack(monkeypatch, fused=True)

@@ -356,6 +356,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 def test_tilelang_where_the_cache_cannot_be_made(tmp_path):
     """Show that TileLang raises the errors that the tests above pretend."""
     (tmp_path / "file").touch()

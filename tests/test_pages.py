@@ -103,6 +103,7 @@ TORCHRUN = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TORCHRUN)
 def test_code_under_torchrun(text, tmp_path):
     script = tmp_path / "block.py"

@@ -133,6 +133,7 @@ def test_launches_are_those_of_python(kernels, driver, data, arch, sms):
     run("launches", kernels, driver, data, arch, sms)
 
 
+@pytest.mark.slow
 def test_a_package_of_aotinductor(kernels, driver, package):
     run("aoti", kernels, driver, package)
 
@@ -166,6 +167,7 @@ def test_a_folder_that_cannot_be_served_from(kernels, driver, data, tmp_path, da
     assert run("damaged", folder, driver, data).startswith(message)
 
 
+@pytest.mark.slow
 def test_a_program_in_cpp(kernels, driver, package, tmp_path):
     """Build and run the example: it makes every launch of the package's plans, and says so.
 
