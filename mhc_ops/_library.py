@@ -8,10 +8,14 @@ check (opcheck, signature equality, recompile counts).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, NoReturn
 
 import torch
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 SCHEMAS: dict[str, str] = {
     "post": (
@@ -60,12 +64,62 @@ LIBRARY = torch.library.Library("mhc", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
+# The backward of every op calls this op, which raises when it runs. A backward that raised by
+# itself would raise already when AOTAutograd traces it, and so in the forward of compiled code. The
+# op is for this package alone, so it has another namespace than the ops.
+_INTERNAL = torch.library.Library("mhc_internal", "FRAGMENT")
+_INTERNAL.define("refuse_backward(Tensor grad, str op) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+
+
+def _refuse_backward(grad: torch.Tensor, op: str) -> NoReturn:
+    raise RuntimeError(
+        f"mhc::{op}: forward only: this op has no backward yet; call it under "
+        "torch.no_grad() or torch.inference_mode(), or detach its inputs"
+    )
+
+
+for _key in ("CompositeExplicitAutograd", "FuncTorchBatched"):
+    _INTERNAL.impl("refuse_backward", _refuse_backward, _key)
+torch.library.register_fake(
+    "mhc_internal::refuse_backward", lambda grad, op: grad.new_empty(()), lib=_INTERNAL
+)
+
+
+def _refuse_tangents(name: str, values: Iterable[Any]) -> None:
+    """Refuse inputs that carry a tangent, which would be dropped in silence.
+
+    This is called where forward-mode differentiation is under way, be it by dual tensors or by
+    ``torch.func``, which uses dual tensors.
+    """
+    for value in values:
+        if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(
+                f"mhc::{name}: this op has no forward-mode derivative, which torch.func.jvp, "
+                "jacfwd, hessian or torch.autograd.forward_ad asks for; detach its inputs, or "
+                "differentiate the plain functions of mhc_ops.reference instead"
+            )
+
+
+def _for_torch_func(*contexts: Callable[[], AbstractContextManager[Any]]) -> ExitStack:
+    """Enter contexts where a level of ``torch.func`` is at work."""
+    stack = ExitStack()
+    if torch._C._are_functorch_transforms_active():
+        for context in contexts:
+            stack.enter_context(context())
+    return stack
+
+
 def _forward_only(name: str) -> Callable[..., Any]:
     """Make the autograd kernel of an op, whose forward passes through and whose backward raises.
 
     ``torch.library.register_autograd`` refuses schemas with keyword-only tensors, so the
     ``autograd.Function`` is written out. The keyword arguments are passed to ``apply`` by
     position, because ``apply`` tracks only tensors that are its own arguments.
+
+    ``torch.func`` calls the kernel once for each of its levels, as it calls torch's own autograd
+    kernels. The function is therefore one of a single level, whose ``apply`` does not ask
+    ``torch.func`` for its levels again, and whose forward, which runs without gradients and
+    tangents, gives both back to the levels below.
     """
     op = getattr(torch.ops.mhc, name).default
 
@@ -73,24 +127,29 @@ def _forward_only(name: str) -> Callable[..., Any]:
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
-    class ForwardOnly(torch.autograd.Function):
+    class ForwardOnly(torch.autograd.function._SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, keyset: Any, names: tuple[str, ...], *values: Any) -> Any:
+            ctx.like = [(v.shape, v.dtype) if torch.is_tensor(v) else None for v in values]
             split = len(values) - len(names)
-            return below_autograd(
-                keyset, values[:split], dict(zip(names, values[split:], strict=True))
-            )
+            kwargs = dict(zip(names, values[split:], strict=True))
+            with _for_torch_func(torch.enable_grad, lambda: _set_fwd_grad_enabled(True)):
+                return below_autograd(keyset, values[:split], kwargs)
 
         @staticmethod
-        def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-            raise RuntimeError(
-                f"mhc::{name}: forward only: this op has no backward yet; call it under "
-                "torch.no_grad() or torch.inference_mode(), or detach its inputs"
-            )
+        def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+            nothing = torch.ops.mhc_internal.refuse_backward.default(grads[0], name)
+            # Only a trace comes here, which needs gradients of the right kind.
+            return None, None, *(like and nothing.to(like[1]).expand(like[0]) for like in ctx.like)
 
     def autograd(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, (*args, *kwargs.values()))
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **kwargs):
-            return ForwardOnly.apply(keyset, tuple(kwargs), *args, *kwargs.values())
+            with _for_torch_func(enable_single_level_autograd_function):
+                return ForwardOnly.apply(  # type: ignore[attr-defined]
+                    keyset, tuple(kwargs), *args, *kwargs.values()
+                )
         return below_autograd(keyset, args, kwargs)
 
     return autograd
@@ -107,8 +166,8 @@ def register(
         cuda: the implementation for CUDA tensors.
         cpu: the implementation for CPU tensors.
 
-    The autograd implementation is the same for every op: forward passes through and backward
-    raises. Without an autograd implementation a gradient would be dropped silently.
+    The autograd implementation is the same for every op: forward passes through, backward and
+    forward-mode differentiation raise. Without it a gradient would be dropped silently.
     """
     LIBRARY.define(SCHEMAS[name], tags=_TAGS)
     LIBRARY.impl(name, cpu, "CPU")

@@ -18,10 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# A BLAS adds up the products of one row one after the other, but those of a matrix in blocks. Rows
-# in parts of this length come out as exact as a matrix
-# (NOTES.md, "Sums of a CPU's matrix product").
-LONGEST_SUM = 1024
+# The projection, the one long sum of products here, is summed in float64 on these devices and
+# rounded once. torch lets settings of the whole process (the fp32_precision of its backends,
+# autocast) make float32 products coarser, but leaves those of float64 as they are. Devices of other
+# types may have no float64.
+WITH_FLOAT64 = ("cpu", "cuda")
+
+# Columns of fn that a CPU multiplies at a time, so that all rows of fn stay in its cache.
+COLUMNS_AT_A_TIME = 1024
 
 
 def _is_alone(values: Tensor) -> bool:
@@ -34,32 +38,40 @@ def _is_alone(values: Tensor) -> bool:
     return type(values) is Tensor and values.is_cpu and values.shape[:-2].numel() == 1
 
 
-def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    """Compute ``left @ right`` of each token: [..., a, k] and [..., k, b] to [..., a, b].
+def _mix(streams: Tensor, weights: Tensor) -> Tensor:
+    """Compute ``sum_i weights[i, j] * streams[i]``: [..., n, H] and [..., n, m] to [..., m, H].
 
-    The products of a matrix that holds several tokens are added up in an order that depends on the
-    number of tokens; in a batch of matrices of one token each, every token meets the same shape.
+    n is small, so the sum is written out term by term; each product and each sum is rounded to the
+    dtype, whatever other tokens there are and whatever precision torch uses in matrix products.
     """
-    if _is_alone(left):
-        return torch.matmul(left.expand(2, *left.shape), right.expand(2, *right.shape))[0]
-    return torch.matmul(left, right)
+    result = weights[..., 0, :, None] * streams[..., 0, None, :]
+    for i in range(1, streams.shape[-2]):
+        result += weights[..., i, :, None] * streams[..., i, None, :]
+    return result
 
 
 def _linear(values: Tensor, weights: Tensor) -> Tensor:
     """Compute ``values @ weights^T``: [..., K] and [M, K] to [..., M]."""
+    wide = torch.float64 if values.device.type in WITH_FLOAT64 else values.dtype
     if not values.is_cpu or (weights.requires_grad and torch.is_grad_enabled()):
         # This is faster, and memory holds no gradient of the weights for every token.
-        return torch.matmul(values, weights.t())
-    result = values.new_zeros(())
+        return torch.matmul(values.to(wide), weights.to(wide).t()).to(values.dtype)
+    # The products of a matrix that holds several tokens are added up in an order that depends on
+    # the number of tokens; in a batch of matrices of one token each, every token meets the same
+    # shape. The sum's order depends on the address of the weights too, which a copy aligns.
+    result = values.new_zeros((), dtype=wide)
     for part, columns in zip(
-        values.split(LONGEST_SUM, -1), weights.split(LONGEST_SUM, -1), strict=True
+        values.split(COLUMNS_AT_A_TIME, -1), weights.split(COLUMNS_AT_A_TIME, -1), strict=True
     ):
-        # Weights that were mapped from a file start at any address, and the order of their sum
-        # depends on the address, so they are copied.
-        columns = columns.clone(memory_format=torch.contiguous_format)
-        each = columns.t().expand(*values.shape[:-1], -1, -1)
-        result = result + _matmul(part.unsqueeze(-2), each)
-    return result.squeeze(-2)
+        left = part.unsqueeze(-2).to(wide)
+        right = columns.to(wide, memory_format=torch.contiguous_format, copy=True).t()
+        right = right.expand(*values.shape[:-1], -1, -1)
+        if _is_alone(left):
+            left, right = left.expand(2, *left.shape), right.expand(2, *right.shape)
+            result = result + torch.matmul(left, right)[0]
+        else:
+            result = result + torch.matmul(left, right)
+    return result.squeeze(-2).to(values.dtype)
 
 
 def _mean_square(values: Tensor) -> Tensor:
@@ -106,7 +118,7 @@ def post(
     if post_layer_mix.dim() == x.dim():
         post_layer_mix = post_layer_mix.unsqueeze(-1)
     x, streams = x.to(compute_dtype), residual.to(compute_dtype)
-    mixed = _matmul(comb_res_mix.to(compute_dtype).transpose(-1, -2), streams)
+    mixed = _mix(streams, comb_res_mix.to(compute_dtype))
     return (post_layer_mix.to(compute_dtype) * x.unsqueeze(-2) + mixed).to(residual.dtype)
 
 
@@ -193,7 +205,7 @@ def collapse(
         [..., H], dtype of ``residual``.
     """
     dtype, compute_dtype = residual.dtype, weights.dtype
-    value = _matmul(weights.unsqueeze(-2), residual.to(compute_dtype)).squeeze(-2)
+    value = _mix(residual.to(compute_dtype), weights.unsqueeze(-1)).squeeze(-2)
     rounded = value.to(dtype)
     if norm_weight is None or norm_eps is None:
         return rounded

@@ -20,6 +20,7 @@
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/SmallVector.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/library.h>
 
 #include "early.h"
@@ -334,6 +335,19 @@ bool needs_grad(const Stack& stack, size_t count) {
   const auto arguments = torch::jit::last(stack, count);
   return std::any_of(arguments.begin(), arguments.end(), [](const IValue& argument) {
     return argument.isTensor() && argument.toTensor().requires_grad();
+  });
+}
+
+// The function tells whether an argument carries a tangent of forward-mode differentiation. Without
+// a level of such there is none, and asking for the first level costs less than asking tensors.
+bool has_tangent(const Stack& stack, size_t count) {
+  if (torch::autograd::ForwardADLevel::try_get_by_idx(0) == nullptr) {
+    return false;
+  }
+  const auto arguments = torch::jit::last(stack, count);
+  return std::any_of(arguments.begin(), arguments.end(), [](const IValue& argument) {
+    return argument.isTensor() && argument.toTensor().defined() &&
+           argument.toTensor()._fw_grad(/*level=*/0).defined();
   });
 }
 

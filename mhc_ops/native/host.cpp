@@ -38,7 +38,8 @@ struct Autograd final : c10::OperatorKernel {
   explicit Autograd(const Op* op) : op_(op) {}
   void operator()(const c10::OperatorHandle& handle, DispatchKeySet keys, Stack* stack) {
     const DispatchKeySet below = keys & c10::after_autograd_keyset;
-    if (needs_grad(*stack, op_->arguments) || !take(*op_, below, stack)) {
+    if (needs_grad(*stack, op_->arguments) || has_tangent(*stack, op_->arguments) ||
+        !take(*op_, below, stack)) {
       // The kernel of all autograd keys still serves the keys that have no kernel of their own.
       handle.redispatchBoxed(below | DispatchKeySet(DispatchKey::AutogradOther), stack);
     }

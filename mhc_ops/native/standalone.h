@@ -294,6 +294,8 @@ struct ForwardOnly final : c10::OperatorKernel {
     TORCH_CHECK(!needs_grad(*stack, op_->arguments), "mhc::", op_->name,
                 ": forward only: this op has no backward yet; call it under torch::NoGradGuard or "
                 "c10::InferenceMode, or detach its inputs");
+    TORCH_CHECK(!has_tangent(*stack, op_->arguments), "mhc::", op_->name,
+                ": this op has no forward-mode derivative; detach its inputs");
     handle.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
   }
 
