@@ -131,7 +131,9 @@ def build(
     )
 
     libraries = _build_libraries(folder, torch)
-    missing = tuple(key for key in keys if store.load_kernel(folder, key) is None)
+    missing = tuple(
+        key for key in keys if store.load_kernel(folder, key, read=Path.read_bytes) is None
+    )
 
     def build_one(key: routes.Key) -> None:
         store.save_kernel(folder, key, compiler.compile_kernel(key))

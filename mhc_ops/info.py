@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, config, support
+from . import __version__, config, support, trust
 
 PACKAGES = ("tilelang", "triton", "transformers", "sglang", "vllm")
 TOOL_SECONDS = 10  # a tool has this long to say its version
@@ -200,16 +200,11 @@ def _size(folder: Path) -> str:
 
 def _folder(folder: Path) -> str:
     what = _size(folder) if folder.is_dir() else "not there"
-    exposure = config.exposure(folder)
+    exposure = trust.exposure(folder)
     if exposure is None:
         return f"{folder}: {what}, trusted"
     allowed = config.switch("MHC_OPS_TRUST_CACHE")
     return f"{folder}: {what}, {'used although' if allowed else 'refused:'} {exposure}"
-
-
-def _named_kernels() -> Path:
-    named = os.environ.get("MHC_OPS_KERNELS")
-    return Path(named) if named else config.PACKAGED
 
 
 def _stored(folder: Path) -> dict[str, str]:
@@ -230,7 +225,7 @@ def _kernels(arch: str) -> str:
 
     sources = store.kernels_built_with()["sources"]
     cache = config.own_cache_folder() / f"kernels-{store.digest(store.kernels_built_with())}"
-    places = {"built ahead": _stored(_named_kernels()), "cached": _stored(cache)}
+    places = {"built ahead": _stored(config.kernels_folder()), "cached": _stored(cache)}
     of_arch = {
         place: {stem: made for stem, made in kernels.items() if stem.split("-")[1:2] == [arch]}
         for place, kernels in places.items()
@@ -253,8 +248,8 @@ def _library(name: str, built_with: Mapping[str, str]) -> str:
     from . import store
 
     cached = config.own_cache_folder() / f"{name}-{store.digest(built_with)}"
-    for place, folder in (("built ahead", _named_kernels()), ("cached", cached)):
-        found = store.find(folder, name, store.LIBRARY, built_with)
+    for place, folder in (("built ahead", config.kernels_folder()), ("cached", cached)):
+        found = store.find(folder, name, store.LIBRARY, built_with, read=Path.read_bytes)
         if found is not None:
             return f"{place}: {found.path}"
     return "not there: built when the first kernel is loaded"
@@ -279,7 +274,7 @@ def _archs(devices: Sequence[Mapping[str, Any]]) -> list[str]:
     if at_hand:
         return sorted(at_hand)
     try:
-        stems = list(_stored(_named_kernels()))
+        stems = list(_stored(config.kernels_folder()))
     except OSError:
         return []  # the line that describes the folder says why
     return sorted({stem.split("-")[1] for stem in stems if stem.count("-") >= 2})
@@ -306,7 +301,7 @@ def collect() -> dict[str, Any]:
         | {name: (_misspelt, (name,)) for name in config.unread()},
         "folders": {
             "cache": (lambda: _folder(config.own_cache_folder()), ()),
-            "kernels built ahead": (lambda: _folder(_named_kernels()), ()),
+            "kernels built ahead": (lambda: _folder(config.kernels_folder()), ()),
         },
         "kernels": {arch: (_kernels, (arch,)) for arch in _archs(facts["devices"])},
         "libraries": {"launcher": (_launcher, ()), "short way of eager calls": (_short_way, ())},

@@ -54,7 +54,7 @@ def _compile(key: Key, folder: Path) -> Compiled:
 
 def _stored(key: Key) -> Compiled | None:
     """Read a kernel that was built ahead or is cached; None where there is neither."""
-    ahead = store.load_kernel(config.kernels_folder(), key)
+    ahead = store.load_kernel(store.ahead_folder(), key)
     return ahead or store.load_kernel(store.cached_folder(), key)
 
 
@@ -82,7 +82,7 @@ def compile_key(key: Key) -> Compiled:
 
     Raises:
         RuntimeError: the kernel cannot be compiled, ``MHC_OPS_DISABLE_JIT`` is set, or others can
-            write a folder that the kernel would be read from. The message says what to do.
+            write the kernel or its folder. The message says what to do.
     """
     with _lock(key):
         if key not in _compiled:
