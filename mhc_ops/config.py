@@ -13,7 +13,8 @@
 
 Fusing needs the first three switches to be on. These three steer the model wiring (``mhc_ops.nn``
 and the adapters), never a direct call of an op, and are read when a model is wired, not at import.
-The other variables are read when a kernel is first needed.
+The other variables are read when a kernel is first needed. ``MHC_OPS_KERNELS`` has to name a folder
+of kernels then. Variables with the prefix that nothing reads are warned of once, at the same times.
 
 Compiled kernels and libraries are kept in TileLang's cache folder, which ``TILELANG_CACHE_DIR``
 moves. setup.py reads three more variables when a wheel is built: ``MHC_OPS_AOT_ARCHS``,
@@ -22,9 +23,15 @@ moves. setup.py reads three more variables when a wheel is built: ``MHC_OPS_AOT_
 
 from __future__ import annotations
 
+import difflib
+import functools
+import logging
 import os
+import shlex
 from pathlib import Path
 from typing import NamedTuple
+
+logger = logging.getLogger("mhc_ops")
 
 PREFIX = "MHC_OPS_"
 
@@ -59,7 +66,7 @@ DEFAULTS: dict[str, bool] = {
     "MHC_OPS_TRUST_CACHE": False,
 }
 WIRING = tuple(DEFAULTS)[: len(Switches._fields)]
-VARIABLES = (
+VARIABLES = (  # setup.py reads the last three.
     *DEFAULTS,
     "MHC_OPS_KERNELS",
     "MHC_OPS_AOT_ARCHS",
@@ -102,6 +109,7 @@ def switches() -> Switches:
     Raises:
         ValueError: as :func:`switch` raises it.
     """
+    warn_of_unread()
     return Switches(*map(switch, WIRING))
 
 
@@ -110,10 +118,40 @@ def unread() -> list[str]:
     return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in VARIABLES)
 
 
+def meant(name: str) -> str:
+    """Say that nothing reads a variable, and which one its name is nearly that of."""
+    near = difflib.get_close_matches(name, VARIABLES, 1)
+    return f"which nothing reads{f'; {near[0]} was meant?' if near else ''}"
+
+
+@functools.cache
+def warn_of_unread() -> None:
+    """Warn of the variables of :func:`unread`, once in a process."""
+    for name in unread():
+        logger.warning("the environment has %s, %s", name, meant(name))
+
+
 def kernels_folder() -> Path:
-    """Return the folder of the kernels built ahead: ``MHC_OPS_KERNELS``, else the package's own."""
-    named = os.environ.get("MHC_OPS_KERNELS")
-    return Path(named) if named else PACKAGED
+    """Return the folder of the kernels built ahead: ``MHC_OPS_KERNELS``, else the package's own.
+
+    Returns:
+        The folder, with ``~`` expanded. The package's own need not exist.
+
+    Raises:
+        ValueError: the variable names no folder, or a folder without kernels.
+    """
+    named = os.environ.get("MHC_OPS_KERNELS", "").strip()
+    if not named:
+        return PACKAGED
+    folder = Path(os.path.expanduser(named))
+    if not any(folder.glob("*.json")):
+        lack = "which has no kernels" if folder.is_dir() else "where there is no folder"
+        raise ValueError(
+            f"MHC_OPS_KERNELS: expected a folder of kernels built ahead, got {named!r}, {lack}; "
+            f"fill it (python -m mhc_ops build --arch ARCH -o {shlex.quote(str(folder))}), name "
+            "another one, or unset the variable"
+        )
+    return folder
 
 
 def cache_folder() -> Path:

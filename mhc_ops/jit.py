@@ -83,6 +83,8 @@ def compile_key(key: Key) -> Compiled:
     Raises:
         RuntimeError: the kernel cannot be compiled, ``MHC_OPS_DISABLE_JIT`` is set, or others can
             write the kernel or its folder. The message says what to do.
+        ValueError: a variable of the environment has a value that it cannot have, such as
+            ``MHC_OPS_KERNELS`` one that names no folder of kernels.
     """
     with _lock(key):
         if key not in _compiled:

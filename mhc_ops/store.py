@@ -238,8 +238,10 @@ def ahead_folder() -> Path:
     """Return the folder of the kernels built ahead.
 
     Raises:
+        ValueError: ``MHC_OPS_KERNELS`` names none, see :func:`mhc_ops.config.kernels_folder`.
         RuntimeError: others can write the folder, see :func:`mhc_ops.trust.require_folder`.
     """
+    config.warn_of_unread()
     folder = config.kernels_folder()
     if folder != config.PACKAGED:
         trust.require_folder(folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mhc_ops import config
+from mhc_ops import config, store
 
 FUSE, PRE, POST = "MHC_OPS_FUSE_POST_PRE", "MHC_OPS_TILELANG_PRE", "MHC_OPS_TILELANG_POST"
 NO_JIT, TRUST = "MHC_OPS_DISABLE_JIT", "MHC_OPS_TRUST_CACHE"
@@ -81,6 +81,67 @@ def test_no_other_variable_is_read():
 
 
 def test_the_folder_of_kernels(monkeypatch, tmp_path):
-    assert config.kernels_folder() == Path(config.__file__).with_name("packaged")
-    monkeypatch.setenv("MHC_OPS_KERNELS", str(tmp_path))
-    assert config.kernels_folder() == tmp_path
+    for nothing in (None, "", "  "):
+        if nothing is not None:
+            monkeypatch.setenv("MHC_OPS_KERNELS", nothing)
+        assert config.kernels_folder() == Path(config.__file__).with_name("packaged")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "launcher.json").touch()
+    monkeypatch.setenv("MHC_OPS_KERNELS", str(tmp_path / "kernels"))
+    assert config.kernels_folder() == tmp_path / "kernels"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MHC_OPS_KERNELS", "~/kernels")
+    assert config.kernels_folder() == tmp_path / "kernels"
+
+
+@pytest.mark.parametrize(
+    ("name", "lack"),
+    [
+        ("none", "where there is no folder"),
+        ("empty", "which has no kernels"),
+        ("file", "where there is no folder"),
+    ],
+)
+def test_a_folder_that_has_no_kernels(monkeypatch, tmp_path, name, lack):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MHC_OPS_KERNELS", f"~/{name}")
+    with pytest.raises(ValueError, match="MHC_OPS_KERNELS") as error:
+        config.kernels_folder()
+    assert str(error.value) == (
+        f"MHC_OPS_KERNELS: expected a folder of kernels built ahead, got '~/{name}', {lack}; fill "
+        f"it (python -m mhc_ops build --arch ARCH -o {tmp_path}/{name}), name another one, or "
+        "unset the variable"
+    )
+
+
+# ------------------------------------------------------------------------------ misspelt variables
+
+
+@pytest.fixture
+def warnings(caplog):
+    """Return the warnings so far of a process that has not yet looked at the environment."""
+    config.warn_of_unread.cache_clear()
+    yield lambda: [record.getMessage() for record in caplog.records]
+    config.warn_of_unread.cache_clear()
+
+
+@pytest.mark.parametrize("look", [config.switches, store.ahead_folder])
+def test_a_misspelt_variable_is_warned_of_once(monkeypatch, warnings, look):
+    monkeypatch.setenv("MHC_OPS_KERNEL", "/kernels")
+    monkeypatch.setenv("MHC_OPS_XYZZY", "1")
+    for _ in range(3):
+        look()
+    assert warnings() == [
+        "the environment has MHC_OPS_KERNEL, which nothing reads; MHC_OPS_KERNELS was meant?",
+        "the environment has MHC_OPS_XYZZY, which nothing reads",
+    ]
+
+
+def test_no_warning_of_variables_that_are_read(monkeypatch, warnings):
+    for name in config.DEFAULTS:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("MHC_OPS_AOT_ARCHS", "sm_90a")
+    config.switches()
+    assert not warnings()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import mhc_ops
-from helpers import HANG
+from helpers import HANG, folder_of_kernels
 from mhc_ops import compiler, formula, jit, routes, store
 from mhc_ops.native import launcher
 
@@ -152,7 +152,7 @@ def test_many_threads_load_once(compile_calls, monkeypatch):
 def folders(monkeypatch, compile_calls, tmp_path):
     """Replace ``store.load_kernel``: hold the kernel of each folder, and the asked folders."""
     compile_calls.gate.set()
-    monkeypatch.setenv("MHC_OPS_KERNELS", str(tmp_path / "ahead"))
+    monkeypatch.setenv("MHC_OPS_KERNELS", str(folder_of_kernels(tmp_path / "ahead")))
     held = types.SimpleNamespace(kernels={}, asked=[])
     names = {tmp_path / "ahead": "ahead", store.cached_folder(): "cache"}
 
@@ -201,16 +201,27 @@ def test_a_cache_that_others_can_write_is_refused(compile_calls, tmp_path):
 
 def test_disabled(compile_calls, monkeypatch, tmp_path):
     monkeypatch.setenv("MHC_OPS_DISABLE_JIT", "1")
-    monkeypatch.setenv("MHC_OPS_KERNELS", "/kernels")
+    ahead = folder_of_kernels(tmp_path / "ahead")
+    monkeypatch.setenv("MHC_OPS_KERNELS", str(ahead))
     with pytest.raises(RuntimeError) as error:
         jit.compile_key(KEY)
     assert str(error.value) == (
-        "mhc: kernel post for hidden size 256 on sm_90a is neither built ahead, in /kernels, nor "
+        f"mhc: kernel post for hidden size 256 on sm_90a is neither built ahead, in {ahead}, nor "
         f"cached, in {store.cached_folder()}, and MHC_OPS_DISABLE_JIT is set; build it: "
         "python -m mhc_ops build --arch sm_90a --hidden 256 -o DIR, then MHC_OPS_KERNELS=DIR"
     )
     assert not compile_calls.calls
     assert not (tmp_path / "cache").exists()
+
+
+def test_kernels_that_are_named_and_not_there(compile_calls, monkeypatch, tmp_path):
+    """Compile nothing where the user has said where the kernels are, and they are not there."""
+    monkeypatch.setenv("MHC_OPS_KERNELS", str(tmp_path / "ahead"))
+    with pytest.raises(ValueError, match=r"^MHC_OPS_KERNELS: expected a folder of kernels "):
+        jit.compile_key(KEY)
+    served, reason = jit.obtainable(256, "sm_90a")
+    assert (served, reason[:16]) == (False, "MHC_OPS_KERNELS:")
+    assert not compile_calls.calls
 
 
 def test_what_was_compiled_is_kept(compile_calls):
