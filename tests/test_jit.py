@@ -216,6 +216,7 @@ def test_disabled(compile_calls, monkeypatch, tmp_path):
 
 def test_kernels_that_are_named_and_not_there(compile_calls, monkeypatch, tmp_path):
     """Compile nothing where the user has said where the kernels are, and they are not there."""
+    compile_calls.gate.set()
     monkeypatch.setenv("MHC_OPS_KERNELS", str(tmp_path / "ahead"))
     with pytest.raises(ValueError, match=r"^MHC_OPS_KERNELS: expected a folder of kernels "):
         jit.compile_key(KEY)
