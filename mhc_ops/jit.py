@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from . import compiler, config, routes, store
+from . import compiler, config, disk, routes, store
 from .compiler import Compiled, describe
 from .native import launcher
 from .routes import Key
@@ -47,7 +47,13 @@ def _compile(key: Key, folder: Path) -> Compiled:
     try:
         store.save_kernel(folder, key, kernel)
     except OSError as error:
-        logger.warning("%s cannot be kept for other processes: %s", describe(key), error)
+        room = disk.advice(error)
+        logger.warning(
+            "%s cannot be kept for other processes: %s%s",
+            describe(key),
+            error,
+            f"; {room}" if room else "",
+        )
     logger.info("compiled %s in %.1f s", key, time.perf_counter() - start)
     return kernel
 
