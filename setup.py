@@ -46,7 +46,9 @@ class BuildWithKernels(build_py):
         command = [sys.executable, "-m", "mhc_ops", "build", "--arch", ARCHS]
         command += ["--hidden", HIDDEN] if HIDDEN else []
         # The paths are relative to the folder in which the build was started.
-        paths = [os.path.abspath(path) for path in (TORCH or "").split(",") if path]
+        paths = [
+            os.path.abspath(os.path.expanduser(path)) for path in (TORCH or "").split(",") if path
+        ]
         command += ["--torch", ",".join(paths)] if paths else []
         command += ["--output", packaged]
         # The command runs in the build folder, so that it imports mhc_ops from there, and neither

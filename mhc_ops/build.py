@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import compiler, routes, store, support
+from . import compiler, disk, routes, store, support
 from .native import ahead, host, launcher, library, torches
 from .prewarm import DEFAULT_MAX_TOKENS, check_sizes, progress_bar, side_by_side
 
@@ -61,8 +61,10 @@ def _build_library(name: str, build: Callable[[], None]) -> str:
     try:
         build()
     except subprocess.SubprocessError as error:
+        room = disk.advice(error)
         raise RuntimeError(
             f"mhc_ops.build: the native library {name} cannot be built: {library.reason(error)}"
+            f"{f'; {room}' if room else ''}"
         ) from error
     return name
 
@@ -131,7 +133,9 @@ def build(
     )
 
     libraries = _build_libraries(folder, torch)
-    missing = tuple(key for key in keys if store.load_kernel(folder, key) is None)
+    missing = tuple(
+        key for key in keys if store.load_kernel(folder, key, read=Path.read_bytes) is None
+    )
 
     def build_one(key: routes.Key) -> None:
         store.save_kernel(folder, key, compiler.compile_kernel(key))
@@ -184,7 +188,11 @@ def main(argv: Sequence[str]) -> int:
             max_tokens=arguments.max_tokens,
             progress=True,
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except OSError as error:
+        room = disk.advice(error, arguments.output)
+        print(f"mhc_ops.build: {error}{f'; {room}' if room else ''}", file=sys.stderr)
+        return 2
+    except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     print(

@@ -17,7 +17,6 @@ at the first compile and not with this module.
 
 from __future__ import annotations
 
-import errno
 import importlib
 import importlib.metadata
 import importlib.util
@@ -29,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import config
+from . import disk
 from .formula import Formula, apply, constant, evaluate
 from .formula import name as size_of
 from .routes import Key
@@ -312,20 +311,19 @@ def build_commands(key: Key) -> str:
 
 def _advice(error: BaseException) -> str:
     """Say what helps against a failed compile, by what went wrong first."""
+    full = disk.advice(error)
+    if full is not None:
+        return full
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            return (
-                f"make room in {config.cache_folder()} and in the folder for temporary files, or "
-                "let TILELANG_CACHE_DIR and TMPDIR name others"
-            )
         if isinstance(cause, OSError) and cause.filename is not None:
             return "let TILELANG_CACHE_DIR name a folder that this process can write"
         cause = cause.__cause__ or cause.__context__
     found = _nvcc()
     if found is None:
         return "there is no nvcc: install the CUDA toolkit and let CUDA_HOME name it"
-    return f"nvcc is {found}; TILELANG_VERBOSE=1 shows what it says"
+    nvcc = f"nvcc is {found}; TILELANG_VERBOSE=1 shows what it says"
+    return disk.advice(error, suspected=True) or nvcc
 
 
 def _failure(key: Key, reason: str, advice: str) -> RuntimeError:
@@ -366,4 +364,7 @@ def compile_kernel(key: Key) -> Compiled:
     try:
         return _compile(key)
     except Exception as error:
+        _, mark, said = str(error).rpartition("\nCompilation error:\n")
+        if mark:  # TileLang puts the whole CUDA source before what nvcc says.
+            error.args = (said.strip(),)
         raise _failure(key, f"{type(error).__name__}: {error}", _advice(error)) from error

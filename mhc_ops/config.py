@@ -8,12 +8,13 @@
     MHC_OPS_TILELANG_PRE   1        model wiring runs pre and head on the TileLang kernels
     MHC_OPS_TILELANG_POST  1        model wiring runs post on the TileLang kernels
     MHC_OPS_DISABLE_JIT    0        a kernel that is not there is an error, not compiled
-    MHC_OPS_TRUST_CACHE    0        load kernels also from folders that others can write
+    MHC_OPS_TRUST_CACHE    0        load kernels also where others can write them
     MHC_OPS_KERNELS                 folder of kernels built ahead, instead of the package's
 
 Fusing needs the first three switches to be on. These three steer the model wiring (``mhc_ops.nn``
 and the adapters), never a direct call of an op, and are read when a model is wired, not at import.
-The other variables are read when a kernel is first needed.
+The other variables are read when a kernel is first needed. ``MHC_OPS_KERNELS`` has to name a folder
+of kernels then. Variables with the prefix that nothing reads are warned of once, at the same times.
 
 Compiled kernels and libraries are kept in TileLang's cache folder, which ``TILELANG_CACHE_DIR``
 moves. setup.py reads three more variables when a wheel is built: ``MHC_OPS_AOT_ARCHS``,
@@ -22,12 +23,15 @@ moves. setup.py reads three more variables when a wheel is built: ``MHC_OPS_AOT_
 
 from __future__ import annotations
 
-import grp
+import difflib
+import functools
+import logging
 import os
-import pwd
-import stat
+import shlex
 from pathlib import Path
 from typing import NamedTuple
+
+logger = logging.getLogger("mhc_ops")
 
 PREFIX = "MHC_OPS_"
 
@@ -62,7 +66,7 @@ DEFAULTS: dict[str, bool] = {
     "MHC_OPS_TRUST_CACHE": False,
 }
 WIRING = tuple(DEFAULTS)[: len(Switches._fields)]
-VARIABLES = (
+VARIABLES = (  # setup.py reads the last three.
     *DEFAULTS,
     "MHC_OPS_KERNELS",
     "MHC_OPS_AOT_ARCHS",
@@ -105,6 +109,7 @@ def switches() -> Switches:
     Raises:
         ValueError: as :func:`switch` raises it.
     """
+    warn_of_unread()
     return Switches(*map(switch, WIRING))
 
 
@@ -113,17 +118,40 @@ def unread() -> list[str]:
     return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in VARIABLES)
 
 
+def meant(name: str) -> str:
+    """Say that nothing reads a variable, and which one its name is nearly that of."""
+    near = difflib.get_close_matches(name, VARIABLES, 1)
+    return f"which nothing reads{f'; {near[0]} was meant?' if near else ''}"
+
+
+@functools.cache
+def warn_of_unread() -> None:
+    """Warn of the variables of :func:`unread`, once in a process."""
+    for name in unread():
+        logger.warning("the environment has %s, %s", name, meant(name))
+
+
 def kernels_folder() -> Path:
     """Return the folder of the kernels built ahead: ``MHC_OPS_KERNELS``, else the package's own.
 
+    Returns:
+        The folder, with ``~`` expanded. The package's own need not exist.
+
     Raises:
-        RuntimeError: the variable names a folder that others can write.
+        ValueError: the variable names no folder, or a folder without kernels.
     """
-    named = os.environ.get("MHC_OPS_KERNELS")
+    named = os.environ.get("MHC_OPS_KERNELS", "").strip()
     if not named:
-        return PACKAGED  # whoever can write this folder can also change the package
-    require_trusted(Path(named))
-    return Path(named)
+        return PACKAGED
+    folder = Path(os.path.expanduser(named))
+    if not any(folder.glob("*.json")):
+        lack = "which has no kernels" if folder.is_dir() else "where there is no folder"
+        raise ValueError(
+            f"MHC_OPS_KERNELS: expected a folder of kernels built ahead, got {named!r}, {lack}; "
+            f"fill it (python -m mhc_ops build --arch ARCH -o {shlex.quote(str(folder))}), name "
+            "another one, or unset the variable"
+        )
+    return folder
 
 
 def cache_folder() -> Path:
@@ -134,73 +162,3 @@ def cache_folder() -> Path:
 def own_cache_folder() -> Path:
     """Return the subfolder of TileLang's cache folder that holds what this package compiles."""
     return cache_folder() / "mhc_ops"
-
-
-def _own_group(gid: int) -> bool:
-    """Say whether a group is the user's private group, which bears the user's name."""
-    try:
-        return grp.getgrgid(gid).gr_name == pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return False
-
-
-def _exposure(folder: Path, status: os.stat_result, above: bool) -> str | None:
-    """Say who else can put files into a folder; None where nobody can."""
-    mode = status.st_mode
-    # In a container the folders above often belong to a user that the container does not know.
-    if not above and status.st_uid not in (0, os.geteuid()):
-        return f"{folder} belongs to another user (uid {status.st_uid})"
-    if above and mode & stat.S_ISVTX:
-        return None  # in such a folder, /tmp for one, others can rename only their own files
-    if mode & stat.S_IWOTH or (mode & stat.S_IWGRP and not _own_group(status.st_gid)):
-        return f"{folder} can be written by others (mode {stat.S_IMODE(mode):04o})"
-    return None
-
-
-def exposure(folder: Path) -> str | None:
-    """Say who else can bring files to a folder.
-
-    Args:
-        folder: the folder. Every existing folder above it is looked at too, because whoever can
-            write one of those can replace the folders below it.
-
-    Returns:
-        Who can, in words; None where nobody else can.
-    """
-    found = _exposed(folder)
-    return None if found is None else found[1]
-
-
-def _exposed(folder: Path) -> tuple[Path, str] | None:
-    resolved = folder.resolve()
-    for path in (resolved, *resolved.parents):
-        try:
-            status = path.stat()
-        except OSError:
-            continue  # nothing is loaded from a folder that does not exist
-        said = _exposure(path, status, above=path != resolved)
-        if said is not None:
-            return path, said
-    return None
-
-
-def require_trusted(folder: Path) -> None:
-    """Refuse a folder to which others can bring libraries, which would run in this process.
-
-    Args:
-        folder: where libraries are loaded from; it is looked at as by :func:`exposure`.
-
-    Raises:
-        RuntimeError: others can write the folder. The message says how, and what to do.
-    """
-    if switch("MHC_OPS_TRUST_CACHE"):
-        return
-    found = _exposed(folder)
-    if found is not None:
-        path, said = found
-        raise RuntimeError(
-            f"mhc: no kernel is loaded from {folder}: {said}, and what lies there would "
-            f"run in this process; take the rights of others (chmod go-w {path}), let "
-            "TILELANG_CACHE_DIR or MHC_OPS_KERNELS name a folder of your own, or set "
-            "MHC_OPS_TRUST_CACHE=1"
-        )

@@ -8,7 +8,6 @@ nothing.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib.metadata
 import json
 import os
@@ -24,8 +23,10 @@ from typing import Any
 
 import torch
 
-from . import __version__, config, support
+from . import __version__, config, support, trust
 
+# These are read, too, by this package or by the compilers that it calls.
+OTHER_VARIABLES = ("TILELANG_CACHE_DIR", "CC", "CXX", "CUDA_HOME", "CUDA_PATH", "TMPDIR")
 PACKAGES = ("tilelang", "triton", "transformers", "sglang", "vllm")
 TOOL_SECONDS = 10  # a tool has this long to say its version
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -162,10 +163,18 @@ def _tool(command: Sequence[str], line: str) -> str:
 
 
 def _nvcc() -> str:
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    places = [f"{home}/bin/nvcc" for home in (*homes, "/usr/local/cuda") if home]
-    found = next((place for place in places if os.access(place, os.X_OK)), None)
-    return _tool([shutil.which("nvcc") or found or "nvcc"], "release")
+    """Look for nvcc where TileLang does, and in its order, without importing TileLang."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return _tool([f"{home}/bin/nvcc"], "release")
+    try:
+        files = importlib.metadata.files("nvidia-cuda-nvcc") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    packaged = [str(file.locate()) for file in files if file.name == "nvcc"]
+    places = (shutil.which("nvcc"), *packaged, "/usr/local/cuda/bin/nvcc")
+    found = next((place for place in places if place and os.access(place, os.X_OK)), "nvcc")
+    return _tool([found], "release")
 
 
 def _c_compiler() -> str:
@@ -178,6 +187,11 @@ def _cpp_compiler() -> str:
 
 def _variable(name: str) -> str:
     text = os.environ.get(name)
+    if name == "MHC_OPS_KERNELS" and text:
+        try:
+            config.kernels_folder()
+        except ValueError as error:
+            return f"{text!r}, which is refused where it is read: {error}"
     if name not in config.DEFAULTS:
         return text or "not set"
     try:
@@ -188,9 +202,7 @@ def _variable(name: str) -> str:
 
 
 def _misspelt(name: str) -> str:
-    near = difflib.get_close_matches(name, config.VARIABLES, 1)
-    hint = f"; {near[0]} was meant?" if near else ""
-    return f"{os.environ[name]!r}, which nothing reads{hint}"
+    return f"{os.environ[name]!r}, {config.meant(name)}"
 
 
 def _size(folder: Path) -> str:
@@ -200,16 +212,11 @@ def _size(folder: Path) -> str:
 
 def _folder(folder: Path) -> str:
     what = _size(folder) if folder.is_dir() else "not there"
-    exposure = config.exposure(folder)
+    exposure = trust.exposure(folder)
     if exposure is None:
         return f"{folder}: {what}, trusted"
     allowed = config.switch("MHC_OPS_TRUST_CACHE")
     return f"{folder}: {what}, {'used although' if allowed else 'refused:'} {exposure}"
-
-
-def _named_kernels() -> Path:
-    named = os.environ.get("MHC_OPS_KERNELS")
-    return Path(named) if named else config.PACKAGED
 
 
 def _stored(folder: Path) -> dict[str, str]:
@@ -230,7 +237,7 @@ def _kernels(arch: str) -> str:
 
     sources = store.kernels_built_with()["sources"]
     cache = config.own_cache_folder() / f"kernels-{store.digest(store.kernels_built_with())}"
-    places = {"built ahead": _stored(_named_kernels()), "cached": _stored(cache)}
+    places = {"built ahead": _stored(config.kernels_folder()), "cached": _stored(cache)}
     of_arch = {
         place: {stem: made for stem, made in kernels.items() if stem.split("-")[1:2] == [arch]}
         for place, kernels in places.items()
@@ -253,8 +260,8 @@ def _library(name: str, built_with: Mapping[str, str]) -> str:
     from . import store
 
     cached = config.own_cache_folder() / f"{name}-{store.digest(built_with)}"
-    for place, folder in (("built ahead", _named_kernels()), ("cached", cached)):
-        found = store.find(folder, name, store.LIBRARY, built_with)
+    for place, folder in (("built ahead", config.kernels_folder()), ("cached", cached)):
+        found = store.find(folder, name, store.LIBRARY, built_with, read=Path.read_bytes)
         if found is not None:
             return f"{place}: {found.path}"
     return "not there: built when the first kernel is loaded"
@@ -279,9 +286,9 @@ def _archs(devices: Sequence[Mapping[str, Any]]) -> list[str]:
     if at_hand:
         return sorted(at_hand)
     try:
-        stems = list(_stored(_named_kernels()))
-    except OSError:
-        return []  # the line that describes the folder says why
+        stems = list(_stored(config.kernels_folder()))
+    except (OSError, ValueError):
+        return []  # The lines that describe the variable and the folder say why.
     return sorted({stem.split("-")[1] for stem in stems if stem.count("-") >= 2})
 
 
@@ -291,8 +298,8 @@ def collect() -> dict[str, Any]:
     Returns:
         ``versions`` maps a package to its version, None where absent. ``devices`` is a list of
         device, name, supported and reason. ``system`` and ``driver`` are text. ``tools``,
-        ``variables`` (those that the package reads, and those that bear the package's prefix and
-        that nothing reads), ``folders``, ``kernels`` (by architecture) and ``libraries`` map a
+        ``variables`` (those that are read, and those that bear the package's prefix and that
+        nothing reads), ``folders``, ``kernels`` (by architecture) and ``libraries`` map a
         name to text.
     """
     facts: dict[str, Any] = {"versions": _versions(), "devices": _devices()}
@@ -302,11 +309,11 @@ def collect() -> dict[str, Any]:
             "C compiler": (_c_compiler, ()),
             "C++ compiler": (_cpp_compiler, ()),
         },
-        "variables": {name: (_variable, (name,)) for name in config.VARIABLES}
+        "variables": {name: (_variable, (name,)) for name in (*config.VARIABLES, *OTHER_VARIABLES)}
         | {name: (_misspelt, (name,)) for name in config.unread()},
         "folders": {
             "cache": (lambda: _folder(config.own_cache_folder()), ()),
-            "kernels built ahead": (lambda: _folder(_named_kernels()), ()),
+            "kernels built ahead": (lambda: _folder(config.kernels_folder()), ()),
         },
         "kernels": {arch: (_kernels, (arch,)) for arch in _archs(facts["devices"])},
         "libraries": {"launcher": (_launcher, ()), "short way of eager calls": (_short_way, ())},

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from . import compiler, config, routes, store
+from . import compiler, config, disk, routes, store
 from .compiler import Compiled, describe
 from .native import launcher
 from .routes import Key
@@ -47,14 +47,20 @@ def _compile(key: Key, folder: Path) -> Compiled:
     try:
         store.save_kernel(folder, key, kernel)
     except OSError as error:
-        logger.warning("%s cannot be kept for other processes: %s", describe(key), error)
+        room = disk.advice(error)
+        logger.warning(
+            "%s cannot be kept for other processes: %s%s",
+            describe(key),
+            error,
+            f"; {room}" if room else "",
+        )
     logger.info("compiled %s in %.1f s", key, time.perf_counter() - start)
     return kernel
 
 
 def _stored(key: Key) -> Compiled | None:
     """Read a kernel that was built ahead or is cached; None where there is neither."""
-    ahead = store.load_kernel(config.kernels_folder(), key)
+    ahead = store.load_kernel(store.ahead_folder(), key)
     return ahead or store.load_kernel(store.cached_folder(), key)
 
 
@@ -82,7 +88,9 @@ def compile_key(key: Key) -> Compiled:
 
     Raises:
         RuntimeError: the kernel cannot be compiled, ``MHC_OPS_DISABLE_JIT`` is set, or others can
-            write a folder that the kernel would be read from. The message says what to do.
+            write the kernel or its folder. The message says what to do.
+        ValueError: a variable of the environment has a value that it cannot have, such as
+            ``MHC_OPS_KERNELS`` one that names no folder of kernels.
     """
     with _lock(key):
         if key not in _compiled:

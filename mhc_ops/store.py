@@ -17,12 +17,12 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import compiler, config, formula
+from . import compiler, config, formula, trust
 from .compiler import Compiled
 from .routes import Key
 
@@ -87,7 +87,14 @@ def _leave(file: Path, reason: str, where: Path | None = None) -> None:
     logger.warning("%s is not used: %s", file, reason)
 
 
-def find(folder: Path, name: str, suffix: str, built_with: Mapping[str, str]) -> Found | None:
+def find(
+    folder: Path,
+    name: str,
+    suffix: str,
+    built_with: Mapping[str, str],
+    *,
+    read: Callable[[Path], bytes] = trust.read,
+) -> Found | None:
     """Find a file of a folder that is whole and was built with what is asked for.
 
     Args:
@@ -95,13 +102,17 @@ def find(folder: Path, name: str, suffix: str, built_with: Mapping[str, str]) ->
         name: stem of the file and of its manifest.
         suffix: suffix of the file.
         built_with: what the file must have been built with.
+        read: how a file is read. :meth:`Path.read_bytes` is for who loads nothing.
 
     Returns:
         The file. None where there is no file, or the file does not match, which is logged.
+
+    Raises:
+        RuntimeError: others can write the file or its manifest, see :func:`mhc_ops.trust.read`.
     """
     file, manifest = folder / f"{name}{suffix}", folder / f"{name}.json"
     try:
-        facts = json.loads(manifest.read_bytes())
+        facts = json.loads(read(manifest))
     except FileNotFoundError:
         if file.exists():
             _leave(file, f"there is no {manifest.name} beside it")
@@ -117,7 +128,7 @@ def find(folder: Path, name: str, suffix: str, built_with: Mapping[str, str]) ->
             _leave(file, f"built with {fact} {facts.get(fact)}, expected {value}", folder)
             return None
     try:
-        content = file.read_bytes()
+        content = read(file)
     except OSError as error:
         _leave(file, f"it cannot be read: {error}")
         return None
@@ -171,18 +182,24 @@ def _from_facts(found: Found) -> Compiled:
     )
 
 
-def load_kernel(folder: Path, key: Key) -> Compiled | None:
+def load_kernel(
+    folder: Path, key: Key, *, read: Callable[[Path], bytes] = trust.read
+) -> Compiled | None:
     """Load a kernel from a folder.
 
     Args:
         folder: where to look; the folder need not exist.
         key: the kernel.
+        read: as of :func:`find`.
 
     Returns:
         The kernel. None where the folder has none, or has one that cannot be used; the log then
         gives the reason.
+
+    Raises:
+        RuntimeError: others can write the kernel's files, see :func:`mhc_ops.trust.read`.
     """
-    found = find(folder, file_name(key), CUBIN, kernels_built_with())
+    found = find(folder, file_name(key), CUBIN, kernels_built_with(), read=read)
     if found is None:
         return None
     try:
@@ -217,14 +234,28 @@ def save_kernel(folder: Path, key: Key, kernel: Compiled) -> None:
     save(folder, file_name(key), CUBIN, facts, kernel.cubin)
 
 
+def ahead_folder() -> Path:
+    """Return the folder of the kernels built ahead.
+
+    Raises:
+        ValueError: ``MHC_OPS_KERNELS`` names none, see :func:`mhc_ops.config.kernels_folder`.
+        RuntimeError: others can write the folder, see :func:`mhc_ops.trust.require_folder`.
+    """
+    config.warn_of_unread()
+    folder = config.kernels_folder()
+    if folder != config.PACKAGED:
+        trust.require_folder(folder)
+    return folder
+
+
 def cached_folder() -> Path:
     """Return the folder in which the cache keeps the kernels of these sources.
 
     Raises:
-        RuntimeError: others can write the folder, see :func:`mhc_ops.config.require_trusted`.
+        RuntimeError: others can write the folder, see :func:`mhc_ops.trust.require_folder`.
     """
     folder = config.own_cache_folder() / f"kernels-{digest(kernels_built_with())}"
-    config.require_trusted(folder)
+    trust.require_folder(folder)
     return folder
 
 

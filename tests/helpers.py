@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,13 @@ HANG = 1800
 needs_jit = pytest.mark.skipif(
     config.switch("MHC_OPS_DISABLE_JIT"), reason="compiles, which MHC_OPS_DISABLE_JIT forbids"
 )
+
+
+def folder_of_kernels(folder: Path) -> Path:
+    """Make a folder that ``MHC_OPS_KERNELS`` may name, with no kernel that anything asks for."""
+    folder.mkdir()
+    (folder / "none.json").touch()
+    return folder
 
 
 def overload(op: str) -> Any:

@@ -73,8 +73,10 @@ class Paths:
             self.counts["cpu"] += 1
         return sizes
 
-    def _load_kernel(self, load_kernel: Callable[..., Any], folder: Any, key: Any) -> Any:
-        kernel = load_kernel(folder, key)
+    def _load_kernel(
+        self, load_kernel: Callable[..., Any], folder: Any, key: Any, **how: Any
+    ) -> Any:
+        kernel = load_kernel(folder, key, **how)
         if kernel is not None:
             ahead = folder == config.kernels_folder()
             self._sources[key] = "ahead" if ahead else "cached"

@@ -109,7 +109,13 @@ def test_info_json(capsys):
   "MHC_OPS_KERNELS": "text or null",
   "MHC_OPS_AOT_ARCHS": "text or null",
   "MHC_OPS_AOT_HIDDEN": "text or null",
-  "MHC_OPS_AOT_TORCH": "text or null"
+  "MHC_OPS_AOT_TORCH": "text or null",
+  "TILELANG_CACHE_DIR": "text or null",
+  "CC": "text or null",
+  "CXX": "text or null",
+  "CUDA_HOME": "text or null",
+  "CUDA_PATH": "text or null",
+  "TMPDIR": "text or null"
  },
  "folders": {
   "cache": "text or null",
@@ -183,6 +189,41 @@ def test_info_shows_the_environment(capsys, monkeypatch, tmp_path):
     assert fact(capsys, "MHC_OPS_TILELANG_PRE") == (
         "'maybe', which is refused where it is read: expected 0 or 1"
     )
+
+
+def test_info_shows_a_variable_that_names_no_kernels(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("MHC_OPS_KERNELS", str(tmp_path / "none"))
+    assert fact(capsys, "MHC_OPS_KERNELS").startswith(
+        f"'{tmp_path}/none', which is refused where it is read: MHC_OPS_KERNELS: expected a folder"
+    )
+    (tmp_path / "post-sm_90a-256.json").write_text("{}")
+    monkeypatch.setenv("MHC_OPS_KERNELS", str(tmp_path))
+    assert fact(capsys, "MHC_OPS_KERNELS") == str(tmp_path)
+
+
+def write_tool(path, says):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho '{says}'\n")
+    path.chmod(0o755)
+
+
+def test_info_shows_the_compilers_that_are_used(capsys, monkeypatch, tmp_path):
+    """Look for nvcc as TileLang does, which takes that of CUDA_HOME before that of the path."""
+    for place, version in (("home", "13.1"), ("path", "13.0")):
+        write_tool(tmp_path / place / "bin" / "nvcc", f"tools, release {version}")
+    write_tool(tmp_path / "path" / "bin" / "my-g++", "my-g++ 12.2")
+    monkeypatch.setenv("PATH", str(tmp_path / "path" / "bin"), prepend=os.pathsep)
+    monkeypatch.setenv("CXX", "my-g++ -m64")
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert fact(capsys, "nvcc") == f"tools, release 13.0 ({tmp_path}/path/bin/nvcc)"
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert fact(capsys, "nvcc") == f"tools, release 13.1 ({tmp_path}/home/bin/nvcc)"
+    assert fact(capsys, "CUDA_HOME") == str(tmp_path / "home")
+    assert fact(capsys, "CXX") == "my-g++ -m64"
+    assert fact(capsys, "C++ compiler") == f"my-g++ 12.2 ({tmp_path}/path/bin/my-g++)"
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    assert fact(capsys, "nvcc") == "/nowhere/bin/nvcc: not found"
 
 
 def test_info_says_who_else_can_write_the_cache(capsys, monkeypatch, tmp_path):

@@ -1,16 +1,12 @@
-"""Read switches from the environment, and refuse folders that others can write."""
+"""Read switches and folders from the environment."""
 
-import grp
 import itertools
-import os
-import pwd
 import re
-import types
 from pathlib import Path
 
 import pytest
 
-from mhc_ops import config
+from mhc_ops import config, store
 
 FUSE, PRE, POST = "MHC_OPS_FUSE_POST_PRE", "MHC_OPS_TILELANG_PRE", "MHC_OPS_TILELANG_POST"
 NO_JIT, TRUST = "MHC_OPS_DISABLE_JIT", "MHC_OPS_TRUST_CACHE"
@@ -84,91 +80,68 @@ def test_no_other_variable_is_read():
 # ----------------------------------------------------------------------------------------- folders
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Make a folder of this user's alone, and one more in it."""
-    (tmp_path / "cache" / "mhc_ops").mkdir(parents=True)
-    (tmp_path / "cache").chmod(0o755)
-    return tmp_path / "cache" / "mhc_ops"
+def test_the_folder_of_kernels(monkeypatch, tmp_path):
+    for nothing in (None, "", "  "):
+        if nothing is not None:
+            monkeypatch.setenv("MHC_OPS_KERNELS", nothing)
+        assert config.kernels_folder() == Path(config.__file__).with_name("packaged")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "launcher.json").touch()
+    monkeypatch.setenv("MHC_OPS_KERNELS", str(tmp_path / "kernels"))
+    assert config.kernels_folder() == tmp_path / "kernels"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MHC_OPS_KERNELS", "~/kernels")
+    assert config.kernels_folder() == tmp_path / "kernels"
 
 
-def refusal(folder):
-    with pytest.raises(RuntimeError) as error:
-        config.require_trusted(folder)
-    return str(error.value)
-
-
-@pytest.mark.parametrize("mode", [0o700, 0o750, 0o755])
-def test_a_folder_of_ones_own_is_trusted(folder, mode):
-    folder.chmod(mode)
-    config.require_trusted(folder)
-    config.require_trusted(folder / "not" / "there" / "yet")
-
-
-@pytest.mark.parametrize("mode", [0o777, 0o757, 0o702, 0o1777])
-def test_a_folder_that_everyone_can_write(folder, mode):
-    folder.chmod(mode)
-    assert refusal(folder) == (
-        f"mhc: no kernel is loaded from {folder}: {folder} can be written by others (mode "
-        f"{mode:04o}), and what lies there would run in this process; take the rights of "
-        f"others (chmod go-w {folder}), let TILELANG_CACHE_DIR or MHC_OPS_KERNELS name a folder of "
-        "your own, or set MHC_OPS_TRUST_CACHE=1"
+@pytest.mark.parametrize(
+    ("name", "lack"),
+    [
+        ("none", "where there is no folder"),
+        ("empty", "which has no kernels"),
+        ("file", "where there is no folder"),
+    ],
+)
+def test_a_folder_that_has_no_kernels(monkeypatch, tmp_path, name, lack):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MHC_OPS_KERNELS", f"~/{name}")
+    with pytest.raises(ValueError, match="MHC_OPS_KERNELS") as error:
+        config.kernels_folder()
+    assert str(error.value) == (
+        f"MHC_OPS_KERNELS: expected a folder of kernels built ahead, got '~/{name}', {lack}; fill "
+        f"it (python -m mhc_ops build --arch ARCH -o {tmp_path}/{name}), name another one, or "
+        "unset the variable"
     )
 
 
-def test_a_folder_that_a_group_can_write(folder, monkeypatch):
-    """Trust a group of the user's own name: systems that make it make it for the user alone."""
-    folder.chmod(0o770)
-    user = pwd.getpwuid(os.geteuid()).pw_name
-    for name, trusted in ((user, True), ("engineers", False)):
-        monkeypatch.setattr(grp, "getgrgid", lambda gid, n=name: types.SimpleNamespace(gr_name=n))
-        if trusted:
-            config.require_trusted(folder)
-        else:
-            assert f"{folder} can be written by others (mode 0770)" in refusal(folder)
-
-    def unknown(gid):
-        raise KeyError(gid)
-
-    monkeypatch.setattr(grp, "getgrgid", unknown)
-    assert f"{folder} can be written by others (mode 0770)" in refusal(folder)
+# ------------------------------------------------------------------------------ misspelt variables
 
 
-def test_a_folder_of_another_user(folder, monkeypatch):
-    monkeypatch.setattr(os, "geteuid", lambda: os.stat(folder).st_uid + 4321)
-    if os.stat(folder).st_uid == 0:
-        os.chown(folder, 1234, -1)
-    owner = os.stat(folder).st_uid
-    assert f"{folder} belongs to another user (uid {owner})" in refusal(folder)
+@pytest.fixture
+def warnings(caplog):
+    """Return the warnings so far of a process that has not yet looked at the environment."""
+    config.warn_of_unread.cache_clear()
+    yield lambda: [record.getMessage() for record in caplog.records]
+    config.warn_of_unread.cache_clear()
 
 
-def test_a_folder_above_counts(folder):
-    above = folder.parent
-    above.chmod(0o777)
-    assert f"loaded from {folder}: {above} can be written by others" in refusal(folder)
-    assert f"{above} can be written by others" in refusal(folder / "not" / "there")
-    above.chmod(0o1777)  # /tmp has this mode.
-    config.require_trusted(folder)
+@pytest.mark.parametrize("look", [config.switches, store.ahead_folder])
+def test_a_misspelt_variable_is_warned_of_once(monkeypatch, warnings, look):
+    monkeypatch.setenv("MHC_OPS_KERNEL", "/kernels")
+    monkeypatch.setenv("MHC_OPS_XYZZY", "1")
+    for _ in range(3):
+        look()
+    assert warnings() == [
+        "the environment has MHC_OPS_KERNEL, which nothing reads; MHC_OPS_KERNELS was meant?",
+        "the environment has MHC_OPS_XYZZY, which nothing reads",
+    ]
 
 
-def test_a_link_is_followed(folder, tmp_path):
-    open_to_all = tmp_path / "open"
-    open_to_all.mkdir()
-    open_to_all.chmod(0o777)
-    (folder / "link").symlink_to(open_to_all)
-    assert f"{open_to_all} can be written by others" in refusal(folder / "link")
-
-
-def test_the_switch_trusts_every_folder(folder, monkeypatch):
-    folder.chmod(0o777)
-    monkeypatch.setenv(TRUST, "1")
-    config.require_trusted(folder)
-
-
-def test_the_folder_of_kernels(folder, monkeypatch):
-    assert config.kernels_folder() == Path(config.__file__).with_name("packaged")
-    monkeypatch.setenv("MHC_OPS_KERNELS", str(folder))
-    assert config.kernels_folder() == folder
-    folder.chmod(0o777)
-    with pytest.raises(RuntimeError, match="can be written by others"):
-        config.kernels_folder()
+def test_no_warning_of_variables_that_are_read(monkeypatch, warnings):
+    for name in config.DEFAULTS:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("MHC_OPS_AOT_ARCHS", "sm_90a")
+    config.switches()
+    assert not warnings()

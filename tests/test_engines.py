@@ -18,7 +18,7 @@ import pytest
 import torch
 from call_counts import CallCounts
 
-from helpers import assert_equal
+from helpers import assert_equal, folder_of_kernels
 from mhc_ops import compiler, formula, jit, ops, routes, store, support
 from mhc_ops.integrations import _fallback, sglang, vllm
 from mhc_ops.testing import as_outputs, make_inputs
@@ -648,7 +648,7 @@ class TestObtainable:
     def _nothing(self, monkeypatch, tmp_path):
         """Take away kernels, TileLang and nvcc."""
         monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
-        monkeypatch.setenv("MHC_OPS_KERNELS", str(tmp_path / "ahead"))
+        monkeypatch.setenv("MHC_OPS_KERNELS", str(folder_of_kernels(tmp_path / "ahead")))
         for name in ("MHC_OPS_DISABLE_JIT", "MHC_OPS_TRUST_CACHE"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(jit, "_compiled", {})
@@ -713,7 +713,6 @@ class TestObtainable:
         )
 
     def test_a_folder_that_others_can_write(self, tmp_path):
-        (tmp_path / "ahead").mkdir()
         (tmp_path / "ahead").chmod(0o777)
         served, reason = jit.obtainable(256, "sm_90a")
         assert not served

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import mhc_ops
-from helpers import HANG
-from mhc_ops import compiler, formula, jit, routes, store
+from helpers import HANG, folder_of_kernels
+from mhc_ops import compiler, disk, formula, jit, routes, store
 from mhc_ops.native import launcher
 
 ROOT = Path(mhc_ops.__file__).parents[1]
@@ -152,7 +152,7 @@ def test_many_threads_load_once(compile_calls, monkeypatch):
 def folders(monkeypatch, compile_calls, tmp_path):
     """Replace ``store.load_kernel``: hold the kernel of each folder, and the asked folders."""
     compile_calls.gate.set()
-    monkeypatch.setenv("MHC_OPS_KERNELS", str(tmp_path / "ahead"))
+    monkeypatch.setenv("MHC_OPS_KERNELS", str(folder_of_kernels(tmp_path / "ahead")))
     held = types.SimpleNamespace(kernels={}, asked=[])
     names = {tmp_path / "ahead": "ahead", store.cached_folder(): "cache"}
 
@@ -201,16 +201,28 @@ def test_a_cache_that_others_can_write_is_refused(compile_calls, tmp_path):
 
 def test_disabled(compile_calls, monkeypatch, tmp_path):
     monkeypatch.setenv("MHC_OPS_DISABLE_JIT", "1")
-    monkeypatch.setenv("MHC_OPS_KERNELS", "/kernels")
+    ahead = folder_of_kernels(tmp_path / "ahead")
+    monkeypatch.setenv("MHC_OPS_KERNELS", str(ahead))
     with pytest.raises(RuntimeError) as error:
         jit.compile_key(KEY)
     assert str(error.value) == (
-        "mhc: kernel post for hidden size 256 on sm_90a is neither built ahead, in /kernels, nor "
+        f"mhc: kernel post for hidden size 256 on sm_90a is neither built ahead, in {ahead}, nor "
         f"cached, in {store.cached_folder()}, and MHC_OPS_DISABLE_JIT is set; build it: "
         "python -m mhc_ops build --arch sm_90a --hidden 256 -o DIR, then MHC_OPS_KERNELS=DIR"
     )
     assert not compile_calls.calls
     assert not (tmp_path / "cache").exists()
+
+
+def test_kernels_that_are_named_and_not_there(compile_calls, monkeypatch, tmp_path):
+    """Compile nothing where the user has said where the kernels are, and they are not there."""
+    compile_calls.gate.set()
+    monkeypatch.setenv("MHC_OPS_KERNELS", str(tmp_path / "ahead"))
+    with pytest.raises(ValueError, match=r"^MHC_OPS_KERNELS: expected a folder of kernels "):
+        jit.compile_key(KEY)
+    served, reason = jit.obtainable(256, "sm_90a")
+    assert (served, reason[:16]) == (False, "MHC_OPS_KERNELS:")
+    assert not compile_calls.calls
 
 
 def test_what_was_compiled_is_kept(compile_calls):
@@ -285,13 +297,33 @@ def test_without_nvcc(failing):
 
 
 def test_a_full_disk(failing, monkeypatch):
-    monkeypatch.setenv("TILELANG_CACHE_DIR", "/full")
+    monkeypatch.setattr(disk, "advice", lambda error: f"make room ({error.__cause__})")
     wrapped = RuntimeError("compilation failed")
     wrapped.__cause__ = OSError(28, "No space left on device")
-    assert failing(wrapped) == (
-        "make room in /full and in the folder for temporary files, or let TILELANG_CACHE_DIR and "
-        "TMPDIR name others"
-    )
+    assert failing(wrapped) == "make room ([Errno 28] No space left on device)"
+
+
+def test_nvcc_without_words_for_a_full_disk(failing, monkeypatch):
+    nvcc = types.SimpleNamespace(get_nvcc_compiler=lambda: sys.executable)
+    monkeypatch.setitem(sys.modules, "tilelang.contrib.nvcc", nvcc)
+    monkeypatch.setattr(disk, "_free", lambda folder: 1 << 20)
+    advice = failing(RuntimeError("nvcc fatal   : Failed to preprocess host compiler properties."))
+    assert advice.startswith("make room in ")
+
+
+def test_a_failure_shows_no_cuda_source(failing, monkeypatch):
+    """Leave out the source, also in the error that led to the refusal, which tracebacks show."""
+    said = "a.cu(3): error: no such thing"
+    error = RuntimeError("extern source;\n" * 80 + f"\nCompilation error:\n{said}\n")
+
+    def compile_one(key):
+        raise error
+
+    monkeypatch.setattr(compiler, "_compile", compile_one)
+    with pytest.raises(RuntimeError) as refusal:
+        jit.compile_key(KEY)
+    assert str(refusal.value).splitlines()[0] == f"{WHAT}RuntimeError: {said}"
+    assert str(refusal.value.__cause__) == said
 
 
 def test_a_cache_that_cannot_be_written(failing):
@@ -340,9 +372,11 @@ def test_a_kernel_that_cannot_be_kept_still_runs(compile_calls, monkeypatch, cap
     monkeypatch.setattr(store, "save", save)
     with caplog.at_level(logging.WARNING, logger="mhc_ops"):
         jit.compile_key(KEY)
-    assert [record.getMessage() for record in caplog.records] == [
-        f"kernel post for hidden size 256 on sm_90a cannot be kept for other processes: {full}"
-    ]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith(
+        f"kernel post for hidden size 256 on sm_90a cannot be kept for other processes: {full}; "
+        "make room in "
+    )
 
 
 READ_ONLY = """

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fake_driver import ARCH, compiled
-from helpers import OPS, call
+from helpers import OPS, call, folder_of_kernels
 from mhc_ops import compiler, jit, store
 from mhc_ops._arguments import recipe
 from mhc_ops.native import host, launcher, serve
@@ -56,7 +56,7 @@ def test_what_is_no_call(paths):
 
 
 def test_where_kernels_come_from(paths, tmp_path, monkeypatch):
-    monkeypatch.setenv("MHC_OPS_KERNELS", str(tmp_path / "ahead"))
+    monkeypatch.setenv("MHC_OPS_KERNELS", str(folder_of_kernels(tmp_path / "ahead")))
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(compiler, "compile_kernel", compiled)
     monkeypatch.setattr(launcher, "load", lambda *args: object())

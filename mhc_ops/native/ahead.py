@@ -66,7 +66,7 @@ def write_plans(folder: Path, arch: str, hidden: int) -> None:
     """
     known = plans(hidden, arch, None)
     every = dict.fromkeys(step.key for of in known for r in of.ranges for step in r.steps)
-    found = {key: store.load_kernel(folder, key) for key in every}
+    found = {key: store.load_kernel(folder, key, read=Path.read_bytes) for key in every}
     kernels = {key: kernel for key, kernel in found.items() if kernel is not None}
     # In the file each kernel has a number instead of a handle.
     numbered = {key: launcher.Kernel(i, kernel) for i, (key, kernel) in enumerate(kernels.items())}

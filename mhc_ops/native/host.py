@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import formula, jit
+from .. import disk, formula, jit
 from .._arguments import MIX, Recipe, TensorSpec, recipe
 from .._library import SCHEMAS
 from ..formula import Formula
@@ -219,9 +219,11 @@ def load() -> bool:
                 _ops.update((op, _define(loaded, recipe(op))) for op in SCHEMAS)
                 _library, _reads = loaded, _NativeReads(loaded)
             except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+                room = disk.advice(error)
                 logger.warning(
-                    "no short way of eager calls, which take longer on the host: %s",
+                    "no short way of eager calls, which take longer on the host: %s%s",
                     library.reason(error),
+                    f"; {room}" if room else "",
                 )
             _tried = True
         return _library is not None

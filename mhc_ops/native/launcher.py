@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import disk
 from ..compiler import Compiled
 from . import library
 
@@ -115,9 +116,10 @@ def get() -> ctypes.CDLL:
             try:
                 _library = declare(ctypes.CDLL(str(library.obtain(NAME, built_with(), command()))))
             except (OSError, subprocess.SubprocessError) as error:
+                advice = disk.advice(error) or "install a C compiler, or let CC name one"
                 raise RuntimeError(
                     f"mhc: the launcher of kernels cannot be built: {library.reason(error)}\n"
-                    "install a C compiler, or let CC name one; or build it on another machine: "
+                    f"{advice}; or build it on another machine: "
                     "python -m mhc_ops build --arch ARCH -o DIR, then MHC_OPS_KERNELS=DIR"
                 ) from error
         return _library

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .. import config, store
+from .. import config, store, trust
 
 logger = logging.getLogger("mhc_ops")
 
@@ -61,7 +61,7 @@ def build(folder: Path, name: str, built_with: Mapping[str, str], command: Seque
     Raises:
         OSError, subprocess.SubprocessError: the library cannot be built or written.
     """
-    if store.find(folder, name, store.LIBRARY, built_with) is None:
+    if store.find(folder, name, store.LIBRARY, built_with, read=Path.read_bytes) is None:
         store.save(folder, name, store.LIBRARY, built_with, compile(name, command))
 
 
@@ -74,17 +74,18 @@ def obtain(name: str, built_with: Mapping[str, str], command: Sequence[str]) -> 
         command: as of :func:`compile`.
 
     Returns:
-        The path of the library.
+        The path of the library. Only root and the user of this process can put another file there,
+        so the path leads to what was looked at until the library is loaded.
 
     Raises:
         OSError, subprocess.SubprocessError: the library cannot be built or written.
-        RuntimeError: others can write to the library's folder.
+        RuntimeError: others can write the library or its folder.
     """
-    ahead = store.find(config.kernels_folder(), name, store.LIBRARY, built_with)
+    ahead = store.find(store.ahead_folder(), name, store.LIBRARY, built_with)
     if ahead is not None:
         return ahead.path
     folder = config.own_cache_folder() / f"{name}-{store.digest(built_with)}"
-    config.require_trusted(folder)
+    trust.require_folder(folder)
     if store.find(folder, name, store.LIBRARY, built_with) is None:
         with store.lock(folder, name):  # Another process may build it meanwhile.
             build(folder, name, built_with, command)
