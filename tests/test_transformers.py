@@ -480,10 +480,13 @@ class TestWrapped:
         before = snapshot(model)
         wrapped = wrap(model)
         assert integration.apply(wrapped) is wrapped
+        device = next(model.parameters()).device  # DataParallel moves the model to a GPU.
+        tokens = tokens.to(device)
         with CallCounts() as calls:
-            got = logits(wrapped, tokens.cpu())
+            got = logits(wrapped, tokens)
         assert dict(calls.counts) == FUSED
-        assert torch.equal(got, logits(integration.apply(copy.deepcopy(stock)), tokens.cpu()))
+        plain = integration.apply(copy.deepcopy(stock).to(device))
+        assert torch.equal(got, logits(plain, tokens))
         assert integration.remove(wrapped) is wrapped
         assert snapshot(model) == before
 
