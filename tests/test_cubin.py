@@ -40,8 +40,8 @@ LONGEST_TO_LOWER = ("fused_post_pre_persistent", "pre")
 
 # These kernels may spill so many bytes. The warps of the first two have two roles with registers to
 # match, 184 or 200 to hold fn; they spill addresses above all, and pre some of fn.
-# expand_pre lacks a register where two CTAs share an SM.
-MAY_SPILL = {"fused_post_pre_persistent": 80, "pre": 96, "expand_pre": 8}
+# expand_pre and post_head lack one or two registers where two CTAs share an SM.
+MAY_SPILL = {"fused_post_pre_persistent": 80, "pre": 96, "expand_pre": 8, "post_head": 8}
 
 WAIT = "cudaGridDependencySynchronize()"
 PDL = (WAIT, "cudaTriggerProgrammaticLaunchCompletion()", "griddepcontrol")

@@ -77,7 +77,7 @@ def kernels_with(*names: str, **constants: int) -> Iterator[list[ModuleType]]:
 def small_clusters():
     """Make kernels with clusters of 2; ThreadSanitizer can run two such clusters side by side."""
     with kernels_with(
-        "layout", "steps.project", "steps.columns", "steps.head_tile", "_operands",
+        "layout", "steps.project", "steps.columns", "steps.head_tile", "steps.exchange",
         "fused_post_pre", *ENDS, CLUSTER=2, GROUP_TOKENS=4, EXPAND_PRE_GROUP_TOKENS=16,
     ) as modules, pytest.MonkeyPatch.context() as patch:  # fmt: skip
         # Three clusters are many already: they arrive at their barrier relaxed.
