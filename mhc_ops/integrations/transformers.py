@@ -35,7 +35,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 )
 
 from .. import config, geometry
-from .._arguments import ACTIVATION, LARGEST, MIX
+from .._arguments import ACTIVATION, EPSILON, MIX
 from ..nn import (
     POST_MULT_VALUE,
     FoldedRMSNorm,
@@ -182,9 +182,10 @@ def _check_settings(decoder: DeepseekV4Model) -> None:
             f"{config.hc_sinkhorn_iters}"
         )
     for name in ("hc_eps", "rms_norm_eps"):
-        if not 0 <= getattr(config, name) <= LARGEST:  # NaN fails both comparisons
+        expected = EPSILON.fault(getattr(config, name))
+        if expected is not None:
             raise ValueError(
-                f"mhc_ops.integrations.transformers: expected {name} to be finite and at least 0, "
+                f"mhc_ops.integrations.transformers: expected {name} {expected}, "
                 f"got {getattr(config, name)}"
             )
     devices = {parameter.device for parameter in decoder.parameters()}
