@@ -31,7 +31,7 @@ torch.manual_seed(0)
 stack = nn.DecoderStack([(Mlp(), Mlp()) for _ in range(LAYERS)], HIDDEN, device=DEVICE).to(DEVICE)
 names = checkpoint.stack_names(LAYERS, "deepseek")
 tensors = {theirs: torch.randn_like(stack.get_parameter(ours)) for ours, theirs in names.items()}
-checkpoint.load_stack(stack, tensors)  # safetensors.torch.load_file(...) reads a real checkpoint
+checkpoint.load_stack(stack, tensors)  # or the path of a real checkpoint's file or folder
 nn.wire(stack)
 embedding = torch.randn(TOKENS, HIDDEN, device=DEVICE).bfloat16()
 

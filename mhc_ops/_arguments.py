@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,7 +19,10 @@ from ._library import SCHEMAS
 
 ACTIVATION = torch.bfloat16
 MIX = torch.float32
-LARGEST = sys.float_info.max  # any finite number is at most this
+# The kernels take numbers as fp32. A number beyond these would be infinite there, or zero, or a
+# subnormal number, which loses digits and which some modes of a CPU take as zero.
+LARGEST = torch.finfo(torch.float32).max
+SMALLEST = torch.finfo(torch.float32).smallest_normal
 # Sinkhorn has converged long before this many rounds. Without a bound a mistyped number of rounds
 # would keep a CPU or GPU busy for hours.
 MOST_ROUNDS = 10_000
@@ -46,7 +48,7 @@ class TensorSpec(NamedTuple):
 
 
 class NumberSpec(NamedTuple):
-    """Describe a finite number among the arguments of an op.
+    """Describe a number among the arguments of an op, which fp32 can hold.
 
     Attributes:
         least, most: the smallest and the largest allowed value.
@@ -57,10 +59,25 @@ class NumberSpec(NamedTuple):
     most: float
     integer: bool = False
 
+    def fault(self, value: float) -> str | None:
+        """Say what is expected instead of a value, which may be NaN; None where the value will do.
+
+        Args:
+            value: a finite number, an infinite one or NaN.
+        """
+        if not self.least <= value <= self.most:
+            if self.integer:
+                return f"from {self.least} to {self.most}"
+            least = "" if self.least == -LARGEST else f" and at least {self.least}"
+            return f"to be finite in fp32{least}"
+        if value != 0 and abs(value) < SMALLEST:
+            return f"to be 0 or at least {SMALLEST} in size, which fp32 holds"
+        return None
+
 
 Spec = TensorSpec | NumberSpec
 
-_EPSILON = NumberSpec(0, LARGEST)
+EPSILON = NumberSpec(0, LARGEST)
 
 ARGUMENTS: dict[str, Spec] = {
     "x": TensorSpec((ACTIVATION,), ("hidden",), per_token=True),
@@ -72,14 +89,14 @@ ARGUMENTS: dict[str, Spec] = {
     "hc_base": TensorSpec((MIX,), ("rows",), rows=False),
     "scale": TensorSpec((MIX,), (1,), rows=False),
     "base": TensorSpec((MIX,), ("rows",), rows=False),
-    "rms_eps": _EPSILON,
-    "hc_pre_eps": _EPSILON,
-    "hc_eps": _EPSILON,
-    "hc_sinkhorn_eps": _EPSILON,
+    "rms_eps": EPSILON,
+    "hc_pre_eps": EPSILON,
+    "hc_eps": EPSILON,
+    "hc_sinkhorn_eps": EPSILON,
     "hc_post_mult_value": NumberSpec(-LARGEST, LARGEST),
     "sinkhorn_repeat": NumberSpec(1, MOST_ROUNDS, integer=True),
     "norm_weight": TensorSpec((ACTIVATION, MIX), ("hidden",)),
-    "norm_eps": _EPSILON,
+    "norm_eps": EPSILON,
 }
 
 OUTPUTS: dict[str, TensorSpec] = {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import geometry
-from ._arguments import LARGEST, NumberSpec, Sizes, TensorSpec, recipe, streams_of
+from ._arguments import NumberSpec, Sizes, TensorSpec, recipe, streams_of
 
 ALIGNMENT = 16  # each thread of a kernel loads and stores 16 bytes at once
 
@@ -122,16 +122,14 @@ def _check_layout(
 
 
 def _check_number(op: str, argument: str, value: Any, spec: NumberSpec) -> None:
-    """Refuse a number out of its range, and NaN, which no range contains.
+    """Refuse a number out of its range.
 
     A symbolic number passes: the call that has its value checks it.
     """
-    if type(value) not in (float, int) or spec.least <= value <= spec.most:
-        return
-    if spec.most < LARGEST:
-        _fail(op, argument, f"from {spec.least} to {spec.most}", value)
-    least = "" if spec.least == -LARGEST else f" and at least {spec.least}"
-    _fail(op, argument, f"to be finite{least}", value)
+    if type(value) in (float, int):
+        expected = spec.fault(value)
+        if expected is not None:
+            _fail(op, argument, expected, value)
 
 
 def _check_hidden(op: str, argument: str, tensor: Tensor, hidden: Any) -> None:
@@ -146,11 +144,23 @@ def _check_hidden(op: str, argument: str, tensor: Tensor, hidden: Any) -> None:
         )
 
 
-def _check_residual(op: str, residual: Tensor, spec: TensorSpec) -> tuple[Any, ...]:
-    """Check the streams by themselves, and return their shape."""
+def _is_one_token(shape: tuple[Any, ...], values: Mapping[str, Any]) -> bool:
+    """Tell a token without token dimensions from tokens whose dimension of streams was forgotten.
+
+    The sublayer's output has the hidden size alone then; without it, ``fn`` tells.
+    """
+    x, fn = values.get("x"), values.get("fn")
+    if "x" in values:
+        return x is not None and x.dim() == 1
+    return fn is not None and fn.dim() == 2 and bool(fn.shape[1] == shape[0] * shape[1])
+
+
+def _check_residual(op: str, values: Mapping[str, Any], spec: TensorSpec) -> tuple[Any, ...]:
+    """Check the streams, and return their shape."""
+    residual = values["residual"]
     _check_given(op, "residual", residual)
     shape = tuple(residual.shape)
-    if len(shape) < 3:
+    if len(shape) < 2 or (len(shape) == 2 and not _is_one_token(shape, values)):
         _fail(op, "residual", "of shape (..., hc_mult, hidden)", _shape_text(shape))
     _check_tensor(op, "residual", residual, residual.device, spec, shape)
     hc_mult, hidden = shape[-2:]
@@ -171,7 +181,7 @@ def _check_embedding(op: str, x: Tensor, fn: Tensor, spec: TensorSpec) -> tuple[
     """
     _check_given(op, "x", x)
     shape = tuple(x.shape)
-    if len(shape) < 2:
+    if len(shape) < 1:
         _fail(op, "x", "of shape (..., hidden)", _shape_text(shape))
     _check_tensor(op, "x", x, x.device, spec, shape)
     if shape[-1] < 1:
@@ -210,7 +220,7 @@ def check(op: str, values: Mapping[str, Any]) -> Sizes:
     of = recipe(op)
     streams, spec = values[of.streams], of.tensors[of.streams]
     if of.streams == "residual":
-        shape = _check_residual(op, streams, spec)
+        shape = _check_residual(op, values, spec)
     else:
         shape = _check_embedding(op, streams, values["fn"], spec)
     *leading, hc_mult, hidden = shape

@@ -156,15 +156,21 @@ def _forward_only(name: str) -> Callable[..., Any]:
 
 
 def register(
-    name: str, *, fake: Callable[..., Any], cuda: Callable[..., Any], cpu: Callable[..., Any]
+    name: str,
+    *,
+    fake: Callable[..., Any],
+    cuda: Callable[..., Any],
+    cpu: Callable[..., Any],
+    batched: Callable[..., Any],
 ) -> None:
-    """Define ``mhc::name`` from its schema and register its four implementations.
+    """Define ``mhc::name`` from its schema and register its five implementations.
 
     Args:
         name: a key of :data:`SCHEMAS`.
         fake: the shape function, run under fake tensors and on the meta device.
         cuda: the implementation for CUDA tensors.
         cpu: the implementation for CPU tensors.
+        batched: the implementation for tensors under ``torch.func.vmap``.
 
     The autograd implementation is the same for every op: forward passes through, backward and
     forward-mode differentiation raise. Without it a gradient would be dropped silently.
@@ -172,5 +178,6 @@ def register(
     LIBRARY.define(SCHEMAS[name], tags=_TAGS)
     LIBRARY.impl(name, cpu, "CPU")
     LIBRARY.impl(name, cuda, "CUDA")
+    LIBRARY.impl(name, batched, "FuncTorchBatched")
     torch.library.register_fake(f"mhc::{name}", fake, lib=LIBRARY)
     LIBRARY.impl(name, _forward_only(name), "Autograd", with_keyset=True)

@@ -18,13 +18,20 @@ layer. Their names begin with ``mtp.0.``: those of a layer, of a head and a norm
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .nn import DecoderStack, NextNLayer, refresh_norm_weight_cache
+
+# A checkpoint is given as tensors by name, or as the path of a file, or of a folder of files.
+Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str]
 
 _PARAMETERS = ("fn", "base", "scale")
 
@@ -112,6 +119,59 @@ def nextn_names(index: int = 0) -> dict[str, str]:
     }
 
 
+class _Files(Mapping[str, Tensor]):
+    """Read tensors of safetensors files by name, each when it is asked for."""
+
+    def __init__(self, files: list[Any]) -> None:
+        self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+@contextmanager
+def _opened(what: str, tensors: Checkpoint) -> Iterator[Mapping[str, Tensor]]:
+    """Give the tensors of a checkpoint by name."""
+    if isinstance(tensors, Mapping):
+        yield tensors
+        return
+    taken = (
+        "a mapping of names to tensors, or the path of a safetensors file or of a folder of such "
+        "files"
+    )
+    if not isinstance(tensors, (str, os.PathLike)):
+        raise TypeError(f"{what}: expected {taken}, got {type(tensors).__name__}")
+    path = Path(tensors).expanduser()
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not path.exists() or not files:
+        missing = "which does not exist" if not path.exists() else "a folder without such a file"
+        raise FileNotFoundError(f"{what}: expected {taken}, got {tensors}, {missing}")
+    try:
+        import safetensors
+    except ImportError as error:
+        raise ImportError(
+            f"{what}: reading {tensors} needs the package safetensors, which is not installed; "
+            "without it, hand over a mapping of names to tensors"
+        ) from error
+    with ExitStack() as stack:
+        opened = []
+        for file in files:
+            try:
+                opened.append(stack.enter_context(safetensors.safe_open(file, framework="pt")))
+            except safetensors.SafetensorError as error:
+                raise ValueError(
+                    f"{what}: expected {taken}, got {file}, which is none: {error}"
+                ) from error
+        yield _Files(opened)
+
+
 def _load(
     what: str,
     model: torch.nn.Module,
@@ -147,7 +207,7 @@ def _load(
     refresh_norm_weight_cache(model)
 
 
-def load_stack(stack: DecoderStack, tensors: Mapping[str, Tensor]) -> None:
+def load_stack(stack: DecoderStack, tensors: Checkpoint) -> None:
     """Load the mHC parameters and norms of a stack, in place.
 
     Other tensors of the checkpoint, including those of its draft layers, are ignored. The
@@ -156,33 +216,40 @@ def load_stack(stack: DecoderStack, tensors: Mapping[str, Tensor]) -> None:
 
     Args:
         stack: the stack.
-        tensors: the checkpoint, by DeepSeek's names or by those of transformers.
+        tensors: the checkpoint, by DeepSeek's names or by those of transformers: a mapping, or the
+            path of a safetensors file, or of a folder of such files, of which those tensors alone
+            are read that the stack takes. Paths need the package safetensors.
 
     Raises:
+        TypeError: the checkpoint is neither a mapping nor a path.
+        FileNotFoundError: there is no such file, or no safetensors file in the folder.
+        ImportError: a path is given, and safetensors is not installed.
         ValueError: an mHC tensor is missing, belongs to a layer that the stack does not have, or
             has another shape or no usable dtype. The message names every such tensor, and nothing
-            is overwritten.
+            is overwritten. Or a file is no safetensors file.
     """
-    layers = len(stack.layers)
-    held = {
-        style: sum(name in tensors for name in stack_names(layers, style).values())
-        for style in _PREFIX
-    }
-    style = max(held, key=lambda style: held[style])
-    names = stack_names(layers, style)
-    _load("mhc_ops.checkpoint.load_stack", stack, names, _KINDS[style], tensors)
+    what, layers = "mhc_ops.checkpoint.load_stack", len(stack.layers)
+    with _opened(what, tensors) as opened:
+        held = {
+            style: sum(name in opened for name in stack_names(layers, style).values())
+            for style in _PREFIX
+        }
+        style = max(held, key=lambda style: held[style])
+        _load(what, stack, stack_names(layers, style), _KINDS[style], opened)
 
 
-def load_nextn(layer: NextNLayer, tensors: Mapping[str, Tensor], index: int = 0) -> None:
+def load_nextn(layer: NextNLayer, tensors: Checkpoint, index: int = 0) -> None:
     """Load the mHC parameters and norms of a draft layer, in place.
 
     Args:
         layer: the draft layer. This function does not load its projections.
-        tensors: the checkpoint, by DeepSeek's names; its other tensors are ignored.
+        tensors: the checkpoint, by DeepSeek's names, as :func:`load_stack` takes it; its other
+            tensors are ignored.
         index: which of the checkpoint's draft layers.
 
     Raises:
-        ValueError: as :func:`load_stack` raises it.
+        TypeError, FileNotFoundError, ImportError, ValueError: as :func:`load_stack` raises them.
     """
-    kinds = rf"mtp\.{index}\.({_DEEPSEEK_KINDS})"
-    _load("mhc_ops.checkpoint.load_nextn", layer, nextn_names(index), kinds, tensors)
+    what, kinds = "mhc_ops.checkpoint.load_nextn", rf"mtp\.{index}\.({_DEEPSEEK_KINDS})"
+    with _opened(what, tensors) as opened:
+        _load(what, layer, nextn_names(index), kinds, opened)

@@ -214,7 +214,10 @@ def parse(text: str) -> Formula:
     """
     try:
         return _from_tree(ast.parse(text, mode="eval").body)
-    except (SyntaxError, TypeError, KeyError, ZeroDivisionError) as error:
+    except (
+        *(SyntaxError, TypeError, KeyError, ZeroDivisionError),
+        *(RecursionError, MemoryError),  # The text is nested too deeply.
+    ) as error:
         raise ValueError(f"mhc_ops.formula.parse: expected a formula, got {text!r}") from error
 
 

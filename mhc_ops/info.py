@@ -225,7 +225,7 @@ def _stored(folder: Path) -> dict[str, str]:
     for path in folder.glob("*.cubin"):
         try:
             found[path.stem] = str(json.loads(path.with_suffix(".json").read_bytes())["sources"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             found[path.stem] = "unknown"
     return found
 

@@ -117,7 +117,7 @@ def find(
         if file.exists():
             _leave(file, f"there is no {manifest.name} beside it")
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         _leave(manifest, f"it cannot be read: {error}")
         return None
     if not isinstance(facts, dict) or facts.get("name") != name:

@@ -123,7 +123,11 @@ def refusals():
     assert said(fn=fn[:4]) == (
         f"{expected}fn as Float [24, 1024] on cpu, got Float [4, 1024] on cpu"
     )
-    assert said(rms_eps=-1.0) == f"{expected}rms_eps as a finite number of at least 0, got -1"
+    for beyond in (1e-60, 1e39):
+        assert "rms_eps as a number that fp32 holds, at least 0" in said(rms_eps=beyond)
+    assert (
+        said(rms_eps=-1.0) == f"{expected}rms_eps as a number that fp32 holds, at least 0, got -1"
+    )
     assert said(sinkhorn_repeat=0) == (
         f"{expected}sinkhorn_repeat as an integer from 1 to 10000, got 0"
     )
@@ -131,7 +135,7 @@ def refusals():
         f"{expected}norm_eps as None, as there is no norm_weight, got 1e-06"
     )
     assert said(residual=inputs["residual"][0, 0]).startswith(
-        f"{expected}residual with token dimensions and 2 more, got BFloat16 [256] on cpu"
+        f"{expected}residual with at least 2 dimensions, got BFloat16 [256] on cpu"
     )
     wide = torch.zeros(2, 4, 512).bfloat16()
     assert refusal(

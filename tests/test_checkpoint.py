@@ -1,6 +1,8 @@
 """Load mHC parameters from DeepSeek's names and from those of transformers."""
 
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,3 +222,87 @@ def test_load_nextn(index):
     for ours, theirs in names.items():
         parameter = draft.get_parameter(ours)
         assert torch.equal(parameter, tensors[theirs].to(parameter.dtype)), ours
+
+
+def assert_loaded(module, names, tensors):
+    for ours, theirs in names.items():
+        parameter = module.get_parameter(ours)
+        assert torch.equal(parameter, tensors[theirs].to(parameter.dtype))
+
+
+class TestFiles:
+    """Load checkpoints from safetensors files, as those of models come."""
+
+    @pytest.fixture
+    def safetensors(self):
+        return pytest.importorskip("safetensors.torch")
+
+    @pytest.mark.parametrize("kind", [str, Path], ids=["text", "path"])
+    def test_a_file(self, safetensors, tmp_path, stack_names, kind):
+        stack = make_stack()
+        tensors = checkpoint_of(stack_names, stack)
+        safetensors.save_file(tensors, tmp_path / "model.safetensors")
+        checkpoint.load_stack(stack, kind(tmp_path / "model.safetensors"))
+        assert_loaded(stack, stack_names, tensors)
+
+    def test_a_folder_of_files(self, safetensors, tmp_path, stack_names):
+        stack = make_stack()
+        tensors = checkpoint_of(stack_names, stack)
+        names = list(tensors)
+        for shard in range(3):
+            part = {name: tensors[name] for name in names[shard::3]}
+            safetensors.save_file(part, tmp_path / f"model-{shard}.safetensors")
+        (tmp_path / "config.json").write_text("{}")
+        checkpoint.load_stack(stack, tmp_path)
+        assert_loaded(stack, stack_names, tensors)
+
+    def test_a_draft_layer(self, safetensors, tmp_path):
+        layer, names = make_nextn(), checkpoint.nextn_names()
+        tensors = checkpoint_of(names, layer)
+        safetensors.save_file(tensors, tmp_path / "mtp.safetensors")
+        checkpoint.load_nextn(layer, tmp_path / "mtp.safetensors")
+        assert_loaded(layer, names, tensors)
+
+    def test_a_home_folder(self, safetensors, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        stack, names = make_stack(), checkpoint.stack_names(LAYERS, "deepseek")
+        safetensors.save_file(checkpoint_of(names, stack), tmp_path / "model.safetensors")
+        checkpoint.load_stack(stack, "~/model.safetensors")
+
+    def test_a_file_that_does_not_fit(self, safetensors, tmp_path):
+        stack, names = make_stack(), checkpoint.stack_names(LAYERS, "deepseek")
+        tensors = checkpoint_of(names, stack)
+        del tensors["norm.weight"]
+        before = stack.state_dict()["head.fn"].clone()
+        safetensors.save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=r"load_stack: .* got missing norm\.weight$"):
+            checkpoint.load_stack(stack, tmp_path / "model.safetensors")
+        assert torch.equal(stack.state_dict()["head.fn"], before)
+
+    def test_what_is_no_safetensors_file(self, safetensors, tmp_path):
+        (tmp_path / "model.bin").write_bytes(b"PK not tensors")
+        with pytest.raises(ValueError, match=r"got .*model\.bin, which is none: "):
+            checkpoint.load_stack(make_stack(), tmp_path / "model.bin")
+
+    def test_what_is_not_there(self, tmp_path):
+        for path, text in (
+            (tmp_path, "a folder without such a file"),
+            (tmp_path / "model.safetensors", "which does not exist"),
+        ):
+            with pytest.raises(FileNotFoundError, match=rf"load_stack: expected .*, {text}$"):
+                checkpoint.load_stack(make_stack(), str(path))
+
+    def test_without_safetensors(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "safetensors", None)
+        (tmp_path / "model.safetensors").touch()
+        with pytest.raises(ImportError, match="needs the package safetensors, which is not inst"):
+            checkpoint.load_stack(make_stack(), tmp_path / "model.safetensors")
+
+    @pytest.mark.parametrize("given", [None, 3, [torch.ones(2)], torch.ones(2)])
+    def test_what_is_taken(self, given):
+        with pytest.raises(
+            TypeError,
+            match="load_stack: expected a mapping of names to tensors, or the path of a "
+            f"safetensors file or of a folder of such files, got {type(given).__name__}$",
+        ):
+            checkpoint.load_stack(make_stack(), given)

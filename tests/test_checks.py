@@ -80,7 +80,7 @@ for name, ops in ARGUMENTS.items():
     other = torch.bfloat16 if name in MIX_ARGUMENTS else torch.float16
     CASES[f"{name} dtype"] = Case(name, ops, cast(other))
     # Most get one more dimension; residual gets two less, as pre and head take any number of
-    # leading ones.
+    # leading ones, or none.
     rank = (lambda t: t[0, 0]) if name == "residual" else (lambda t: t[None])
     CASES[f"{name} rank"] = Case(name, POST if name == "x" else ops, rank)
     if name != "norm_weight":
@@ -91,10 +91,13 @@ for name, ops in EPSILONS.items():
     CASES[f"{name} negative"] = Case(name, ops, value(-1e-6))
     CASES[f"{name} NaN"] = Case(name, ops, value(math.nan))
     CASES[f"{name} infinite"] = Case(name, ops, value(math.inf))
+    CASES[f"{name} infinite in fp32"] = Case(name, ops, value(1e39))
+    CASES[f"{name} zero in fp32"] = Case(name, ops, value(1e-60))
+    CASES[f"{name} subnormal in fp32"] = Case(name, ops, value(1e-38))
 CASES |= {
     "x hidden": Case("x", (*POST, "expand_pre"), resized(TOKENS, 2 * HIDDEN)),
     "x tokens": Case("x", POST, resized(TOKENS + 1, HIDDEN)),
-    "x without tokens": Case("x", ("expand_pre",), resized(HIDDEN)),
+    "x without dimensions": Case("x", ("expand_pre",), resized()),
     "x no hidden": Case("x", ("expand_pre",), resized(TOKENS, 0)),
     "residual without streams": Case("residual", RESIDUAL, resized(TOKENS, HIDDEN)),
     "residual hidden": Case("residual", RESIDUAL, resized(TOKENS, 4, 2 * HIDDEN)),
@@ -118,6 +121,8 @@ CASES |= {
     "norm_weight without norm_eps": Case("norm_eps", NORM, value(None)),
     "norm_eps without norm_weight": Case("norm_weight", NORM, value(None)),
     "hc_post_mult_value NaN": Case("hc_post_mult_value", PRE, value(math.nan)),
+    "hc_post_mult_value infinite in fp32": Case("hc_post_mult_value", PRE, value(-1e39)),
+    "hc_post_mult_value zero in fp32": Case("hc_post_mult_value", PRE, value(-1e-60)),
     "sinkhorn_repeat zero": Case("sinkhorn_repeat", PRE, value(0)),
     "sinkhorn_repeat negative": Case("sinkhorn_repeat", PRE, value(-3)),
     "sinkhorn_repeat of hours": Case("sinkhorn_repeat", PRE, value(10_001)),
@@ -225,21 +230,50 @@ fn gaps in rows: mhc::pre: expected fn with a contiguous last dimension, got str
     (2048, 2)
 norm_weight gaps in rows: mhc::pre: expected norm_weight with a contiguous last dimension,
     got strides (2,)
-rms_eps negative: mhc::pre: expected rms_eps to be finite and at least 0, got -1e-06
-rms_eps NaN: mhc::pre: expected rms_eps to be finite and at least 0, got nan
-rms_eps infinite: mhc::pre: expected rms_eps to be finite and at least 0, got inf
-hc_pre_eps negative: mhc::pre: expected hc_pre_eps to be finite and at least 0, got -1e-06
-hc_pre_eps NaN: mhc::pre: expected hc_pre_eps to be finite and at least 0, got nan
-hc_pre_eps infinite: mhc::pre: expected hc_pre_eps to be finite and at least 0, got inf
-hc_sinkhorn_eps negative: mhc::pre: expected hc_sinkhorn_eps to be finite and at least 0,
+rms_eps negative: mhc::pre: expected rms_eps to be finite in fp32 and at least 0, got
+    -1e-06
+rms_eps NaN: mhc::pre: expected rms_eps to be finite in fp32 and at least 0, got nan
+rms_eps infinite: mhc::pre: expected rms_eps to be finite in fp32 and at least 0, got inf
+rms_eps infinite in fp32: mhc::pre: expected rms_eps to be finite in fp32 and at least 0,
+    got 1e+39
+rms_eps zero in fp32: mhc::pre: expected rms_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-60
+rms_eps subnormal in fp32: mhc::pre: expected rms_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-38
+hc_pre_eps negative: mhc::pre: expected hc_pre_eps to be finite in fp32 and at least 0,
     got -1e-06
-hc_sinkhorn_eps NaN: mhc::pre: expected hc_sinkhorn_eps to be finite and at least 0, got
-    nan
-hc_sinkhorn_eps infinite: mhc::pre: expected hc_sinkhorn_eps to be finite and at least 0,
+hc_pre_eps NaN: mhc::pre: expected hc_pre_eps to be finite in fp32 and at least 0, got nan
+hc_pre_eps infinite: mhc::pre: expected hc_pre_eps to be finite in fp32 and at least 0,
     got inf
-norm_eps negative: mhc::pre: expected norm_eps to be finite and at least 0, got -1e-06
-norm_eps NaN: mhc::pre: expected norm_eps to be finite and at least 0, got nan
-norm_eps infinite: mhc::pre: expected norm_eps to be finite and at least 0, got inf
+hc_pre_eps infinite in fp32: mhc::pre: expected hc_pre_eps to be finite in fp32 and at
+    least 0, got 1e+39
+hc_pre_eps zero in fp32: mhc::pre: expected hc_pre_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-60
+hc_pre_eps subnormal in fp32: mhc::pre: expected hc_pre_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-38
+hc_sinkhorn_eps negative: mhc::pre: expected hc_sinkhorn_eps to be finite in fp32 and at
+    least 0, got -1e-06
+hc_sinkhorn_eps NaN: mhc::pre: expected hc_sinkhorn_eps to be finite in fp32 and at least
+    0, got nan
+hc_sinkhorn_eps infinite: mhc::pre: expected hc_sinkhorn_eps to be finite in fp32 and at
+    least 0, got inf
+hc_sinkhorn_eps infinite in fp32: mhc::pre: expected hc_sinkhorn_eps to be finite in fp32
+    and at least 0, got 1e+39
+hc_sinkhorn_eps zero in fp32: mhc::pre: expected hc_sinkhorn_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-60
+hc_sinkhorn_eps subnormal in fp32: mhc::pre: expected hc_sinkhorn_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-38
+norm_eps negative: mhc::pre: expected norm_eps to be finite in fp32 and at least 0, got
+    -1e-06
+norm_eps NaN: mhc::pre: expected norm_eps to be finite in fp32 and at least 0, got nan
+norm_eps infinite: mhc::pre: expected norm_eps to be finite in fp32 and at least 0, got
+    inf
+norm_eps infinite in fp32: mhc::pre: expected norm_eps to be finite in fp32 and at least
+    0, got 1e+39
+norm_eps zero in fp32: mhc::pre: expected norm_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-60
+norm_eps subnormal in fp32: mhc::pre: expected norm_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-38
 residual without streams: mhc::pre: expected residual of shape (..., hc_mult, hidden), got
     (3, 256)
 residual hidden: mhc::pre: expected fn of shape (24, 2048), got (24, 1024)
@@ -257,7 +291,12 @@ norm_weight without norm_eps: mhc::pre: expected norm_weight and norm_eps togeth
     neither, got norm_weight alone
 norm_eps without norm_weight: mhc::pre: expected norm_weight and norm_eps together or
     neither, got norm_eps alone
-hc_post_mult_value NaN: mhc::pre: expected hc_post_mult_value to be finite, got nan
+hc_post_mult_value NaN: mhc::pre: expected hc_post_mult_value to be finite in fp32, got
+    nan
+hc_post_mult_value infinite in fp32: mhc::pre: expected hc_post_mult_value to be finite in
+    fp32, got -1e+39
+hc_post_mult_value zero in fp32: mhc::pre: expected hc_post_mult_value to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got -1e-60
 sinkhorn_repeat zero: mhc::pre: expected sinkhorn_repeat from 1 to 10000, got 0
 sinkhorn_repeat negative: mhc::pre: expected sinkhorn_repeat from 1 to 10000, got -3
 sinkhorn_repeat of hours: mhc::pre: expected sinkhorn_repeat from 1 to 10000, got 10001""",
@@ -310,28 +349,54 @@ fn gaps in rows: mhc::fused_post_pre: expected fn with a contiguous last dimensi
     strides (2048, 2)
 norm_weight gaps in rows: mhc::fused_post_pre: expected norm_weight with a contiguous last
     dimension, got strides (2,)
-rms_eps negative: mhc::fused_post_pre: expected rms_eps to be finite and at least 0, got
-    -1e-06
-rms_eps NaN: mhc::fused_post_pre: expected rms_eps to be finite and at least 0, got nan
-rms_eps infinite: mhc::fused_post_pre: expected rms_eps to be finite and at least 0, got
-    inf
-hc_pre_eps negative: mhc::fused_post_pre: expected hc_pre_eps to be finite and at least 0,
-    got -1e-06
-hc_pre_eps NaN: mhc::fused_post_pre: expected hc_pre_eps to be finite and at least 0, got
-    nan
-hc_pre_eps infinite: mhc::fused_post_pre: expected hc_pre_eps to be finite and at least 0,
-    got inf
-hc_sinkhorn_eps negative: mhc::fused_post_pre: expected hc_sinkhorn_eps to be finite and
-    at least 0, got -1e-06
-hc_sinkhorn_eps NaN: mhc::fused_post_pre: expected hc_sinkhorn_eps to be finite and at
-    least 0, got nan
-hc_sinkhorn_eps infinite: mhc::fused_post_pre: expected hc_sinkhorn_eps to be finite and
-    at least 0, got inf
-norm_eps negative: mhc::fused_post_pre: expected norm_eps to be finite and at least 0, got
-    -1e-06
-norm_eps NaN: mhc::fused_post_pre: expected norm_eps to be finite and at least 0, got nan
-norm_eps infinite: mhc::fused_post_pre: expected norm_eps to be finite and at least 0, got
-    inf
+rms_eps negative: mhc::fused_post_pre: expected rms_eps to be finite in fp32 and at least
+    0, got -1e-06
+rms_eps NaN: mhc::fused_post_pre: expected rms_eps to be finite in fp32 and at least 0,
+    got nan
+rms_eps infinite: mhc::fused_post_pre: expected rms_eps to be finite in fp32 and at least
+    0, got inf
+rms_eps infinite in fp32: mhc::fused_post_pre: expected rms_eps to be finite in fp32 and
+    at least 0, got 1e+39
+rms_eps zero in fp32: mhc::fused_post_pre: expected rms_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-60
+rms_eps subnormal in fp32: mhc::fused_post_pre: expected rms_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-38
+hc_pre_eps negative: mhc::fused_post_pre: expected hc_pre_eps to be finite in fp32 and at
+    least 0, got -1e-06
+hc_pre_eps NaN: mhc::fused_post_pre: expected hc_pre_eps to be finite in fp32 and at least
+    0, got nan
+hc_pre_eps infinite: mhc::fused_post_pre: expected hc_pre_eps to be finite in fp32 and at
+    least 0, got inf
+hc_pre_eps infinite in fp32: mhc::fused_post_pre: expected hc_pre_eps to be finite in fp32
+    and at least 0, got 1e+39
+hc_pre_eps zero in fp32: mhc::fused_post_pre: expected hc_pre_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-60
+hc_pre_eps subnormal in fp32: mhc::fused_post_pre: expected hc_pre_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-38
+hc_sinkhorn_eps negative: mhc::fused_post_pre: expected hc_sinkhorn_eps to be finite in
+    fp32 and at least 0, got -1e-06
+hc_sinkhorn_eps NaN: mhc::fused_post_pre: expected hc_sinkhorn_eps to be finite in fp32
+    and at least 0, got nan
+hc_sinkhorn_eps infinite: mhc::fused_post_pre: expected hc_sinkhorn_eps to be finite in
+    fp32 and at least 0, got inf
+hc_sinkhorn_eps infinite in fp32: mhc::fused_post_pre: expected hc_sinkhorn_eps to be
+    finite in fp32 and at least 0, got 1e+39
+hc_sinkhorn_eps zero in fp32: mhc::fused_post_pre: expected hc_sinkhorn_eps to be 0 or at
+    least 1.1754943508222875e-38 in size, which fp32 holds, got 1e-60
+hc_sinkhorn_eps subnormal in fp32: mhc::fused_post_pre: expected hc_sinkhorn_eps to be 0
+    or at least 1.1754943508222875e-38 in size, which fp32 holds, got 1e-38
+norm_eps negative: mhc::fused_post_pre: expected norm_eps to be finite in fp32 and at
+    least 0, got -1e-06
+norm_eps NaN: mhc::fused_post_pre: expected norm_eps to be finite in fp32 and at least 0,
+    got nan
+norm_eps infinite: mhc::fused_post_pre: expected norm_eps to be finite in fp32 and at
+    least 0, got inf
+norm_eps infinite in fp32: mhc::fused_post_pre: expected norm_eps to be finite in fp32 and
+    at least 0, got 1e+39
+norm_eps zero in fp32: mhc::fused_post_pre: expected norm_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-60
+norm_eps subnormal in fp32: mhc::fused_post_pre: expected norm_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-38
 x hidden: mhc::fused_post_pre: expected x of shape (3, 256), got (3, 512)
 x tokens: mhc::fused_post_pre: expected x of shape (3, 256), got (4, 256)
 residual without streams: mhc::fused_post_pre: expected residual of shape (..., hc_mult,
@@ -365,8 +430,12 @@ norm_weight without norm_eps: mhc::fused_post_pre: expected norm_weight and norm
     together or neither, got norm_weight alone
 norm_eps without norm_weight: mhc::fused_post_pre: expected norm_weight and norm_eps
     together or neither, got norm_eps alone
-hc_post_mult_value NaN: mhc::fused_post_pre: expected hc_post_mult_value to be finite, got
-    nan
+hc_post_mult_value NaN: mhc::fused_post_pre: expected hc_post_mult_value to be finite in
+    fp32, got nan
+hc_post_mult_value infinite in fp32: mhc::fused_post_pre: expected hc_post_mult_value to
+    be finite in fp32, got -1e+39
+hc_post_mult_value zero in fp32: mhc::fused_post_pre: expected hc_post_mult_value to be 0
+    or at least 1.1754943508222875e-38 in size, which fp32 holds, got -1e-60
 sinkhorn_repeat zero: mhc::fused_post_pre: expected sinkhorn_repeat from 1 to 10000, got 0
 sinkhorn_repeat negative: mhc::fused_post_pre: expected sinkhorn_repeat from 1 to 10000,
     got -3
@@ -400,15 +469,37 @@ fn gaps in rows: mhc::head: expected fn with a contiguous last dimension, got st
     (2048, 2)
 norm_weight gaps in rows: mhc::head: expected norm_weight with a contiguous last
     dimension, got strides (2,)
-rms_eps negative: mhc::head: expected rms_eps to be finite and at least 0, got -1e-06
-rms_eps NaN: mhc::head: expected rms_eps to be finite and at least 0, got nan
-rms_eps infinite: mhc::head: expected rms_eps to be finite and at least 0, got inf
-hc_eps negative: mhc::head: expected hc_eps to be finite and at least 0, got -1e-06
-hc_eps NaN: mhc::head: expected hc_eps to be finite and at least 0, got nan
-hc_eps infinite: mhc::head: expected hc_eps to be finite and at least 0, got inf
-norm_eps negative: mhc::head: expected norm_eps to be finite and at least 0, got -1e-06
-norm_eps NaN: mhc::head: expected norm_eps to be finite and at least 0, got nan
-norm_eps infinite: mhc::head: expected norm_eps to be finite and at least 0, got inf
+rms_eps negative: mhc::head: expected rms_eps to be finite in fp32 and at least 0, got
+    -1e-06
+rms_eps NaN: mhc::head: expected rms_eps to be finite in fp32 and at least 0, got nan
+rms_eps infinite: mhc::head: expected rms_eps to be finite in fp32 and at least 0, got inf
+rms_eps infinite in fp32: mhc::head: expected rms_eps to be finite in fp32 and at least 0,
+    got 1e+39
+rms_eps zero in fp32: mhc::head: expected rms_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-60
+rms_eps subnormal in fp32: mhc::head: expected rms_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-38
+hc_eps negative: mhc::head: expected hc_eps to be finite in fp32 and at least 0, got
+    -1e-06
+hc_eps NaN: mhc::head: expected hc_eps to be finite in fp32 and at least 0, got nan
+hc_eps infinite: mhc::head: expected hc_eps to be finite in fp32 and at least 0, got inf
+hc_eps infinite in fp32: mhc::head: expected hc_eps to be finite in fp32 and at least 0,
+    got 1e+39
+hc_eps zero in fp32: mhc::head: expected hc_eps to be 0 or at least 1.1754943508222875e-38
+    in size, which fp32 holds, got 1e-60
+hc_eps subnormal in fp32: mhc::head: expected hc_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-38
+norm_eps negative: mhc::head: expected norm_eps to be finite in fp32 and at least 0, got
+    -1e-06
+norm_eps NaN: mhc::head: expected norm_eps to be finite in fp32 and at least 0, got nan
+norm_eps infinite: mhc::head: expected norm_eps to be finite in fp32 and at least 0, got
+    inf
+norm_eps infinite in fp32: mhc::head: expected norm_eps to be finite in fp32 and at least
+    0, got 1e+39
+norm_eps zero in fp32: mhc::head: expected norm_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-60
+norm_eps subnormal in fp32: mhc::head: expected norm_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-38
 residual without streams: mhc::head: expected residual of shape (..., hc_mult, hidden),
     got (3, 256)
 residual hidden: mhc::head: expected fn of shape (4, 2048), got (4, 1024)
@@ -468,27 +559,56 @@ fn gaps in rows: mhc::expand_pre: expected fn with a contiguous last dimension, 
     strides (2048, 2)
 norm_weight gaps in rows: mhc::expand_pre: expected norm_weight with a contiguous last
     dimension, got strides (2,)
-rms_eps negative: mhc::expand_pre: expected rms_eps to be finite and at least 0, got
-    -1e-06
-rms_eps NaN: mhc::expand_pre: expected rms_eps to be finite and at least 0, got nan
-rms_eps infinite: mhc::expand_pre: expected rms_eps to be finite and at least 0, got inf
-hc_pre_eps negative: mhc::expand_pre: expected hc_pre_eps to be finite and at least 0, got
-    -1e-06
-hc_pre_eps NaN: mhc::expand_pre: expected hc_pre_eps to be finite and at least 0, got nan
-hc_pre_eps infinite: mhc::expand_pre: expected hc_pre_eps to be finite and at least 0, got
-    inf
-hc_sinkhorn_eps negative: mhc::expand_pre: expected hc_sinkhorn_eps to be finite and at
+rms_eps negative: mhc::expand_pre: expected rms_eps to be finite in fp32 and at least 0,
+    got -1e-06
+rms_eps NaN: mhc::expand_pre: expected rms_eps to be finite in fp32 and at least 0, got
+    nan
+rms_eps infinite: mhc::expand_pre: expected rms_eps to be finite in fp32 and at least 0,
+    got inf
+rms_eps infinite in fp32: mhc::expand_pre: expected rms_eps to be finite in fp32 and at
+    least 0, got 1e+39
+rms_eps zero in fp32: mhc::expand_pre: expected rms_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-60
+rms_eps subnormal in fp32: mhc::expand_pre: expected rms_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-38
+hc_pre_eps negative: mhc::expand_pre: expected hc_pre_eps to be finite in fp32 and at
     least 0, got -1e-06
-hc_sinkhorn_eps NaN: mhc::expand_pre: expected hc_sinkhorn_eps to be finite and at least
-    0, got nan
-hc_sinkhorn_eps infinite: mhc::expand_pre: expected hc_sinkhorn_eps to be finite and at
+hc_pre_eps NaN: mhc::expand_pre: expected hc_pre_eps to be finite in fp32 and at least 0,
+    got nan
+hc_pre_eps infinite: mhc::expand_pre: expected hc_pre_eps to be finite in fp32 and at
     least 0, got inf
-norm_eps negative: mhc::expand_pre: expected norm_eps to be finite and at least 0, got
-    -1e-06
-norm_eps NaN: mhc::expand_pre: expected norm_eps to be finite and at least 0, got nan
-norm_eps infinite: mhc::expand_pre: expected norm_eps to be finite and at least 0, got inf
+hc_pre_eps infinite in fp32: mhc::expand_pre: expected hc_pre_eps to be finite in fp32 and
+    at least 0, got 1e+39
+hc_pre_eps zero in fp32: mhc::expand_pre: expected hc_pre_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-60
+hc_pre_eps subnormal in fp32: mhc::expand_pre: expected hc_pre_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-38
+hc_sinkhorn_eps negative: mhc::expand_pre: expected hc_sinkhorn_eps to be finite in fp32
+    and at least 0, got -1e-06
+hc_sinkhorn_eps NaN: mhc::expand_pre: expected hc_sinkhorn_eps to be finite in fp32 and at
+    least 0, got nan
+hc_sinkhorn_eps infinite: mhc::expand_pre: expected hc_sinkhorn_eps to be finite in fp32
+    and at least 0, got inf
+hc_sinkhorn_eps infinite in fp32: mhc::expand_pre: expected hc_sinkhorn_eps to be finite
+    in fp32 and at least 0, got 1e+39
+hc_sinkhorn_eps zero in fp32: mhc::expand_pre: expected hc_sinkhorn_eps to be 0 or at
+    least 1.1754943508222875e-38 in size, which fp32 holds, got 1e-60
+hc_sinkhorn_eps subnormal in fp32: mhc::expand_pre: expected hc_sinkhorn_eps to be 0 or at
+    least 1.1754943508222875e-38 in size, which fp32 holds, got 1e-38
+norm_eps negative: mhc::expand_pre: expected norm_eps to be finite in fp32 and at least 0,
+    got -1e-06
+norm_eps NaN: mhc::expand_pre: expected norm_eps to be finite in fp32 and at least 0, got
+    nan
+norm_eps infinite: mhc::expand_pre: expected norm_eps to be finite in fp32 and at least 0,
+    got inf
+norm_eps infinite in fp32: mhc::expand_pre: expected norm_eps to be finite in fp32 and at
+    least 0, got 1e+39
+norm_eps zero in fp32: mhc::expand_pre: expected norm_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-60
+norm_eps subnormal in fp32: mhc::expand_pre: expected norm_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-38
 x hidden: mhc::expand_pre: expected fn of shape (24, 2048), got (24, 1024)
-x without tokens: mhc::expand_pre: expected x of shape (..., hidden), got (256,)
+x without dimensions: mhc::expand_pre: expected x of shape (..., hidden), got ()
 x no hidden: mhc::expand_pre: expected x with a hidden size of at least 1, got 0
 fn rows: mhc::expand_pre: expected fn with hc_mult * (hc_mult + 2) rows, got 23
 fn without rows: mhc::expand_pre: expected fn with hc_mult * (hc_mult + 2) rows, got 0
@@ -500,7 +620,12 @@ norm_weight without norm_eps: mhc::expand_pre: expected norm_weight and norm_eps
     or neither, got norm_weight alone
 norm_eps without norm_weight: mhc::expand_pre: expected norm_weight and norm_eps together
     or neither, got norm_eps alone
-hc_post_mult_value NaN: mhc::expand_pre: expected hc_post_mult_value to be finite, got nan
+hc_post_mult_value NaN: mhc::expand_pre: expected hc_post_mult_value to be finite in fp32,
+    got nan
+hc_post_mult_value infinite in fp32: mhc::expand_pre: expected hc_post_mult_value to be
+    finite in fp32, got -1e+39
+hc_post_mult_value zero in fp32: mhc::expand_pre: expected hc_post_mult_value to be 0 or
+    at least 1.1754943508222875e-38 in size, which fp32 holds, got -1e-60
 sinkhorn_repeat zero: mhc::expand_pre: expected sinkhorn_repeat from 1 to 10000, got 0
 sinkhorn_repeat negative: mhc::expand_pre: expected sinkhorn_repeat from 1 to 10000, got
     -3
@@ -553,16 +678,40 @@ fn gaps in rows: mhc::post_head: expected fn with a contiguous last dimension, g
     (2048, 2)
 norm_weight gaps in rows: mhc::post_head: expected norm_weight with a contiguous last
     dimension, got strides (2,)
-rms_eps negative: mhc::post_head: expected rms_eps to be finite and at least 0, got -1e-06
-rms_eps NaN: mhc::post_head: expected rms_eps to be finite and at least 0, got nan
-rms_eps infinite: mhc::post_head: expected rms_eps to be finite and at least 0, got inf
-hc_eps negative: mhc::post_head: expected hc_eps to be finite and at least 0, got -1e-06
-hc_eps NaN: mhc::post_head: expected hc_eps to be finite and at least 0, got nan
-hc_eps infinite: mhc::post_head: expected hc_eps to be finite and at least 0, got inf
-norm_eps negative: mhc::post_head: expected norm_eps to be finite and at least 0, got
+rms_eps negative: mhc::post_head: expected rms_eps to be finite in fp32 and at least 0,
+    got -1e-06
+rms_eps NaN: mhc::post_head: expected rms_eps to be finite in fp32 and at least 0, got nan
+rms_eps infinite: mhc::post_head: expected rms_eps to be finite in fp32 and at least 0,
+    got inf
+rms_eps infinite in fp32: mhc::post_head: expected rms_eps to be finite in fp32 and at
+    least 0, got 1e+39
+rms_eps zero in fp32: mhc::post_head: expected rms_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-60
+rms_eps subnormal in fp32: mhc::post_head: expected rms_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-38
+hc_eps negative: mhc::post_head: expected hc_eps to be finite in fp32 and at least 0, got
     -1e-06
-norm_eps NaN: mhc::post_head: expected norm_eps to be finite and at least 0, got nan
-norm_eps infinite: mhc::post_head: expected norm_eps to be finite and at least 0, got inf
+hc_eps NaN: mhc::post_head: expected hc_eps to be finite in fp32 and at least 0, got nan
+hc_eps infinite: mhc::post_head: expected hc_eps to be finite in fp32 and at least 0, got
+    inf
+hc_eps infinite in fp32: mhc::post_head: expected hc_eps to be finite in fp32 and at least
+    0, got 1e+39
+hc_eps zero in fp32: mhc::post_head: expected hc_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-60
+hc_eps subnormal in fp32: mhc::post_head: expected hc_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-38
+norm_eps negative: mhc::post_head: expected norm_eps to be finite in fp32 and at least 0,
+    got -1e-06
+norm_eps NaN: mhc::post_head: expected norm_eps to be finite in fp32 and at least 0, got
+    nan
+norm_eps infinite: mhc::post_head: expected norm_eps to be finite in fp32 and at least 0,
+    got inf
+norm_eps infinite in fp32: mhc::post_head: expected norm_eps to be finite in fp32 and at
+    least 0, got 1e+39
+norm_eps zero in fp32: mhc::post_head: expected norm_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-60
+norm_eps subnormal in fp32: mhc::post_head: expected norm_eps to be 0 or at least
+    1.1754943508222875e-38 in size, which fp32 holds, got 1e-38
 x hidden: mhc::post_head: expected x of shape (3, 256), got (3, 512)
 x tokens: mhc::post_head: expected x of shape (3, 256), got (4, 256)
 residual without streams: mhc::post_head: expected residual of shape (..., hc_mult,

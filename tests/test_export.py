@@ -1,13 +1,17 @@
 """Save, package and load a stack of ``mhc_ops.nn`` with torch.export and AOTInductor."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch.utils import _pytree as pytree
 
 import mhc_ops
+from helpers import HANG
 from mhc_ops import nn
+from mhc_ops.testing import make_inputs
 
 HIDDEN = 256
 
@@ -90,6 +94,115 @@ def test_a_saved_layer_takes_and_returns_its_state(monkeypatch, tmp_path):
         torch.export.save(program, tmp_path / "layer.pt2")
         loaded = torch.export.load(tmp_path / "layer.pt2").module()
         assert_same(loaded(state), layer(state))
+
+
+class EveryKind(torch.nn.Module):
+    """Take every named tuple of the package, nested too, and return every one."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = {
+            name: value
+            for name, value in make_inputs("pre", 1, HIDDEN, sinkhorn_repeat=3).items()
+            if name != "residual"
+        }
+        self.of_head = {
+            name: value
+            for name, value in make_inputs("head", 1, HIDDEN).items()
+            if name != "residual"
+        }
+
+    def forward(self, given):
+        state = given["state"]
+        entry = given["entry"].after(state.x)
+        of_post = (state.x, state.residual, state.post, state.comb)
+        captured = tuple(2 * value for value in given["stack"].captured)
+        return {
+            "pre": mhc_ops.pre(given["nextn"].streams, **self.weights),
+            "fused": mhc_ops.fused_post_pre(*of_post, **self.weights),
+            "expand": mhc_ops.expand_pre(given["copies"].x, **self.weights),
+            "head": mhc_ops.post_head_streams(*of_post, **self.of_head),
+            "copies": nn.Copies(given["pre"].layer_input + given["expand"].layer_input),
+            "state": entry,
+            "entry": nn.SublayerEntry(given["head"].residual_out, state.x, state.post, state.comb),
+            "stack": nn.StackOutput(given["fused"].layer_input * 2, entry.residual * 2, captured),
+            "nextn": nn.NextNOutput(given["stack"].hidden * 2, given["stack"].streams * 2),
+        }
+
+
+def every_kind(tokens):
+    """Make an input for :class:`EveryKind`, which is made as its own output."""
+    x, streams = embedding(tokens), torch.randn(tokens, 4, HIDDEN).bfloat16()
+    mixes = torch.rand(tokens, 4, 1), torch.rand(tokens, 4, 4)
+    return {
+        "pre": mhc_ops.PreOutput(*mixes, x),
+        "fused": mhc_ops.FusedPostPreOutput(streams, *mixes, x),
+        "expand": mhc_ops.ExpandPreOutput(streams, *mixes, x),
+        "head": mhc_ops.PostHeadOutput(streams, x),
+        "copies": nn.Copies(x),
+        "state": nn.StreamState(streams, x, *mixes),
+        "entry": nn.SublayerEntry(streams, x, *mixes),
+        "stack": nn.StackOutput(x, streams, (x, 2 * x)),
+        "nextn": nn.NextNOutput(x, streams),
+    }
+
+
+def assert_same_kinds(got, want):
+    assert pytree.tree_structure(got) == pytree.tree_structure(want)
+    assert {name: type(value) for name, value in got.items()} == {
+        name: type(value) for name, value in want.items()
+    }
+    for a, b in zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_every_kind_goes_into_a_saved_program_and_comes_out(tmp_path, grad):
+    module = EveryKind()
+    with torch.set_grad_enabled(grad):
+        given = every_kind(3)
+        program = torch.export.export(module, (given,))
+        torch.export.save(program, tmp_path / "kinds.pt2")
+        loaded = torch.export.load(tmp_path / "kinds.pt2")
+        assert_same_kinds(loaded.example_inputs[0][0], given)
+        other = every_kind(3)
+        assert_same_kinds(loaded.module()(other), module(other))
+
+
+LOAD = """
+import sys
+import torch
+import mhc_ops.nn
+loaded = torch.export.load(sys.argv[1]).module()
+given = torch.load(sys.argv[2])
+torch.save(loaded(given), sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+def test_another_process_loads_it_with_safe_loading(tmp_path):
+    """Load programs and tensors without pickled code, which torch.load refuses unless told."""
+    module, given = EveryKind(), every_kind(3)
+    with torch.no_grad():
+        torch.export.save(torch.export.export(module, (given,)), tmp_path / "kinds.pt2")
+    torch.save(given, tmp_path / "given.pt")
+    paths = [str(tmp_path / name) for name in ("kinds.pt2", "given.pt", "got.pt")]
+    subprocess.run([sys.executable, "-c", LOAD, *paths], check=True, timeout=HANG)
+    assert_same_kinds(torch.load(paths[2]), module(given))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs g++")
+def test_every_kind_goes_into_a_package_and_comes_out(tmp_path):
+    module, given = EveryKind(), every_kind(3)
+    with torch.no_grad():
+        program = torch.export.export(module, (given,))
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "kinds.pt2")
+        )
+        loaded = torch._inductor.aoti_load_package(path)
+        other = every_kind(3)
+        assert_same_kinds(loaded(other), module(other))
 
 
 @pytest.mark.slow

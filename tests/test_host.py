@@ -103,7 +103,7 @@ def long_way(inputs, op=OP):
 # ------------------------------------------------------------------ which calls the short way takes
 
 
-@pytest.mark.parametrize("leading", [(1,), (3,), (2, 3), (1, 2, 1, 3)], ids=str)
+@pytest.mark.parametrize("leading", [(), (1,), (3,), (2, 3), (1, 2, 1, 3)], ids=str)
 @pytest.mark.parametrize(("op", "norm"), OP_AND_NORM)
 def test_it_serves_a_call(kernel, op, norm, leading):
     if op == "head":  # The stand-ins for the kernels of head make no output.
@@ -251,6 +251,9 @@ OFF = [
     *(changed(name, "inf", lambda v: INF) for name in NUMBERS),
     *(changed(name, "negative", lambda v: -1e-9) for name in NUMBERS if name.endswith("eps")),
     changed("hc_post_mult_value", "minus_inf", lambda v: -INF),
+    *(changed(name, "inf_in_fp32", lambda v: 1e39) for name in NUMBERS),
+    *(changed(name, "zero_in_fp32", lambda v: 1e-60) for name in NUMBERS),
+    *(changed(name, "subnormal_in_fp32", lambda v: 1e-40) for name in NUMBERS),
     off("no_rounds", sinkhorn_repeat=0),
     off("too_many_rounds", sinkhorn_repeat=10_001),
     off("norm_weight_alone", norm_eps=None),
@@ -261,8 +264,8 @@ OFF = [
     pytest.param(lambda _: inputs_of(hc_mult=8), id="eight_streams"),
     pytest.param(lambda _: make_inputs(OP, 3, 512, norm=True), id="another_hidden_size"),
     pytest.param(
-        lambda inputs: {k: v[0] if k in INPUTS[:4] else v for k, v in inputs.items()},
-        id="no_leading_dimension",
+        lambda inputs: {k: v[0] if k in INPUTS[1:4] else v for k, v in inputs.items()},
+        id="no_leading_dimension_but_of_x",
     ),
 ]
 

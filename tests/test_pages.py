@@ -297,8 +297,8 @@ def test_ranges():
             continue  # The page says this twice.
         if isinstance(spec, NumberSpec):
             bounds = {
-                (0, LARGEST): "finite, at least 0",
-                (-LARGEST, LARGEST): "finite",
+                (0, LARGEST): "a number of fp32, at least 0",
+                (-LARGEST, LARGEST): "a number of fp32",
             }.get((spec.least, spec.most), f"{spec.least} to {spec.most}")
             assert said[name] == bounds, name
 

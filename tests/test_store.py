@@ -94,6 +94,7 @@ def flip_a_bit(folder):
     path.write_bytes(content)
 
 
+DEEP = 100_000  # Python refuses to read JSON that is nested less deeply already.
 CHANGED = f"it is truncated or changed, its SHA-256 is not that in {NAME}.json"
 MISMATCHES = {
     "other machine": (
@@ -118,6 +119,10 @@ MISMATCHES = {
     ),
     "truncated manifest": (
         lambda f: os.truncate(f / f"{NAME}.json", 20), f"{NAME}.json", "it cannot be read: "
+    ),
+    "nested manifest": (
+        lambda f: (f / f"{NAME}.json").write_text("[" * DEEP + "]" * DEEP), f"{NAME}.json",
+        "it cannot be read: ",
     ),
     "no library": (lambda f: (f / f"{NAME}.so").unlink(), f"{NAME}.so", "it cannot be read: "),
 }  # fmt: skip
@@ -186,10 +191,14 @@ def test_a_kernel_of_other_sources_is_left_alone(kernels, reasons, monkeypatch):
     [
         ("grid", ["tokens", "__import__('os')"]),
         ("grid", ["tokens"]),
+        ("grid", ["tokens", "-" * DEEP + "1"]),
+        ("grid", ["tokens", "(" * DEEP + "1" + ")" * DEEP]),
+        ("grid", ["tokens", "1" + "+1" * DEEP]),
         ("parameters", ["x"]),
         ("block", "many"),
         ("symbol", None),
     ],
+    ids=lambda value: str(value)[:30],
 )
 def test_a_manifest_that_is_not_one_of_a_kernel(kernels, reasons, tmp_path, fact, value):
     facts = json.loads((kernels / f"{NAME}.json").read_text())

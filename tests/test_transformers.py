@@ -238,9 +238,9 @@ REFUSED = [
     (replaced_forward, "expected layers.0 to run the forward of its class"),
     (other_class, "expected hc_head to be a DeepseekV4HyperHead, got Identity"),
     (no_rounds, "hc_sinkhorn_iters of at least 1, got 0"),
-    (negative_eps, "expected hc_eps to be finite and at least 0, got -1"),
-    (infinite_eps, "expected rms_norm_eps to be finite and at least 0, got inf"),
-    (nan_eps, "expected hc_eps to be finite and at least 0, got nan"),
+    (negative_eps, "expected hc_eps to be finite in fp32 and at least 0, got -1"),
+    (infinite_eps, "expected rms_norm_eps to be finite in fp32 and at least 0, got inf"),
+    (nan_eps, "expected hc_eps to be finite in fp32 and at least 0, got nan"),
 ]
 
 

@@ -38,7 +38,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 )
 
 from .. import config, geometry
-from .._arguments import ACTIVATION, LARGEST, MIX
+from .._arguments import ACTIVATION, EPSILON, MIX
 from ..nn import (
     POST_MULT_VALUE,
     FoldedRMSNorm,
@@ -257,10 +257,9 @@ def _check_settings(decoder: DeepseekV4Model) -> None:
             f"{_HERE}: expected hc_sinkhorn_iters of at least 1, got {config.hc_sinkhorn_iters}"
         )
     for name in ("hc_eps", "rms_norm_eps"):
-        if not 0 <= getattr(config, name) <= LARGEST:  # NaN fails both comparisons
-            raise ValueError(
-                f"{_HERE}: expected {name} to be finite and at least 0, got {getattr(config, name)}"
-            )
+        expected = EPSILON.fault(getattr(config, name))
+        if expected is not None:
+            raise ValueError(f"{_HERE}: expected {name} {expected}, got {getattr(config, name)}")
     devices = {parameter.device for parameter in decoder.parameters()}
     cuda = next((device for device in devices if device.type == "cuda"), None)
     if cuda is not None:

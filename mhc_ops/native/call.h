@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <utility>
@@ -74,6 +76,12 @@ bool is_dense(const Tensor& tensor, c10::Device device, const Argument& wanted,
            reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlignment != 0);
 }
 
+// A number is served where fp32 holds it, without a subnormal; mhc_ops/_arguments.py says why.
+bool is_float32(double value) {
+  const double size = std::abs(value);
+  return value == 0 || (size >= FLT_MIN && size <= FLT_MAX);
+}
+
 // Nearly every call brings what is served: contiguous tensors of the right kind and numbers in
 // their ranges.
 bool is_served(const IValue& given, c10::Device device, const Argument& wanted,
@@ -82,7 +90,7 @@ bool is_served(const IValue& given, c10::Device device, const Argument& wanted,
     case Argument::kTensor:
       return given.isTensor() && is_dense(given.toTensor(), device, wanted, leading);
     case Argument::kFloat:
-      return given.isDouble() && given.toDouble() >= wanted.least && given.toDouble() <= DBL_MAX;
+      return given.isDouble() && given.toDouble() >= wanted.least && is_float32(given.toDouble());
     case Argument::kInt:
       return given.isInt() && given.toInt() >= wanted.first && given.toInt() <= wanted.last;
     default:
@@ -269,7 +277,7 @@ bool serve(const Op& op, Stack* stack) {
     return false;
   }
   const Tensor& streams = arguments[op.streams].toTensor();
-  if (!streams.defined() || streams.dim() <= op.streams_tail) {
+  if (!streams.defined() || streams.dim() < op.streams_tail) {
     return false;
   }
   const c10::Device device = streams.device();

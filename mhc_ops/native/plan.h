@@ -126,7 +126,7 @@ struct Argument {
         size = words.next();
       }
     } else if (kind == kFloat) {
-      least = words.next() != 0 ? 0 : -DBL_MAX;
+      least = words.next() != 0 ? 0 : -FLT_MAX;
     } else if (kind == kInt) {
       first = words.next();
       last = words.next();

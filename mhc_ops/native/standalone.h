@@ -234,7 +234,7 @@ std::string describe(const Argument& wanted, IntArrayRef leading, c10::Device de
       break;
     }
     case Argument::kFloat:
-      text << "a finite number" << (wanted.least == 0 ? " of at least 0" : "");
+      text << "a number that fp32 holds" << (wanted.least == 0 ? ", at least 0" : "");
       break;
     case Argument::kInt:
       text << "an integer from " << wanted.first << " to " << wanted.last;
@@ -266,9 +266,9 @@ struct Backend final : c10::OperatorKernel {
   explicit Backend(const Op* op) : op_(const_cast<Op*>(op)) {}
   void operator()(const c10::OperatorHandle& handle, DispatchKeySet, Stack* stack) {
     const IValue& given = torch::jit::last(*stack, op_->arguments)[op_->streams];
-    TORCH_CHECK(given.isTensor() && given.toTensor().dim() > op_->streams_tail, "mhc::", op_->name,
+    TORCH_CHECK(given.isTensor() && given.toTensor().dim() >= op_->streams_tail, "mhc::", op_->name,
                 ": expected ", handle.schema().arguments()[op_->streams].name(),
-                " with token dimensions and ", op_->streams_tail, " more, got ", describe(given));
+                " with at least ", op_->streams_tail, " dimensions, got ", describe(given));
     const Tensor streams = given.toTensor();
     const c10::Device device = streams.device();
     TORCH_CHECK(device.is_cuda() || cpu_is_device, "mhc::", op_->name,

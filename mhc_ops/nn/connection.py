@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import geometry
 from .._arguments import MIX, mixes
+from . import _checked
 from .norm import FoldedRMSNorm, run_folded
 from .state import Copies, StreamState, SublayerEntry, expand
 from .wiring import Wired
@@ -35,6 +36,9 @@ class HyperConnection(Wired):
         fn: [n * (n + 2), n * H] fp32, projection; column index = stream * H + h.
         base: [n * (n + 2)] fp32, biases.
         scale: [3] fp32, scales of the pre, post and comb weights.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, or out of the range that the ops take.
     """
 
     base: Tensor
@@ -58,15 +62,20 @@ class HyperConnection(Wired):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.hidden_size = hidden_size
-        self.hc_mult = hc_mult
-        self.rms_eps = rms_eps
-        self.hc_pre_eps = hc_pre_eps
-        self.hc_sinkhorn_eps = hc_sinkhorn_eps
-        self.sinkhorn_repeat = sinkhorn_repeat
-        self.hc_post_mult_value = hc_post_mult_value
-        rows = mixes(hc_mult)
-        self.fn = _normal_parameter(rows, hc_mult * hidden_size, device)
+        name = "HyperConnection"
+        self.hidden_size = _checked.size(name, "hidden_size", hidden_size)
+        self.hc_mult = _checked.size(name, "hc_mult", hc_mult)
+        self.rms_eps = _checked.number(name, "rms_eps", rms_eps)
+        self.hc_pre_eps = _checked.number(name, "hc_pre_eps", hc_pre_eps)
+        self.hc_sinkhorn_eps = _checked.number(name, "hc_sinkhorn_eps", hc_sinkhorn_eps)
+        self.sinkhorn_repeat = _checked.number(
+            name, "sinkhorn_repeat", sinkhorn_repeat, "sinkhorn_repeat"
+        )
+        self.hc_post_mult_value = _checked.number(
+            name, "hc_post_mult_value", hc_post_mult_value, "hc_post_mult_value"
+        )
+        rows = mixes(self.hc_mult)
+        self.fn = _normal_parameter(rows, self.hc_mult * self.hidden_size, device)
         self.base = torch.nn.Parameter(torch.zeros(rows, device=device, dtype=MIX))
         self.scale = torch.nn.Parameter(torch.ones(3, device=device, dtype=MIX))
 
@@ -173,6 +182,9 @@ class HyperHead(Wired):
         fn: [n, n * H] fp32, projection; column index = stream * H + h.
         base: [n] fp32, biases.
         scale: [1] fp32, scale of the weights.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, or out of the range that the ops take.
     """
 
     base: Tensor
@@ -190,12 +202,13 @@ class HyperHead(Wired):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.hidden_size = hidden_size
-        self.hc_mult = hc_mult
-        self.rms_eps = rms_eps
-        self.hc_eps = hc_eps
-        self.fn = _normal_parameter(hc_mult, hc_mult * hidden_size, device)
-        self.base = torch.nn.Parameter(torch.zeros(hc_mult, device=device, dtype=MIX))
+        name = "HyperHead"
+        self.hidden_size = _checked.size(name, "hidden_size", hidden_size)
+        self.hc_mult = _checked.size(name, "hc_mult", hc_mult)
+        self.rms_eps = _checked.number(name, "rms_eps", rms_eps)
+        self.hc_eps = _checked.number(name, "hc_eps", hc_eps)
+        self.fn = _normal_parameter(self.hc_mult, self.hc_mult * self.hidden_size, device)
+        self.base = torch.nn.Parameter(torch.zeros(self.hc_mult, device=device, dtype=MIX))
         self.scale = torch.nn.Parameter(torch.ones(1, device=device, dtype=MIX))
 
     def forward(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import geometry
 from .._exportable import exportable
+from . import _checked
 from .connection import HyperConnection, HyperHead
 from .norm import FoldedRMSNorm
 from .state import Copies, StreamState
@@ -29,6 +30,9 @@ class DecoderLayer(torch.nn.Module):
     Attributes:
         attn_hc, ffn_hc: the hyper-connections.
         attn_norm, ffn_norm: the norms, folded into their pre steps.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, or out of the range that the ops take.
     """
 
     def __init__(
@@ -43,8 +47,11 @@ class DecoderLayer(torch.nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.attention = attention
-        self.mlp = mlp
+        name = "DecoderLayer"
+        hidden_size = _checked.size(name, "hidden_size", hidden_size)
+        norm_eps = _checked.number(name, "norm_eps", norm_eps)
+        self.attention = _checked.function(name, "attention", attention)
+        self.mlp = _checked.function(name, "mlp", mlp)
         self.attn_hc = HyperConnection(hidden_size, hc_mult, device=device, **options)
         self.attn_norm = FoldedRMSNorm(hidden_size, norm_eps, device=device)
         self.ffn_hc = HyperConnection(hidden_size, hc_mult, device=device, **options)
@@ -109,7 +116,8 @@ class DecoderStack(torch.nn.Module):
         norm: the final norm, folded into it.
 
     Raises:
-        ValueError: there are no sublayers.
+        TypeError, ValueError: there are no sublayers, or an argument is of a wrong type, or out of
+            the range that the ops take.
     """
 
     def __init__(
@@ -125,11 +133,16 @@ class DecoderStack(torch.nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if not sublayers:
-            raise ValueError(
-                "mhc_ops.nn.DecoderStack: expected at least one pair of sublayers, got none"
-            )
-        self.hc_mult = hc_mult
+        name = "DecoderStack"
+        sublayers = _checked.pairs(name, "sublayers", sublayers)
+        hidden_size = _checked.size(name, "hidden_size", hidden_size)
+        self.hc_mult = hc_mult = _checked.size(name, "hc_mult", hc_mult)
+        rms_eps = _checked.number(name, "rms_eps", rms_eps)
+        hc_eps = _checked.number(name, "hc_eps", hc_eps)
+        norm_eps = _checked.number(name, "norm_eps", norm_eps)
+        sinkhorn_repeat = _checked.number(
+            name, "sinkhorn_repeat", sinkhorn_repeat, "sinkhorn_repeat"
+        )
         self.layers = torch.nn.ModuleList(
             DecoderLayer(
                 attention, mlp, hidden_size, hc_mult, norm_eps=norm_eps, device=device,
@@ -215,6 +228,9 @@ class NextNLayer(torch.nn.Module):
         enorm, hnorm: the norms of the embedding and of each stream.
         layer: the decoder layer.
         head, norm: the collapse after it, and the norm that is folded into it.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, or out of the range that the ops take.
     """
 
     def __init__(
@@ -229,9 +245,17 @@ class NextNLayer(torch.nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        name = "NextNLayer"
+        if not isinstance(layer, DecoderLayer):
+            raise TypeError(
+                f"mhc_ops.nn.{name}: expected layer to be a DecoderLayer, got {layer!r}"
+            )
+        norm_eps = _checked.number(name, "norm_eps", norm_eps)
+        rms_eps = _checked.number(name, "rms_eps", rms_eps)
+        hc_eps = _checked.number(name, "hc_eps", hc_eps)
         hidden_size, hc_mult = layer.attn_hc.hidden_size, layer.attn_hc.hc_mult
-        self.e_proj = e_proj
-        self.h_proj = h_proj
+        self.e_proj = _checked.function(name, "e_proj", e_proj)
+        self.h_proj = _checked.function(name, "h_proj", h_proj)
         self.enorm = FoldedRMSNorm(hidden_size, norm_eps, device=device)
         self.hnorm = FoldedRMSNorm(hidden_size, norm_eps, device=device)
         self.layer = layer

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import ACTIVATION
+from . import _checked
 
 T = TypeVar("T")
 
@@ -52,6 +53,9 @@ class FoldedRMSNorm(torch.nn.Module):
         eps: added to the mean square.
         device: device of the weight.
         dtype: dtype of the weight.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, or out of the range that the ops take.
     """
 
     weight: Tensor
@@ -68,7 +72,9 @@ class FoldedRMSNorm(torch.nn.Module):
         dtype: torch.dtype = ACTIVATION,
     ) -> None:
         super().__init__()
-        self.norm_eps = eps
+        hidden_size = _checked.size("FoldedRMSNorm", "hidden_size", hidden_size)
+        dtype = _checked.dtype("FoldedRMSNorm", "dtype", dtype)
+        self.norm_eps = _checked.number("FoldedRMSNorm", "eps", eps)
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
 
     def folded_weight(self) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .._arguments import recipe
+from .._batching import batched
 from .._checks import check
 from .._library import register
 from ..native.serve import serve
@@ -43,4 +44,10 @@ def define(op: str, cpu: Callable[..., Tensor | tuple[Tensor, ...]]) -> None:
         check(op, values)
         return cpu(**values)
 
-    register(op, fake=fake, cuda=cuda_implementation, cpu=cpu_implementation)
+    register(
+        op,
+        fake=fake,
+        cuda=cuda_implementation,
+        cpu=cpu_implementation,
+        batched=batched(of),
+    )

@@ -63,6 +63,9 @@ def expand_pre(
     The formula is that of :func:`mhc_ops.pre`. The number n of streams is the one that ``fn`` is
     made for.
 
+    The sum of the squares of the streams has to stay within fp32, which it does up to a root mean
+    square of 1.8e19 / sqrt(n * H), 1.1e17 at H = 7168. Beyond, the mixes are finite and wrong.
+
     Source: mHC (Xie et al., 2026); ``DeepseekV4Model.forward`` of transformers.
 
     Args:
@@ -96,9 +99,9 @@ def expand_pre(
         >>> out.residual_out.shape, out.layer_input.unique()
         (torch.Size([1, 4, 256]), tensor([2.], dtype=torch.bfloat16))
     """
-    return ExpandPreOutput(
-        *torch.ops.mhc.expand_pre.default(
-            x, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
-            sinkhorn_repeat, norm_weight=norm_weight, norm_eps=norm_eps,
-        )
+    # A program that torch.fx traces can be unpacked by names, and not otherwise.
+    residual_out, post_mix, comb_mix, layer_input = torch.ops.mhc.expand_pre.default(
+        x, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
+        sinkhorn_repeat, norm_weight=norm_weight, norm_eps=norm_eps,
     )  # fmt: skip
+    return ExpandPreOutput(residual_out, post_mix, comb_mix, layer_input)

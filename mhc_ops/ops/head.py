@@ -37,6 +37,9 @@ def head(
     All of it is computed in fp32. r is ``residual`` as one row of n * H elements, k counts these
     elements, h those of one stream, j the streams.
 
+    The sum of the squares of r has to stay within fp32, which it does up to a root mean square of
+    1.8e19 / sqrt(n * H), 1.1e17 at H = 7168. Beyond, the weights are finite and wrong.
+
     Source: ``DeepseekV4HyperHead.forward`` of transformers.
 
     Args:

@@ -45,6 +45,10 @@ def post_head(
     rounded as :func:`mhc_ops.post` rounds them, but not written to memory. Where a draft layer
     needs the streams, :func:`mhc_ops.post_head_streams` returns them.
 
+    The sum of the squares of the new streams has to stay within fp32, which it does up to a root
+    mean square of 1.8e19 / sqrt(n * H), 1.1e17 at H = 7168. Beyond, the weights are finite and
+    wrong.
+
     Source: mHC (Xie et al., 2026); ``DeepseekV4Model.forward`` of transformers.
 
     Args:

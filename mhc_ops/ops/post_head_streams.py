@@ -59,6 +59,10 @@ def post_head_streams(
     equal to those of :func:`mhc_ops.post` bit for bit, and the hidden state to that of
     :func:`mhc_ops.post_head`.
 
+    The sum of the squares of the new streams has to stay within fp32, which it does up to a root
+    mean square of 1.8e19 / sqrt(n * H), 1.1e17 at H = 7168. Beyond, the weights are finite and
+    wrong.
+
     Source: mHC (Xie et al., 2026); ``DeepseekV4Model.forward`` of transformers.
 
     Args:
@@ -94,9 +98,9 @@ def post_head_streams(
         >>> out.residual_out.unique(), out.hidden.unique()
         (tensor([2.], dtype=torch.bfloat16), tensor([4.], dtype=torch.bfloat16))
     """
-    return PostHeadOutput(
-        *torch.ops.mhc.post_head_streams.default(
-            x, residual, post_layer_mix, comb_res_mix, fn, scale, base, rms_eps, hc_eps,
-            norm_weight=norm_weight, norm_eps=norm_eps,
-        )
+    # A program that torch.fx traces can be unpacked by names, and not otherwise.
+    residual_out, hidden = torch.ops.mhc.post_head_streams.default(
+        x, residual, post_layer_mix, comb_res_mix, fn, scale, base, rms_eps, hc_eps,
+        norm_weight=norm_weight, norm_eps=norm_eps,
     )  # fmt: skip
+    return PostHeadOutput(residual_out, hidden)

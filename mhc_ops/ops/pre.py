@@ -65,6 +65,9 @@ def pre(
     All of it is computed in fp32. r is ``residual`` as one row of n * H elements, k counts these
     elements, h those of one stream, i and j the streams; C is n by n, [old stream, new stream].
 
+    The sum of the squares of r has to stay within fp32, which it does up to a root mean square of
+    1.8e19 / sqrt(n * H), 1.1e17 at H = 7168. Beyond, the mixes are finite and wrong.
+
     Source: mHC (Xie et al., 2026); ``DeepseekV4HyperConnection.forward`` of transformers.
 
     Args:
@@ -101,9 +104,9 @@ def pre(
         >>> out.comb_mix[0, 0]
         tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
-    return PreOutput(
-        *torch.ops.mhc.pre.default(
-            residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
-            hc_post_mult_value, sinkhorn_repeat, norm_weight=norm_weight, norm_eps=norm_eps,
-        )
+    # A program that torch.fx traces can be unpacked by names, and not otherwise.
+    post_mix, comb_mix, layer_input = torch.ops.mhc.pre.default(
+        residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
+        hc_post_mult_value, sinkhorn_repeat, norm_weight=norm_weight, norm_eps=norm_eps,
     )  # fmt: skip
+    return PreOutput(post_mix, comb_mix, layer_input)
