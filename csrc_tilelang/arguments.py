@@ -8,8 +8,7 @@ for each statement (README.md, "Traps").
 
 from typing import Any, NamedTuple, TypeVar
 
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx import Buffer
+from tilelang import tvm
 
 Bundle = TypeVar("Bundle", bound=NamedTuple)
 
@@ -21,8 +20,8 @@ def named(bundle: Bundle) -> Bundle:
     kernel or macro gives otherwise.
     """
     for name, value in zip(bundle._fields, bundle, strict=True):
-        if isinstance(value, Buffer):
-            IRBuilder.name(name, value)
+        if isinstance(value, tvm.tirx.Buffer):
+            tvm.script.ir_builder.IRBuilder.name(name, value)
     return bundle
 
 
