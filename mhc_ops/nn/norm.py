@@ -31,6 +31,11 @@ def _capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def _traced(value: Any) -> bool:
+    """Say whether torch.fx traces a value symbolically."""
+    return isinstance(value, torch.fx.Proxy)
+
+
 class FoldedRMSNorm(torch.nn.Module):
     """Hold the weight of an RMSNorm that the pre step or the head folds in::
 
@@ -84,8 +89,8 @@ class FoldedRMSNorm(torch.nn.Module):
             [H] bf16: the weight itself where it is in bf16, otherwise the copy or a cast.
         """
         weight = self.weight
-        if weight.dtype == ACTIVATION:
-            return weight
+        if _traced(weight) or weight.dtype == ACTIVATION:
+            return weight  # torch.fx knows no dtype; the op casts a weight of another one
         if weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_exporting():
             self._trained = True
         if torch.compiler.is_compiling():
@@ -167,7 +172,7 @@ class FoldedRMSNorm(torch.nn.Module):
         Returns:
             [..., H], dtype of ``x``; or what the step returns.
         """
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) and not _traced(x):
             return x(*arguments, norm_weight=self.folded_weight(), norm_eps=self.norm_eps)
         value = x.float()
         inverse_rms = torch.rsqrt(value.square().mean(-1, keepdim=True) + self.norm_eps)
