@@ -172,11 +172,12 @@ class FoldedRMSNorm(torch.nn.Module):
         Returns:
             [..., H], dtype of ``x``; or what the step returns.
         """
-        if not isinstance(x, Tensor) and not _traced(x):
-            return x(*arguments, norm_weight=self.folded_weight(), norm_eps=self.norm_eps)
-        value = x.float()
+        given: Any = x
+        if not isinstance(given, Tensor) and not _traced(given):
+            return given(*arguments, norm_weight=self.folded_weight(), norm_eps=self.norm_eps)
+        value = given.float()
         inverse_rms = torch.rsqrt(value.square().mean(-1, keepdim=True) + self.norm_eps)
-        return (value * inverse_rms * self.folded_weight().float()).to(x.dtype)
+        return (value * inverse_rms * self.folded_weight().float()).to(given.dtype)
 
 
 def run_folded(norm: FoldedRMSNorm | None, step: Callable[..., T], *arguments: Any) -> T:
